@@ -1,0 +1,1 @@
+"""Models: an `nn.Module` from a batch to logits, auxiliary losses and carried state."""

@@ -1,0 +1,114 @@
+"""What an architecture is: an `nn.Module` from a batch to an `Output`, with a life cycle of no-ops.
+
+A model of one's own subclasses `Architecture`, takes `spec` (what the stream needs: see `streams.base.Spec`)
+and its own options as keyword arguments, and defines `forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from clplat.streams.base import Task
+from clplat.streams.batch import Batch
+
+State = Any
+"""Carried state: a pytree of tensors, or None. Always passed and returned, never hidden in a buffer."""
+
+
+@dataclass(kw_only=True)
+class Output:
+    """Result of one forward: `logits` (B, C) or (B, T, V), auxiliary losses by name (scalars that are
+    added to the training loss), the carried `state`, and `hidden` activations where they were asked for."""
+
+    logits: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    state: State = None
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What a finished optimizer step leaves for delayed writes: the mixed batch and each row's loss,
+    `row_loss` (B,) or (B, T) detached, with `batch.origin` telling current from replay."""
+
+    step: int
+    batch: Batch
+    output: Output
+    row_loss: Callable[[], Tensor]
+    """Computed when asked for, so that a run in which nobody asks pays nothing."""
+
+
+class Architecture(nn.Module):
+    """Base of every model.
+
+    Class attributes declare what tests and the platform rely on: `causal` (True, False, or None where time
+    has no meaning), `memory_life` of the carried state, `batch_coupled` (rows influence each other in training,
+    as with BatchNorm), `frozen` (name prefixes of parameters that get no gradient), `paper`.
+    """
+
+    causal: ClassVar[bool | None] = None
+    memory_life: ClassVar[Literal["sequence", "task", "run"]] = "sequence"
+    batch_coupled: ClassVar[bool] = False
+    frozen: ClassVar[tuple[str, ...]] = ()
+    paper: ClassVar[str] = ""
+    fidelity: ClassVar[Literal["exact", "mechanism", "interpretation", "standard"]] = "standard"
+
+    def forward(self, batch: Batch, state: State = None, return_hidden: str | None = None) -> Output:
+        """Logits for every row; `state` continues an earlier pass over the same rows."""
+        raise TypeError(f"{type(self).__name__} must define forward")
+
+    def task_start(self, task: Task) -> None:
+        """A task begins; may grow the model."""
+
+    def step_end(self, outcome: StepOutcome) -> None:
+        """An optimizer step is done; delayed writes to memory live here."""
+
+    def structure(self) -> Mapping[str, Any]:
+        """Plain data from which `restructure` rebuilds a grown model before its weights are loaded."""
+        return {}
+
+    def restructure(self, structure: Mapping[str, Any]) -> None:
+        """Grow to the shape that `structure` describes."""
+        if structure:
+            raise ValueError(f"{type(self).__name__} cannot rebuild the structure {dict(structure)!r}")
+
+    def init_state(self, batch_size: int) -> State:
+        """Empty carried state for step-by-step decoding, or None."""
+        return None
+
+    def flops_per_row(self) -> float:
+        """Forward operations for one row (one sample, or one row of T tokens): 2 per weight and use."""
+        dense = sum(p.numel() for p in self.parameters() if p.ndim >= 2)
+        return 2.0 * dense
+
+    def active_parameters(self) -> int:
+        """Parameters that one row passes through; below the total for routed models."""
+        return sum(p.numel() for p in self.parameters())
+
+
+@runtime_checkable
+class Decodes(Protocol):
+    """Capability: step-by-step decoding with carried state equals one full pass."""
+
+    def init_state(self, batch_size: int) -> State: ...
+
+    def decode(self, tokens: Tensor, state: State, lengths: Tensor) -> tuple[Tensor, State]:
+        """Logits (B, T, V) for `tokens` (B, T), given `lengths` (B,) tokens already in `state`."""
+        ...
+
+
+@runtime_checkable
+class HasEpisodicStore(Protocol):
+    """Capability: an episodic memory whose stored bytes count against a budget."""
+
+    def episodic_bytes(self) -> int: ...
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of the module's first parameter."""
+    return next(module.parameters()).device

@@ -1,0 +1,1 @@
+"""How a learner avoids forgetting: replay, regularizers, consolidation, controllers, optimizers."""

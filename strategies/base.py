@@ -1,0 +1,125 @@
+"""What a strategy is: a plain class whose hooks the learner calls; every hook is optional.
+
+Only hooks that a class overrides are called, so a strategy that does nothing costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from clplat.architectures.base import Architecture, Output, StepOutcome
+from clplat.streams.base import Data, Spec, Task
+from clplat.streams.batch import Batch
+from clplat.strategies.world import World
+
+
+@dataclass(kw_only=True)
+class Context:
+    """What a strategy may see of the run; the same object for all strategies of a run.
+
+    `generator` is the run's `strategy` random source (CPU), equal on all processes. `loss(output, batch)` is the
+    default objective: Σ over origins of weight × mean cross-entropy. `row_loss` gives it unreduced, (B,) or
+    (B, T), 0 where ignored. `logits(batch)` forwards and hides the classes that the scenario hides.
+    `batches(data, batch_size)` walks a set once, in order, on the learner's device. `task` is the current
+    task (None before the first), `past` those already trained on, `step` the optimizer steps done in the run.
+    """
+
+    architecture: Architecture
+    spec: Spec
+    world: World
+    generator: torch.Generator
+    loss: Callable[[Output, Batch], Tensor]
+    row_loss: Callable[[Output, Batch], Tensor]
+    masked: Callable[[Output, Batch], Tensor]
+    batches: Callable[[Data, int], Iterator[Batch]]
+    batch_size: int
+    device: Callable[[], torch.device]
+    task: Task | None = None
+    past: Sequence[Task] = ()
+    step: int = 0
+
+
+class Strategy:
+    """Base class with the hooks in the order in which they are called.
+
+    Class attributes: `knobs`, the numeric attributes that a controller may set while the run goes on;
+    `reference`, True for arms that see more data than a continual learner may (joint, cumulative);
+    `replays`, True where rows of earlier tasks are stored; `paper`; `fidelity` to it.
+    `context` is there from `setup` on.
+    """
+
+    knobs: ClassVar[tuple[str, ...]] = ()
+    reference: ClassVar[bool] = False
+    replays: ClassVar[bool] = False
+    paper: ClassVar[str] = ""
+    fidelity: ClassVar[Literal["exact", "mechanism", "interpretation", "standard"]] = "standard"
+    context: Context
+
+    def setup(self, context: Context) -> None:
+        """Once, before anything else; check here what can only be known with model and stream at hand."""
+        self.context = context
+
+    def select_tasks(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        """The tasks that training passes through; joint training passes through the last alone."""
+        return tasks
+
+    def train_data(self, task: Task, past: Sequence[Task]) -> Data:
+        """The rows to train on; `task.train` unless a reference arm says otherwise."""
+        return task.train
+
+    def task_start(self, task: Task) -> None:
+        """A task begins; called once, also when the run was interrupted inside the task."""
+
+    def batch(self, batch: Batch) -> Batch:
+        """Change the batch before the forward pass: mix in replay, with origins and weights set."""
+        return batch
+
+    def objective(self, output: Output, batch: Batch) -> Tensor:
+        """Replace the default loss; at most one strategy of a run may."""
+        return self.context.loss(output, batch)
+
+    def penalty(self, output: Output, batch: Batch) -> Tensor | None:
+        """A scalar added to the loss, or None."""
+        return None
+
+    def gradient(self) -> None:
+        """Change `.grad` in place: after all-reduce and unscaling, before clipping."""
+
+    def step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Own the whole optimizer step and return its loss; at most one strategy of a run may."""
+        raise TypeError(f"{type(self).__name__} does not own the step")
+
+    def step_end(self, outcome: StepOutcome) -> None:
+        """An optimizer step is done."""
+
+    def task_end(self, task: Task) -> None:
+        """A task is trained: consolidate, snapshot, estimate importances, fill buffers."""
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Answer with something else than the model's own logits (for example the nearest mean)."""
+        raise TypeError(f"{type(self).__name__} does not predict")
+
+    def views(self) -> Mapping[str, Callable[[], AbstractContextManager[None]]]:
+        """Further ways to answer: by name a context manager within which the architecture is changed."""
+        return {}
+
+    def stored_bytes(self) -> int:
+        """Bytes kept for rows of earlier tasks (samples, tokens, stored logits): the replay budget."""
+        return 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that must survive an interruption: tensors and plain data."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+
+    def overrides(self, hook: str) -> bool:
+        """Whether this class defines `hook` itself."""
+        return getattr(type(self), hook) is not getattr(Strategy, hook)

@@ -1,0 +1,1 @@
+"""Controllers: strategies that change another strategy's knobs from measured forgetting."""

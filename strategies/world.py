@@ -1,0 +1,49 @@
+"""The processes that train one run together, as a strategy sees them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """Rank and size of the process group; every method is free when there is one process."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def current(cls) -> World:
+        """The initialised process group, or one process."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(rank=dist.get_rank(), size=dist.get_world_size())
+        return cls()
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Rows of all processes in rank order; every process must bring the same shape."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """The tensor of the process `source`, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, source)
+        return tensor
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Elementwise sum over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()

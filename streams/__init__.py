@@ -1,0 +1,1 @@
+"""Task sequences: text, images, diagnostics. Knows nothing of training."""

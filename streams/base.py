@@ -1,0 +1,204 @@
+"""What a stream is: tasks with data, sets to score, and the few facts a model needs of them.
+
+A stream of one's own is a class with `spec`, `tasks` and a constructor whose keyword arguments are its
+YAML options. `TensorData` serves anything that fits in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from clplat.streams.batch import Batch
+
+if TYPE_CHECKING:
+    from clplat.streams.scorers import Scorer
+
+Scenario = Literal["task", "domain", "class"]
+
+
+@runtime_checkable
+class Data(Protocol):
+    """A set of rows that is sliced, never collated."""
+
+    digest: str
+    """Identity of the content (hex)."""
+    nbytes: int
+    """Bytes of all rows: what replay budgets are a share of."""
+    tokens_per_row: int
+    """Target tokens a row holds; 1 for samples."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The rows `rows` (B,) long, as one batch."""
+        ...
+
+
+class TensorData:
+    """Rows held as tensors: slicing is one index operation on the device where they live."""
+
+    tokens_per_row = 1
+
+    def __init__(self, inputs: Tensor, targets: Tensor, *, task: int) -> None:
+        """`inputs` (N, ...), `targets` (N,) long; `task` is the index of the task that they belong to."""
+        if len(inputs) != len(targets):
+            raise ValueError(f"inputs have {len(inputs)} rows, targets {len(targets)}")
+        self.inputs, self.targets = inputs, targets
+        self.task = torch.full((len(inputs),), task, dtype=torch.long, device=inputs.device)
+        self.nbytes = inputs.nbytes + targets.nbytes
+        self.digest = digest(inputs, targets)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def batch(self, rows: Tensor) -> Batch:
+        return Batch(inputs=self.inputs[rows], targets=self.targets[rows], task=self.task[rows])
+
+    def to(self, device: torch.device | str) -> TensorData:
+        """The same rows on another device."""
+        moved = object.__new__(TensorData)
+        moved.__dict__ |= self.__dict__ | {n: getattr(self, n).to(device) for n in ("inputs", "targets", "task")}
+        return moved
+
+
+class JoinedData:
+    """Several sets as one, in order: what joint and cumulative training read."""
+
+    def __init__(self, parts: Sequence[Data]) -> None:
+        self.parts = list(parts)
+        self.starts = torch.tensor([0, *(len(part) for part in parts)]).cumsum(0)
+        self.nbytes = sum(part.nbytes for part in parts)
+        self.tokens_per_row = parts[0].tokens_per_row
+        self.digest = hashlib.sha256("".join(part.digest for part in parts).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The rows, grouped by the set they come from."""
+        owner = torch.searchsorted(self.starts, rows, right=True) - 1
+        taken = [
+            part.batch(rows[owner == number] - self.starts[number])
+            for number, part in enumerate(self.parts)
+            if bool((owner == number).any())
+        ]
+        names = taken[0].tensors().keys()
+        return Batch.from_tensors({name: torch.cat([batch.tensors()[name] for batch in taken]) for name in names})
+
+    def to(self, device: torch.device | str) -> JoinedData:
+        """The same rows with those parts that can move on another device."""
+        return JoinedData([part.to(device) if hasattr(part, "to") else part for part in self.parts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A number that a scorer reports, with the direction in which it is good."""
+
+    higher_is_better: bool
+    unit: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """Rows to be scored, and how."""
+
+    name: str
+    data: Data
+    scorer: Scorer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How long to train on a task: exactly one of the first three, and an optional early end.
+
+    `until` stops a task early once the headline metric on its validation set (its test set is never used
+    for this) reaches the threshold: at or above for metrics where higher is better, at or below otherwise.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    tokens: int | None = None
+    until: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"budget: give exactly one of steps, epochs or tokens; got {given or 'none'}")
+        if getattr(self, given[0]) <= 0:
+            raise ValueError(f"budget.{given[0]}: must be positive, got {getattr(self, given[0])}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One station of a stream.
+
+    `classes` are the output units that the task introduces (None for language). `headline` names the metric
+    of `test.scorer` that goals and summary metrics use, read through the view `view`. `budget` overrides the
+    study's. A strategy may look at the boundary only where `boundary_known`.
+    """
+
+    index: int
+    name: str
+    train: Data
+    test: EvalSet
+    val: EvalSet | None = None
+    classes: tuple[int, ...] | None = None
+    headline: str
+    view: str = "default"
+    budget: Budget | None = None
+    boundary_known: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What an architecture has to know of a stream in order to be built.
+
+    `num_outputs` is the number of classes, or the vocabulary size. `input_shape` is the shape of one sample,
+    or (T,) for token rows. `scenario` is None for language.
+    """
+
+    kind: Literal["classify", "language"]
+    input_shape: tuple[int, ...]
+    num_outputs: int
+    scenario: Scenario | None = None
+    end_token: int | None = None
+
+
+class Stream:
+    """An ordered sequence of tasks.
+
+    A subclass sets `spec` and `tasks` in `prepare`, which may read files, tokenise and fill caches; its
+    constructor only checks its options, so that a wrong configuration fails at once. A constructor that has a
+    parameter `seed` is given the run's seed. `probes` are sets scored after every task beside the result table.
+    """
+
+    spec: Spec
+    tasks: Sequence[Task]
+    probes: Sequence[EvalSet] = ()
+    paper: str = ""
+
+    def prepare(self) -> None:
+        """Read, tokenise, cache: everything that takes time. Called once, before anything else is asked."""
+
+    def order(self) -> str:
+        """The task order as one short word for tags and tables."""
+        return ">".join(task.name for task in self.tasks)
+
+    def facts(self) -> Mapping[str, object]:
+        """Plain data worth logging once (sizes, shares, how the data was split)."""
+        return {}
+
+
+def digest(*tensors: Tensor) -> str:
+    """Identity of some tensors' content: 16 hex digits of SHA-256 over dtype, shape and bytes."""
+    state = hashlib.sha256()
+    for tensor in tensors:
+        state.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()[:16]
