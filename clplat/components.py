@@ -1,0 +1,199 @@
+"""Components by name: find, check and build the classes that a configuration names.
+
+A bare class name is looked up in its wing's source files, without importing them; a dotted name is imported,
+also from the current folder, so that a class in one's own file needs no registration.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from clplat.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """A class by import path, and its keyword arguments."""
+
+    class_path: str
+    init_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wing:
+    """A family of components: where they live, their base class, and what the platform passes in itself."""
+
+    package: str
+    base: str
+    supplied: frozenset[str] = frozenset()
+
+
+WINGS = {
+    "stream": Wing(package="clplat.streams", base="Stream", supplied=frozenset({"seed"})),
+    "architecture": Wing(package="clplat.architectures", base="Architecture", supplied=frozenset({"spec"})),
+    "strategy": Wing(package="clplat.strategies", base="Strategy"),
+    "optimizer": Wing(package="clplat.strategies.optimizers", base="Optimizer", supplied=frozenset({"params"})),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A component as `clplat list` shows it."""
+
+    name: str
+    path: str
+    line: str
+    paper: str
+
+
+@cache
+def catalogue(wing: str) -> dict[str, Entry]:
+    """The components of a wing by bare name, read from the source text of its modules."""
+    package = WINGS[wing].package
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    root = Path(spec.origin).parent
+    classes: dict[str, tuple[Entry, list[str]]] = {}
+    for file in sorted(root.rglob("*.py")):
+        module = ".".join([package, *file.relative_to(root).with_suffix("").parts]).removesuffix(".__init__")
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                classes[node.name] = (_entry(node, module), [ast.unparse(base).split(".")[-1] for base in node.bases])
+    base = WINGS[wing].base
+
+    def descends(name: str) -> bool:
+        parents = classes[name][1] if name in classes else []
+        return base in parents or any(descends(parent) for parent in parents if parent != name)
+
+    return {
+        name: entry
+        for name, (entry, _) in classes.items()
+        if descends(name) and name not in {"Controller"} and not name.startswith("_")
+    }
+
+
+def _entry(node: ast.ClassDef, module: str) -> Entry:
+    doc = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
+    paper = ""
+    for item in node.body:
+        target = item.targets[0] if isinstance(item, ast.Assign) else getattr(item, "target", None)
+        value = getattr(item, "value", None)
+        if isinstance(target, ast.Name) and target.id == "paper" and isinstance(value, ast.Constant):
+            paper = str(value.value)
+    return Entry(name=node.name, path=f"{module}.{node.name}", line=doc, paper=paper)
+
+
+def resolve(name: str, wing: str, key: str) -> type:
+    """The class that `name` means for the configuration key `key`; a clear error with near names otherwise."""
+    known = catalogue(wing)
+    path = known[name].path if name in known else name
+    if "." not in path:
+        if wing == "optimizer":
+            return resolve(f"torch.optim.{name}", wing, key)
+        raise ConfigError(
+            f"{key}.class_path: no {wing} is called {name!r}{nearest(name, known)} "
+            f"(a class of your own is named by its import path, as in my_module.{name})"
+        )
+    module_name, _, class_name = path.rpartition(".")
+    try:
+        with _current_folder_importable():
+            module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and not module_name.startswith(error.name):
+            raise ConfigError(f"{key}.class_path: {path!r} needs the package {error.name!r}, which is missing") from error
+        raise ConfigError(
+            f"{key}.class_path: there is no module {module_name!r} to import {class_name!r} from"
+            f"{nearest(class_name, known)}"
+        ) from error
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        classes = [n for n, value in vars(module).items() if isinstance(value, type)]
+        raise ConfigError(f"{key}.class_path: {module_name} has no class {class_name!r}{nearest(class_name, classes)}")
+    _check_family(found, wing, key)
+    return found
+
+
+def _check_family(found: type, wing: str, key: str) -> None:
+    base = WINGS[wing].base
+    if base not in {parent.__name__ for parent in found.__mro__}:
+        raise ConfigError(f"{key}.class_path: {found.__name__} is not a {wing}; it must inherit from {base}")
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    """Only while importing: a folder called `kernels` on the path for good breaks transformers."""
+    folder = str(Path.cwd())
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+
+
+def checked(component: Component, wing: str, key: str) -> Component:
+    """The component with its full class path and every option checked, converted and filled in."""
+    found = resolve(component.class_path, wing, key)
+    options = _options(found, wing)
+    for name in component.init_args:
+        if name not in options:
+            known = [option for option in options if options[option].kind is not inspect.Parameter.VAR_KEYWORD]
+            raise ConfigError(f"{key}.init_args.{name}: {found.__name__} has no such option{nearest(name, known)}")
+    given = {name: value for name, value in component.init_args.items() if name not in WINGS[wing].supplied}
+    parser = _parser(found, wing)
+    try:
+        parsed = parser.parse_object(given)
+    except Exception as error:  # noqa: BLE001 - jsonargparse raises several unrelated types for bad input
+        raise ConfigError(f"{key}.init_args{_reason(error)}") from error
+    from jsonargparse import Namespace
+
+    plain = {n: v.as_dict() if isinstance(v, Namespace) else v for n, v in vars(parsed).items()}
+    return Component(class_path=f"{found.__module__}.{found.__qualname__}", init_args=plain)
+
+
+def build(component: Component, wing: str, key: str, supplied: Mapping[str, Any] | None = None) -> Any:
+    """An instance of the component; `supplied` are arguments that the platform passes where they are declared."""
+    found = resolve(component.class_path, wing, key)
+    options = _options(found, wing)
+    extra = {name: value for name, value in (supplied or {}).items() if name in options}
+    given = {name: value for name, value in component.init_args.items() if name not in WINGS[wing].supplied}
+    parser = _parser(found, wing)
+    try:
+        built = parser.instantiate_classes(parser.parse_object(given))
+    except Exception as error:  # noqa: BLE001 - as in `checked`
+        raise ConfigError(f"{key}.init_args{_reason(error)}") from error
+    try:
+        return found(**extra, **vars(built))
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _parser(found: type, wing: str) -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(found, skip=set(WINGS[wing].supplied), fail_untyped=False)
+    return parser
+
+
+def _options(found: type, wing: str) -> dict[str, inspect.Parameter]:
+    signature = inspect.signature(found.__init__)
+    return {name: option for name, option in signature.parameters.items() if name != "self"}
+
+
+def _reason(error: Exception) -> str:
+    """jsonargparse's message as `.key: expected …`, on one line and without its Python types' dress."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+    match = re.match(r'Parser key "([\w.]+)": (.*)', text)
+    return f".{match[1]}: {match[2]}" if match else f": {text}"

@@ -1,0 +1,44 @@
+"""Errors that clplat explains in one paragraph: what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ClplatError(Exception):
+    """Base of all errors shown to a person without a traceback."""
+
+
+class ConfigError(ClplatError):
+    """A configuration that cannot be run; raised before any training."""
+
+
+class NotFiniteError(ClplatError):
+    """A loss or a weight became NaN or infinite; the last good checkpoint is untouched."""
+
+
+class RunBusyError(ClplatError):
+    """Another process works on this run."""
+
+
+class StorageError(ClplatError):
+    """The run folder cannot be written (full disk, permissions)."""
+
+
+class Interrupted(BaseException):
+    """Somebody asked the run to stop; its state is saved. Not an `Exception`, so nothing swallows it."""
+
+    def __init__(self, signal_name: str) -> None:
+        super().__init__(signal_name)
+        self.signal_name = signal_name
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or the list of what is known when nothing is near."""
+    options = sorted(known)
+    lowered = {option.lower(): option for option in options}
+    close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)
+    if close:
+        return "; did you mean " + " or ".join(repr(lowered[match]) for match in close) + "?"
+    return f"; known: {', '.join(options)}" if options else ""
