@@ -18,27 +18,15 @@ import yaml
 
 from clplat.components import Component, checked
 from clplat.errors import ConfigError, nearest
-
-
-@dataclass(frozen=True, kw_only=True)
-class BudgetConfig:
-    """How long to train on each task: exactly one of steps, epochs, tokens."""
-
-    steps: int | None = None
-    """Optimizer steps."""
-    epochs: float | None = None
-    """Passes over the task's rows."""
-    tokens: int | None = None
-    """Target tokens of the current task (replayed ones come on top)."""
-    until: float | None = None
-    """End a task early once the headline metric on its validation set reaches this value."""
+from clplat.streams.base import Budget
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How a task is trained."""
 
-    budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(epochs=1))
+    budget: Budget = field(default_factory=lambda: Budget(epochs=1))
+    """How long, each task: exactly one of steps, epochs, tokens; and `until`, see `streams.base.Budget`."""
     batch_size: int = 32
     """Current rows of one forward pass over all processes; replay rows are added to them."""
     accumulate: int = 1
@@ -255,7 +243,7 @@ def _check_keys(cls: type, data: Any, path: str) -> None:
 _NESTED = {
     cls.__name__: cls
     for cls in (
-        Component, BudgetConfig, TrainingConfig, EvaluationConfig, CheckpointConfig, TrackingConfig, LauncherConfig
+        Component, Budget, TrainingConfig, EvaluationConfig, CheckpointConfig, TrackingConfig, LauncherConfig
     )
 }  # fmt: skip
 
@@ -279,12 +267,6 @@ def expand(study: StudyConfig) -> list[RunConfig]:
 
 
 def _with_checked_components(run: RunConfig) -> RunConfig:
-    from clplat.streams.base import Budget
-
-    try:
-        Budget(**plain(run.training.budget))
-    except ValueError as error:
-        raise ConfigError(f"training.{error}") from error
     return dataclasses.replace(
         run,
         stream=checked(run.stream, "stream", "stream"),

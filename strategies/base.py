@@ -26,12 +26,14 @@ class Context:
     `generator` is the run's `strategy` random source (CPU), equal on all processes. `loss(output, batch)` is the
     default objective: Σ over origins of weight × mean cross-entropy. `row_loss` gives it unreduced, (B,) or
     (B, T), 0 where ignored. `logits(batch)` forwards and hides the classes that the scenario hides.
-    `batches(data, batch_size)` walks a set once, in order, on the learner's device. `task` is the current
-    task (None before the first), `past` those already trained on, `step` the optimizer steps done in the run.
+    `batches(data, batch_size)` walks a set once, in order, on the learner's device. `tasks` are all of the
+    stream, `task` is the current one (None before the first), `past` those already trained on, `step` the
+    optimizer steps done in the run.
     """
 
     architecture: Architecture
     spec: Spec
+    tasks: Sequence[Task]
     world: World
     generator: torch.Generator
     loss: Callable[[Output, Batch], Tensor]

@@ -1,0 +1,128 @@
+"""From a configuration to the living parts of a run: stream, architecture, strategies, learner, evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clplat.architectures.base import Architecture, device_of
+from clplat.components import build
+from clplat.config import RunConfig
+from clplat.errors import ConfigError
+from clplat.evaluation import Evaluator
+from clplat.hooks import Hooks
+from clplat.learner import Learner
+from clplat.objective import Objective
+from clplat.randomness import generator, seed_global
+from clplat.strategies.base import Context
+from clplat.strategies.world import World
+from clplat.streams.base import Data, Stream
+from clplat.streams.batch import Batch
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """Everything that a run works with, built and checked, on its device."""
+
+    stream: Stream
+    architecture: Architecture
+    hooks: Hooks
+    learner: Learner
+    evaluator: Evaluator
+    context: Context
+    world: World
+    device: torch.device
+
+
+def assemble(config: RunConfig, world: World, check_stop: Callable[[], None] = lambda: None) -> Parts:
+    """Build all parts; whatever is wrong with the configuration is said here, before any training."""
+    stream = prepared_stream(config)
+    architecture = built_architecture(config, stream)
+    hooks = Hooks({n: build(c, "strategy", f"strategies.{n}") for n, c in config.strategies.items()})
+    device = device_for(config.training.accelerator)
+    objective = Objective(stream.spec, stream.tasks).to(device)
+    architecture.to(device)
+    context = _context(config, stream, architecture, objective, world)
+    hooks.setup(context)
+    if config.training.accumulate > 1 and hooks.step_owner is not None:
+        raise ConfigError("training.accumulate: a strategy of this run owns the step, which rules out accumulation")
+    evaluator = Evaluator(
+        architecture=architecture, objective=objective, hooks=hooks, tasks=stream.tasks, probes=stream.probes,
+        world=world, batch_size=config.evaluation.batch_size, precision=config.training.precision,
+        check_stop=check_stop,
+    )  # fmt: skip
+    learner = Learner(architecture, objective, hooks, config.training)
+    return Parts(
+        stream=stream, architecture=architecture, hooks=hooks, learner=learner, evaluator=evaluator,
+        context=context, world=world, device=device,
+    )  # fmt: skip
+
+
+def prepared_stream(config: RunConfig) -> Stream:
+    """The stream with its data read, every task checked not to be empty."""
+    stream: Stream = build(config.stream, "stream", "stream", {"seed": config.seed})
+    try:
+        stream.prepare()
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"stream: {error}") from error
+    if not stream.tasks:
+        raise ConfigError(f"stream: {type(stream).__name__} has no tasks")
+    for task in stream.tasks:
+        for name, data in (("training", task.train), ("test", task.test.data)):
+            if len(data) == 0:
+                raise ConfigError(f"stream: task {task.name!r} has no {name} rows; leave it out or give it data")
+    return stream
+
+
+def built_architecture(config: RunConfig, stream: Stream) -> Architecture:
+    """The architecture with the initial weights of this seed, the same for every variant."""
+    seed_global(config.seed, "init")
+    architecture: Architecture = build(config.architecture, "architecture", "architecture", {"spec": stream.spec})
+    if stream.spec.kind == "language" and architecture.causal is not True:
+        raise ConfigError(
+            f"architecture: {type(architecture).__name__} is not causal, and a language stream would let it read the "
+            "tokens that it has to predict; choose a causal architecture, for example Transformer"
+        )
+    return architecture
+
+
+def device_for(accelerator: str) -> torch.device:
+    """This process's device."""
+    import os
+
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("training.accelerator: 'gpu' was asked for, and torch sees none; use 'auto' or 'cpu'")
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def _context(
+    config: RunConfig, stream: Stream, architecture: Architecture, objective: Objective, world: World
+) -> Context:
+    def batches(data: Data, batch_size: int) -> Iterator[Batch]:
+        for rows in torch.arange(len(data)).split(batch_size):
+            yield data.batch(rows).to(device_of(architecture))
+
+    return Context(
+        architecture=architecture,
+        spec=stream.spec,
+        tasks=stream.tasks,
+        world=world,
+        generator=generator(config.seed, "strategy"),
+        loss=objective,
+        row_loss=objective.row_loss,
+        masked=objective.masked,
+        batches=batches,
+        batch_size=config.training.batch_size,
+        device=lambda: device_of(architecture),
+    )
+
+
+def load_weights(architecture: Architecture, state: dict[str, Any]) -> None:
+    """Grow the architecture to its saved structure, then load its saved weights."""
+    architecture.restructure(state["structure"])
+    architecture.load_state_dict(state["architecture"])

@@ -1,0 +1,65 @@
+"""What a run costs: counted while it runs, reported beside every score."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+
+@dataclass(kw_only=True)
+class Costs:
+    """Running totals of one run; they survive interruptions with the checkpoint.
+
+    Seconds are wall time, of training steps alone (`training_seconds`, without evaluation and checkpoints) and
+    of evaluation. `training_flops` is three times the forward operations (forward once, backward twice) of all
+    rows, replayed ones included.
+    """
+
+    training_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    boundary_seconds: float = 0.0
+    steps: int = 0
+    rows_current: int = 0
+    rows_replay: int = 0
+    training_flops: float = 0.0
+    peak_memory_bytes: int = 0
+
+    @contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        """Add the time inside to `KIND_seconds`; time of an inner kind is taken from an outer training."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            setattr(self, f"{kind}_seconds", getattr(self, f"{kind}_seconds") + spent)
+
+    def measure_memory(self) -> None:
+        """Peak of device memory where there is a GPU, else of the process."""
+        if torch.cuda.is_available():
+            now = torch.cuda.max_memory_allocated()
+        else:
+            # Linux counts in KiB, macOS in bytes.
+            now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        self.peak_memory_bytes = max(self.peak_memory_bytes, now)
+
+    def metrics(self, *, tokens_per_row: int) -> dict[str, float]:
+        """The totals under the names that reports use."""
+        rows = self.rows_current + self.rows_replay
+        found = {f"cost/{name}": float(value) for name, value in asdict(self).items()}
+        seconds = max(self.training_seconds, 1e-9)
+        unit = "tokens" if tokens_per_row > 1 else "samples"
+        found[f"cost/{unit}_per_second"] = rows * tokens_per_row / seconds
+        found["cost/replay_ratio"] = self.rows_replay / max(1, self.rows_current)
+        return found
+
+    def load(self, state: dict[str, float]) -> None:
+        """Continue from totals saved with a checkpoint."""
+        for item in fields(self):
+            setattr(self, item.name, state[item.name])

@@ -1,0 +1,155 @@
+"""Scoring: every task through every view, from no training randomness and with no trace left in the learner."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from clplat.architectures.base import Architecture, device_of
+from clplat.hooks import Hooks
+from clplat.metrics import Cell
+from clplat.objective import Objective
+from clplat.randomness import preserved
+from clplat.strategies.world import World
+from clplat.streams.base import EvalSet, Task
+from clplat.streams.batch import Batch
+
+
+class View:
+    """A learner as scorers see it (`streams.scorers.Answerer`): through one view, among the tasks seen."""
+
+    def __init__(
+        self, architecture: Architecture, objective: Objective, hooks: Hooks, seen: Sequence[int], precision: str
+    ) -> None:
+        self.architecture, self.objective, self.predictor = architecture, objective, hooks.predictor
+        self.seen, self.precision = list(seen), precision
+
+    def logits(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            if self.predictor is not None:
+                return self.predictor.predict(batch)
+            return self.objective.seen(self.architecture(batch), batch, self.seen)
+
+    def generate(self, prompts: list[list[int]], *, max_new_tokens: int, stop: int | None) -> list[list[int]]:
+        from clplat.architectures.generation import greedy
+
+        with self._autocast():
+            return greedy(self.architecture, prompts, max_new_tokens=max_new_tokens, stop=stop)
+
+    def device(self) -> torch.device:
+        return device_of(self.architecture)
+
+    def fork(self) -> View:
+        """A copy whose architecture may change: for adaptive scorers."""
+        forked = copy.copy(self)
+        forked.architecture = copy.deepcopy(self.architecture)
+        return forked
+
+    def _autocast(self) -> torch.autocast | nullcontext[None]:
+        kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+        if self.precision not in kinds:
+            return nullcontext()
+        return torch.autocast(self.device().type, dtype=kinds[self.precision])
+
+
+class Evaluator:
+    """Scores the tasks of a stream; `stop_requested` is asked between sets, so that a signal need not wait."""
+
+    def __init__(
+        self,
+        *,
+        architecture: Architecture,
+        objective: Objective,
+        hooks: Hooks,
+        tasks: Sequence[Task],
+        probes: Sequence[EvalSet],
+        world: World,
+        batch_size: int,
+        precision: str,
+        check_stop: Callable[[], None],
+    ) -> None:
+        self.architecture, self.objective, self.hooks = architecture, objective, hooks
+        self.tasks, self.probes, self.world = tasks, probes, world
+        self.batch_size, self.precision, self.check_stop = batch_size, precision, check_stop
+
+    def cells(self, seen: Sequence[int]) -> list[Cell]:
+        """Scores of all tasks and probes for a learner that has been trained on the tasks `seen`."""
+        found: list[Cell] = []
+        with self._undisturbed():
+            for name, entered in ({"default": nullcontext} | self.hooks.views()).items():
+                with entered():
+                    view = View(self.architecture, self.objective, self.hooks, seen, self.precision)
+                    for task in self.tasks:
+                        self.check_stop()
+                        found += self._task_cells(task, view, name)
+                    for probe in self.probes:
+                        self.check_stop()
+                        found += self._set_cells(probe, view, name, index=None, headline=None)
+        return found
+
+    def validation(self, task: Task, seen: Sequence[int]) -> float:
+        """The headline metric on the task's validation set."""
+        if task.val is None:
+            raise ValueError(f"task {task.name!r} has no validation set, which `training.budget.until` needs")
+        with self._undisturbed():
+            view = View(self.architecture, self.objective, self.hooks, seen, self.precision)
+            return self._scores(task.val, view)[task.headline][0]
+
+    def _task_cells(self, task: Task, view: View, name: str) -> list[Cell]:
+        headline = task.headline if task.view == name else None
+        if self.objective.spec.scenario == "class" and task.index not in view.seen:
+            # Its classes are not among the answers yet: a score would say nothing.
+            scores = {metric: (float("nan"), float("nan"), 0.0) for metric in task.test.scorer.metrics}
+            return self._as_cells(task.test, scores, name, task.name, task.index, headline)
+        return self._set_cells(task.test, view, name, index=task.index, headline=headline, label=task.name)
+
+    def _set_cells(
+        self, test: EvalSet, view: View, name: str, *, index: int | None, headline: str | None, label: str = ""
+    ) -> list[Cell]:
+        return self._as_cells(test, self._scores(test, view), name, label or test.name, index, headline)
+
+    def _as_cells(
+        self,
+        test: EvalSet,
+        scores: dict[str, tuple[float, float, float]],
+        view: str,
+        label: str,
+        index: int | None,
+        headline: str | None,
+    ) -> list[Cell]:
+        return [
+            Cell(
+                view=view, metric=metric, task=label, index=index, value=value, total=total, count=count,
+                higher_is_better=test.scorer.metrics[metric].higher_is_better, headline=metric == headline,
+            )
+            for metric, (value, total, count) in scores.items()
+        ]  # fmt: skip
+
+    def _scores(self, test: EvalSet, view: View) -> dict[str, tuple[float, float, float]]:
+        """Value, sum and count of each metric, over all processes."""
+        rows = torch.arange(len(test.data))[self.world.rank :: self.world.size]
+        answerer = view.fork() if test.scorer.adaptive else view
+        sums = test.scorer.score(answerer, test.data, rows, self.batch_size)
+        table = torch.stack([sums[name] for name in test.scorer.metrics]).double().to(view.device())
+        totals = self.world.sum(table).cpu().tolist()
+        return {
+            name: (total / count if count else float("nan"), total, count)
+            for name, (total, count) in zip(test.scorer.metrics, totals, strict=True)
+        }
+
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Evaluation mode, no gradients, and every random source as it was afterwards."""
+        modes = {module: module.training for module in self.architecture.modules()}
+        self.architecture.eval()
+        # Not inference mode: memories that learn while they read need versioned tensors.
+        with preserved(), torch.no_grad():
+            try:
+                yield
+            finally:
+                for module, training in modes.items():
+                    module.training = training

@@ -1,0 +1,187 @@
+"""Training on one task: a new Trainer, the batches that are left, and what happens after each optimizer step."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lightning import Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+from clplat.config import TrainingConfig
+from clplat.loaders import RowOrder, TaskLoader
+from clplat.streams.base import Task
+
+if TYPE_CHECKING:
+    from clplat.run import Run
+
+
+def fit(run: Run, task: Task) -> None:
+    """Train until the task's budget is used, starting at the batch after the last finished one."""
+    loader = task_loader(run, task)
+    learner = run.parts.learner
+    steps = TaskSteps(run, task, total=loader.stop // run.config.training.accumulate)
+    learner.after_step = steps.after_step
+    if len(loader):
+        learner.train()
+        with _quiet():
+            new_trainer(run.config.training, run.parts.device, run.world.size).fit(learner, loader)
+        learner.to(run.parts.device)  # the Trainer leaves it on the CPU
+    steps.close()
+
+
+def task_loader(run: Run, task: Task) -> TaskLoader:
+    """The batches of a task that are still to come."""
+    training, context, world = run.config.training, run.parts.context, run.world
+    data = run.parts.hooks.train_data(task, context.past)
+    order = RowOrder(
+        len(data), batch_size=training.batch_size, seed=run.config.seed, task=task.index, rank=world.rank,
+        size=world.size,
+    )  # fmt: skip
+    factor = run.parts.hooks.budget_factor(task)
+    # Epochs and tokens are counted on the task's own rows: an arm that reads more data takes as many steps.
+    own = RowOrder(
+        len(task.train), batch_size=training.batch_size, seed=run.config.seed, task=task.index, size=world.size
+    )
+    total = own.total_batches(run.budget(task), data.tokens_per_row, training.accumulate, factor)
+    learner = run.parts.learner
+    learner.total_steps = total // training.accumulate
+    if training.schedule_span == "stream":
+        learner.total_steps *= len(run.path)
+    return TaskLoader(
+        data, order, start=learner.batches, stop=total, workers=training.workers, device=run.parts.device
+    )
+
+
+def new_trainer(training: TrainingConfig, device: Any, processes: int) -> Trainer:
+    """One Trainer for one task: a second `fit` on the same one would run no step and say nothing."""
+    strategy: Any = "auto"
+    if processes > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        strategy = DDPStrategy(process_group_backend=backend)
+    return Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=([device.index] if device.type == "cuda" and processes == 1 else processes),
+        strategy=strategy,
+        precision=training.precision,
+        max_epochs=1,
+        accumulate_grad_batches=training.accumulate,
+        use_distributed_sampler=False,
+        barebones=True,
+    )
+
+
+class TaskSteps:
+    """What the platform does between optimizer steps: log, score, observe, save, stop."""
+
+    def __init__(self, run: Run, task: Task, *, total: int) -> None:
+        self.run, self.task, self.total = run, task, total
+        self.log_every = run.config.tracking.log_every
+        self.evaluate_every = run.config.evaluation.every
+        self.until = run.budget(task).until
+        self._resumed_at = time.perf_counter()
+        self._loss_sums: dict[int, list[float]] = {}
+
+    def after_step(self) -> None:
+        """Called once per optimizer step; cheap unless something is due."""
+        run, learner = self.run, self.run.parts.learner
+        step = learner.global_steps
+        run.parts.context.step = step
+        log = step % self.log_every == 0
+        if log:
+            self._log(step)
+        if self.evaluate_every and step % self.evaluate_every == 0:
+            self._score(step)
+        self._observe_steps(step)
+        if run.world.size == 1 or log:
+            self._save_if_due()
+
+    def close(self) -> None:
+        """The task's last, incomplete window of losses."""
+        self._log(self.run.parts.learner.global_steps)
+        self.run.parts.learner.after_step = lambda: None
+
+    def _log(self, step: int) -> None:
+        run, learner = self.run, self.run.parts.learner
+        logged = learner.flush(run.world)
+        self._count_time()
+        if logged:
+            rate = learner.current_rate()
+            if run.journal is not None:
+                values = {f"train/{name}": value for name, value in logged.items()}
+                run.journal.metrics(step, values | ({"train/learning_rate": rate} if rate is not None else {}))
+            done = learner.batches // run.config.training.accumulate
+            run.progress.step(self.task.name, done, self.total, logged.get("loss"))
+
+    def _count_time(self) -> None:
+        """Move what was counted since the last time into the run's totals."""
+        run, learner = self.run, self.run.parts.learner
+        now = time.perf_counter()
+        run.costs.training_seconds += now - self._resumed_at
+        self._resumed_at = now
+        rows, replayed = learner.rows["current"] * run.world.size, learner.rows["replay"] * run.world.size
+        learner.rows = {"current": 0, "replay": 0}
+        run.costs.rows_current += rows
+        run.costs.rows_replay += replayed
+        run.costs.steps = learner.global_steps
+        run.costs.training_flops += 3 * run.parts.architecture.flops_per_row() * (rows + replayed)
+
+    def _score(self, step: int) -> None:
+        run = self.run
+        self._count_time()
+        seen = run.tasks_seen(self.task)
+        with run.costs.timed("evaluation"):
+            cells = run.parts.evaluator.cells(seen)
+        run.forgetting = run.table.forgetting_by_task(cells)
+        if run.journal is not None:
+            run.journal.curve(step, self.task.index, cells)
+        run.observe("evaluation", None)
+        if self.until is not None:
+            self._stop_when_good(seen)
+        self._resumed_at = time.perf_counter()
+
+    def _stop_when_good(self, seen: list[int]) -> None:
+        value = self.run.parts.evaluator.validation(self.task, seen)
+        higher = self.task.test.scorer.metrics[self.task.headline].higher_is_better
+        if (value >= self.until) if higher else (value <= self.until):
+            self.run.parts.learner.trainer.should_stop = True
+
+    def _observe_steps(self, step: int) -> None:
+        for controller in self.run.parts.hooks.controllers:
+            if controller.observe_every and step % controller.observe_every == 0:
+                self.run.observe("step", self.run.parts.learner.recent_loss())
+                return
+
+    def _save_if_due(self) -> None:
+        run = self.run
+        due, stop = run.checkpoints.due(), run.interruption.requested is not None
+        if run.world.size > 1:
+            due, stop = run.agreed(due), run.agreed(stop)
+        if stop:
+            self._count_time()
+            run.save("train")
+            run.interruption.leave()
+        if due:
+            self._count_time()
+            run.save("train")
+            self._resumed_at = time.perf_counter()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's remarks on settings that are deliberate here."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,117 @@
+"""The strategies of a run as one: which of them has which hook, and in what order they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from clplat.architectures.base import Output, StepOutcome
+from clplat.errors import ConfigError, nearest
+from clplat.strategies.base import Context, Strategy
+from clplat.strategies.controllers.base import Action, Controller
+from clplat.streams.base import Data, Task
+from clplat.streams.batch import Batch
+
+
+class Hooks:
+    """Calls every strategy that overrides a hook, in the order of the configuration."""
+
+    def __init__(self, strategies: Mapping[str, Strategy]) -> None:
+        self.strategies = dict(strategies)
+        self.with_batch = self._having("batch")
+        self.with_penalty = [(name, s) for name, s in self.strategies.items() if s.overrides("penalty")]
+        self.with_gradient = self._having("gradient")
+        self.with_step_end = self._having("step_end")
+        self.objective = self._at_most_one("objective")
+        self.step_owner = self._at_most_one("step")
+        self.predictor = self._at_most_one("predict")
+        self.controllers = [s for s in self.strategies.values() if isinstance(s, Controller)]
+
+    def _having(self, hook: str) -> list[Strategy]:
+        return [strategy for strategy in self.strategies.values() if strategy.overrides(hook)]
+
+    def _at_most_one(self, hook: str) -> Strategy | None:
+        owners = [name for name, strategy in self.strategies.items() if strategy.overrides(hook)]
+        if len(owners) > 1:
+            raise ConfigError(f"strategies: {' and '.join(owners)} both define `{hook}`; only one strategy of a run may")
+        return self.strategies[owners[0]] if owners else None
+
+    def setup(self, context: Context) -> None:
+        """Give every strategy its context; their objections become configuration errors that name them."""
+        for name, strategy in self.strategies.items():
+            try:
+                strategy.setup(context)
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"strategies.{name}: {error}") from error
+
+    def select_tasks(self, tasks: Sequence[Task]) -> Sequence[Task]:
+        for strategy in self._having("select_tasks"):
+            tasks = strategy.select_tasks(tasks)
+        return tasks
+
+    def train_data(self, task: Task, past: Sequence[Task]) -> Data:
+        owner = self._at_most_one("train_data")
+        return owner.train_data(task, past) if owner else task.train
+
+    def budget_factor(self, task: Task) -> float:
+        factor = 1.0
+        for strategy in self._having("budget_factor"):
+            factor *= strategy.budget_factor(task)
+        return factor
+
+    def task_start(self, task: Task) -> None:
+        for strategy in self._having("task_start"):
+            strategy.task_start(task)
+
+    def batch(self, batch: Batch) -> Batch:
+        for strategy in self.with_batch:
+            batch = strategy.batch(batch)
+        return batch
+
+    def penalties(self, output: Output, batch: Batch) -> dict[str, Tensor]:
+        """The penalties that apply, by strategy name."""
+        found = ((name, strategy.penalty(output, batch)) for name, strategy in self.with_penalty)
+        return {name: value for name, value in found if value is not None}
+
+    def step_end(self, outcome: StepOutcome) -> None:
+        for strategy in self.with_step_end:
+            strategy.step_end(outcome)
+
+    def task_end(self, task: Task) -> None:
+        for strategy in self._having("task_end"):
+            strategy.task_end(task)
+
+    def views(self) -> dict[str, Callable[[], AbstractContextManager[None]]]:
+        return {name: view for strategy in self.strategies.values() for name, view in strategy.views().items()}
+
+    def stored_bytes(self) -> int:
+        return sum(strategy.stored_bytes() for strategy in self.strategies.values())
+
+    def apply(self, action: Action) -> None:
+        """Carry out a controller's decision."""
+        target = self.strategies.get(action.strategy)
+        if target is None:
+            raise ConfigError(
+                f"a controller acts on the strategy {action.strategy!r}, which this run does not have"
+                f"{nearest(action.strategy, self.strategies)}"
+            )
+        if action.knob not in target.knobs:
+            raise ConfigError(
+                f"{type(target).__name__} has no knob {action.knob!r}{nearest(action.knob, target.knobs)}"
+            )
+        setattr(target, action.knob, action.value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            name: {"state": strategy.state_dict(), "knobs": {knob: getattr(strategy, knob) for knob in strategy.knobs}}
+            for name, strategy in self.strategies.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, strategy in self.strategies.items():
+            strategy.load_state_dict(state[name]["state"])
+            for knob, value in state[name]["knobs"].items():
+                setattr(strategy, knob, value)

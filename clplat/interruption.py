@@ -1,0 +1,58 @@
+"""Stopping on request: the first signal asks for a checkpoint and a clean end, the second ends at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from clplat.errors import Interrupted
+
+EXIT_REQUEUE = 75
+"""Exit code after SIGTERM and SIGUSR1: saved and ready to be started again (EX_TEMPFAIL)."""
+EXIT_INTERRUPT = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interruption:
+    """Whether somebody asked this process to stop."""
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+
+    def check(self, save: Callable[[], None] = lambda: None) -> None:
+        """Save and leave when a stop was asked for."""
+        if self.requested is not None:
+            save()
+            self.leave()
+
+    def leave(self) -> None:
+        """End the run now; the caller has saved what there is to save."""
+        raise Interrupted(self.requested or "SIGTERM")
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals over while inside; does nothing outside the main thread, where Python forbids it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[int, Any] = {number: signal.signal(number, self._asked) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None and number == signal.SIGINT:
+            os._exit(EXIT_INTERRUPT)
+        self.requested = signal.Signals(number).name
+
+
+def exit_code(signal_name: str) -> int:
+    """The code with which a process that was asked to stop ends."""
+    return EXIT_INTERRUPT if signal_name == "SIGINT" else EXIT_REQUEUE

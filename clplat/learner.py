@@ -1,0 +1,189 @@
+"""The learner: architecture, objective and strategies as the one LightningModule, and nothing else.
+
+`training_step` is the way of a batch: mix in replay, one forward, the loss as a sum of named terms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from clplat.architectures.base import Architecture, Output, State, StepOutcome
+from clplat.components import resolve
+from clplat.config import TrainingConfig
+from clplat.errors import NotFiniteError
+from clplat.hooks import Hooks
+from clplat.objective import Objective
+from clplat.streams.batch import Batch
+
+
+class Learner(LightningModule):
+    """Trains one architecture under the strategies of a run; the run loop owns everything between tasks.
+
+    `after_step` is called when an optimizer step is done, with that step's number within the task.
+    """
+
+    def __init__(
+        self, architecture: Architecture, objective: Objective, hooks: Hooks, training: TrainingConfig
+    ) -> None:
+        super().__init__()
+        self.architecture, self.objective, self.hooks, self.training_config = architecture, objective, hooks, training
+        self.automatic_optimization = hooks.step_owner is None
+        # Compiled forward and plain module share their weights; state_dict and strategies use the plain one.
+        self._forward = [torch.compile(architecture) if training.compile else architecture]
+        self.carried: State = None
+        self.window: dict[str, list[Tensor]] = {}
+        self.rows = {"current": 0, "replay": 0}
+        self.total_steps = 1
+        self.batches = 0
+        self.global_steps = 0
+        self.optimizer_state: dict[str, Any] | None = None
+        self.scaler_state: Mapping[str, Any] | None = None
+        self._finished: list[tuple[Batch, Output]] = []
+        self.after_step: Callable[[], None] = lambda: None
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of one batch: objective + auxiliary losses + penalties, each logged under its name."""
+        rows = len(batch)
+        if self.hooks.with_batch:
+            batch = self.hooks.batch(batch)
+        self.rows["current"] += rows
+        self.rows["replay"] += len(batch) - rows
+        if self.hooks.step_owner is not None:
+            loss = self.hooks.step_owner.step(batch, self.optimizers(use_pl_optimizer=False))  # type: ignore[arg-type]
+            self._note({"loss": loss})
+            return loss
+        output = self._forward[0](batch, self.carried)
+        if self.architecture.memory_life != "sequence":
+            self.carried = pytree.tree_map(lambda leaf: leaf.detach(), output.state)
+        owner = self.hooks.objective
+        loss = owner.objective(output, batch) if owner is not None else self.objective(output, batch)
+        terms = {"loss": loss}
+        if output.losses:
+            terms |= {f"loss_{name}": value for name, value in output.losses.items()}
+        if self.hooks.with_penalty:
+            terms |= {f"penalty_{name}": value for name, value in self.hooks.penalties(output, batch).items()}
+        self._note(terms)
+        self._finished.append((batch, output))
+        return torch.stack(list(terms.values())).sum() if len(terms) > 1 else loss
+
+    def _note(self, terms: Mapping[str, Tensor]) -> None:
+        """Keep loss terms on the device until somebody logs them: no synchronisation in a step."""
+        for name, value in terms.items():
+            self.window.setdefault(name, []).append(value.detach())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Strategies change the gradient after all-reduce and unscaling, before clipping."""
+        for strategy in self.hooks.with_gradient:
+            strategy.gradient()
+
+    def on_train_start(self) -> None:
+        """Continue with the optimizer of the interrupted, or of the last, task where there is one."""
+        if self.optimizer_state is not None:
+            self._optimizer().load_state_dict(self.optimizer_state)
+        if self.scaler_state:
+            self.trainer.precision_plugin.load_state_dict(dict(self.scaler_state))
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """The learning rate as a pure function of the step, so that resuming needs no scheduler state."""
+        config = self.training_config
+        if config.schedule == "constant" and not config.warmup:
+            return
+        step = (self.global_steps if config.schedule_span == "stream" else self.batches // config.accumulate)
+        factor = rate_factor(step, self.total_steps, config.schedule, config.warmup)
+        for group in self._optimizer().param_groups:
+            group.setdefault("initial_lr", group["lr"])
+            group["lr"] = group["initial_lr"] * factor
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Count what is finished; after an optimizer step, tell architecture, strategies and the run loop."""
+        self.batches += 1
+        if self.batches % self.training_config.accumulate:
+            return
+        self.global_steps += 1
+        if self.automatic_optimization:
+            self._tell_step_end()
+        self.after_step()
+
+    def _tell_step_end(self) -> None:
+        if self.hooks.with_step_end or type(self.architecture).step_end is not Architecture.step_end:
+            batch, output = self._finished[0]
+            if len(self._finished) > 1:
+                batch = reduce(Batch.joined, (part for part, _ in self._finished))
+                output = Output(logits=torch.cat([part.logits.detach() for _, part in self._finished]))
+            outcome = StepOutcome(
+                step=self.global_steps,
+                batch=batch,
+                output=output,
+                row_loss=lambda: self.objective.row_loss(output, batch).detach(),
+            )
+            self.architecture.step_end(outcome)
+            self.hooks.step_end(outcome)
+        self._finished.clear()
+
+    def on_train_end(self) -> None:
+        """Keep the optimizer's state where it is to live on in the next task."""
+        keep = self.training_config.optimizer_state == "keep"
+        self.optimizer_state = self._optimizer().state_dict() if keep else None
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The configured optimizer; a class with `for_module` is built from the module, not from a list."""
+        component = self.training_config.optimizer
+        found = resolve(component.class_path, "optimizer", "training.optimizer")
+        if hasattr(found, "for_module"):
+            return found.for_module(self.architecture, **component.init_args)
+        trainable = [p for p in self.architecture.parameters() if p.requires_grad]
+        return found(trainable, **component.init_args)
+
+    def configure_gradient_clipping(
+        self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        if self.training_config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.architecture.parameters(), self.training_config.clip_norm)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device, non_blocking=True)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizers(use_pl_optimizer=False)  # type: ignore[return-value]
+
+    def flush(self) -> dict[str, float]:
+        """Means of the loss terms since the last flush: the one place where training waits for the device."""
+        means = {name: torch.stack(values).float().mean() for name, values in self.window.items() if values}
+        self.window.clear()
+        values = torch.stack(list(means.values())).tolist() if means else []
+        logged = dict(zip(means, values, strict=True))
+        for name, value in logged.items():
+            if not math.isfinite(value):
+                raise NotFiniteError(
+                    f"{name}: became {value} by step {self.global_steps}. The last good checkpoint is kept; "
+                    "lower training.optimizer.init_args.lr, or set training.clip_norm."
+                )
+        return logged
+
+    def check_weights(self) -> None:
+        """Refuse to go on, and so to save, when a weight is not a number."""
+        sums = torch.stack([p.detach().float().sum() for p in self.architecture.parameters()])
+        if not bool(torch.isfinite(sums).all()):
+            raise NotFiniteError(
+                f"a weight became infinite or NaN by step {self.global_steps}. The last good checkpoint is kept; "
+                "lower training.optimizer.init_args.lr, or set training.clip_norm."
+            )
+
+
+def rate_factor(step: int, total: int, schedule: str, warmup: float) -> float:
+    """Factor of the learning rate at `step` of `total`: linear warm-up, then constant, cosine or linear decay."""
+    rising = warmup * total
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    progress = min(1.0, (step - rising) / max(1.0, total - rising))
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress if schedule == "linear" else 1.0

@@ -1,0 +1,67 @@
+"""The default objective: cross-entropy, summed over origins as weight × mean, with classes hidden by scenario."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clplat.architectures.base import Output
+from clplat.streams.base import Spec, Task
+from clplat.streams.batch import AUXILIARY, IGNORE, Batch
+
+
+class Objective(nn.Module):
+    """Cross-entropy for classification and language alike; a module so that its table follows the device.
+
+    In the `task` scenario each row is answered among its own task's classes, in training and in evaluation. In the
+    `class` scenario training sees the whole head and evaluation the classes met so far, as most papers do.
+    """
+
+    def __init__(self, spec: Spec, tasks: Sequence[Task]) -> None:
+        super().__init__()
+        self.spec = spec
+        table = torch.ones(len(tasks), spec.num_outputs, dtype=torch.bool)
+        if spec.scenario in ("task", "class"):
+            for task in tasks:
+                table[task.index] = False
+                table[task.index, list(task.classes or ())] = True
+        self.register_buffer("task_classes", table, persistent=False)
+        self.task_classes: Tensor
+
+    def masked(self, output: Output, batch: Batch) -> Tensor:
+        """Training logits with classes outside the row's task hidden, where the scenario is `task`."""
+        if self.spec.scenario != "task":
+            return output.logits
+        return output.logits.masked_fill(~self.task_classes[batch.task], float("-inf"))
+
+    def seen(self, output: Output, batch: Batch, tasks_seen: Sequence[int]) -> Tensor:
+        """Evaluation logits: among the row's task's classes, or among the classes of the tasks seen."""
+        if self.spec.scenario != "class":
+            return self.masked(output, batch)
+        visible = self.task_classes[list(tasks_seen)].any(0)
+        return output.logits.masked_fill(~visible, float("-inf"))
+
+    def row_loss(self, output: Output, batch: Batch) -> Tensor:
+        """Cross-entropy of every prediction in nats, (B,) or (B, T); 0 where the target is ignored."""
+        logits, targets = self.masked(output, batch), batch.targets
+        flat = F.cross_entropy(
+            logits.flatten(0, targets.ndim - 1), targets.flatten(), reduction="none", ignore_index=IGNORE
+        )
+        return flat.view_as(targets)
+
+    def forward(self, output: Output, batch: Batch) -> Tensor:
+        """Σ over origins of weight × mean; the mean counts a row's predictions, not its weight."""
+        if batch.origin is None:
+            logits, targets = self.masked(output, batch), batch.targets
+            return F.cross_entropy(logits.flatten(0, targets.ndim - 1), targets.flatten(), ignore_index=IGNORE)
+        loss = self.row_loss(output, batch)
+        weight = batch.weight if batch.weight is not None else torch.ones_like(batch.origin, dtype=loss.dtype)
+        counted = (batch.targets != IGNORE).to(loss.dtype)
+        if loss.ndim > 1:
+            loss, counted = loss.sum(1), counted.sum(1)
+        sums = loss.new_zeros(AUXILIARY + 1).index_add(0, batch.origin, loss * weight)
+        counts = loss.new_zeros(AUXILIARY + 1).index_add(0, batch.origin, counted)
+        return (sums / counts.clamp(min=1))[:AUXILIARY].sum()

@@ -1,0 +1,222 @@
+"""One run: the loop over tasks, and how it starts again where it was stopped.
+
+A run folder holds its resolved `config.yaml`, the journal, checkpoints and artifacts; `execute(folder)` starts
+the run or takes it up where its last checkpoint stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clplat.artifacts import write_artifacts
+from clplat.assembly import Parts, assemble, load_weights
+from clplat.checkpoint import Checkpoints, write
+from clplat.config import RunConfig, config_hash
+from clplat.costs import Costs
+from clplat.errors import ConfigError
+from clplat.fitting import fit
+from clplat.interruption import Interruption
+from clplat.journal import Journal
+from clplat.metrics import ResultTable, summary
+from clplat.progress import Progress
+from clplat.randomness import global_state, restore_global, seed_global
+from clplat.strategies.controllers.base import Event
+from clplat.strategies.world import World
+from clplat.streams.base import Budget, Task
+
+
+class Run:
+    """The task loop and everything that has to survive an interruption.
+
+    `phase` is where the loop stands with the task at `position` of the path: before (nothing scored yet), start,
+    train, end, eval; a checkpoint taken in any phase leads back into it.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, *, interruption: Interruption, progress: Progress) -> None:
+        self.config, self.folder, self.progress = config, folder, progress
+        self.interruption = interruption
+        self.world = World.current()
+        self.parts: Parts = assemble(config, self.world, interruption.check)
+        self.journal = Journal(folder) if self.world.rank == 0 else None
+        self.checkpoints = Checkpoints(folder, every_seconds=config.checkpoint.every_seconds)
+        self.table, self.costs = ResultTable(), Costs()
+        self.path: Sequence[Task] = self.parts.hooks.select_tasks(self.parts.stream.tasks)
+        self.phase, self.position = "before", 0
+        self.seen: list[int] = []
+        self.forgetting: dict[str, float] = {}
+        seed_global(config.seed, "model", self.world.rank)
+
+    def execute(self) -> ResultTable:
+        """Train through the stream from where the last checkpoint stopped, scoring every task after every task."""
+        self.restore()
+        hooks, architecture = self.parts.hooks, self.parts.architecture
+        if self.phase == "before":
+            self.score(row=0)
+            self.enter("start")
+        while self.position < len(self.path):
+            task = self.path[self.position]
+            self.parts.context.task, self.parts.context.past = task, self.path[: self.position]
+            if self.phase == "start":
+                architecture.task_start(task)
+                hooks.task_start(task)
+                self.enter("train")
+            if self.phase == "train":
+                fit(self, task)
+                self.enter("end")
+            if self.phase == "end":
+                with self.costs.timed("boundary"):
+                    hooks.task_end(task)
+                self.enter("eval")
+            self.seen = self.tasks_seen(task)
+            self.score(row=task.index + 1)
+            self.snapshot(task)
+            self.position += 1
+            self.enter("start")
+        self.save("done")
+        return self.table
+
+    def enter(self, phase: str) -> None:
+        """Go on to a phase; save when the last checkpoint is old enough."""
+        self.phase = phase
+        if phase == "start":
+            self.parts.learner.batches = 0
+        if self.checkpoints.due():
+            self.save(phase)
+        self.interruption.check(self.save_for_exit)
+
+    def tasks_seen(self, task: Task) -> list[int]:
+        """Indices of the tasks trained on, `task` included; a path that skips tasks has seen all up to it."""
+        return [other.index for other in self.parts.stream.tasks if other.index <= task.index]
+
+    def score(self, row: int) -> None:
+        """Fill one row of the result table, and tell journal, controllers and whoever watches."""
+        with self.costs.timed("evaluation"):
+            cells = self.parts.evaluator.cells(self.seen)
+        step = self.parts.learner.global_steps
+        self.table.add(row, step, cells)
+        self.forgetting = self.table.forgetting_by_task()
+        if self.journal is not None:
+            self.costs.measure_memory()
+            self.journal.results(row, step, cells)
+            self.journal.metrics(step, self.costs_now() | {"task_position": float(row)})
+            self.journal.flush()
+            write_artifacts(self, final=row == len(self.parts.stream.tasks))
+        if row:
+            self.observe("boundary", None)
+        self.progress.boundary(row, summary(self.table))
+
+    def observe(self, kind: Any, loss: float | None) -> None:
+        """Let controllers decide, carry it out, and write every decision down."""
+        context = self.parts.context
+        assert context.task is not None
+        event = Event(
+            kind=kind, step=self.parts.learner.global_steps, task=context.task.name, loss=loss,
+            forgetting=self.forgetting,
+        )  # fmt: skip
+        for controller in self.parts.hooks.controllers:
+            for action in controller.observe(event):
+                self.parts.hooks.apply(action)
+                if self.journal is not None:
+                    self.journal.decision(kind, event.step, action.strategy, action.knob, action.value, event.task)
+
+    def costs_now(self) -> dict[str, float]:
+        """Cost totals, with what replay holds as a share of the training bytes."""
+        tasks, stored = self.parts.stream.tasks, self.parts.hooks.stored_bytes()
+        total = sum(task.train.nbytes for task in tasks)
+        return self.costs.metrics(tokens_per_row=tasks[0].train.tokens_per_row) | {
+            "cost/buffer_bytes": float(stored),
+            "cost/buffer_share": stored / max(1, total),
+        }
+
+    def budget(self, task: Task) -> Budget:
+        """The task's own budget where the stream gives one, else the study's."""
+        return task.budget or self.config.training.budget
+
+    def save(self, label: str) -> None:
+        """A checkpoint of everything; every process takes part, rank zero writes."""
+        self.parts.learner.check_weights()
+        state = self.state()
+        if self.journal is not None:
+            self.journal.flush()
+            self.checkpoints.save(state, label)
+
+    def save_for_exit(self) -> None:
+        """The checkpoint that a stopping run leaves, in the phase in which it stands."""
+        self.save(self.phase)
+
+    def snapshot(self, task: Task) -> None:
+        """Keep the weights after this task where the configuration asks for it."""
+        if self.config.checkpoint.snapshots == "boundary" and self.journal is not None:
+            (self.folder / "snapshots").mkdir(exist_ok=True)
+            for old in (self.folder / "snapshots").glob(f"{task.index + 1:03d}-*.pt"):
+                old.unlink()
+            write(self.weights(), self.folder / "snapshots" / f"{task.index + 1:03d}-weights")
+
+    def weights(self) -> dict[str, Any]:
+        """Structure and weights of the architecture as they now are."""
+        architecture = self.parts.architecture
+        return {"structure": dict(architecture.structure()), "architecture": architecture.state_dict()}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, as tensors and plain data."""
+        learner = self.parts.learner
+        return self.weights() | {
+            "config_hash": config_hash(self.config),
+            "phase": self.phase,
+            "position": self.position,
+            "seen": list(self.seen),
+            "batches": learner.batches,
+            "global_steps": learner.global_steps,
+            "window": {name: list(values) for name, values in learner.window.items()},
+            "carried": learner.carried,
+            "optimizer": learner.live_optimizer_state(),
+            "scaler": learner.live_scaler_state(),
+            "strategies": self.parts.hooks.state_dict(),
+            "random": self.world_random_state(),
+            "strategy_random": self.parts.context.generator.get_state(),
+            "table": self.table.to_rows(),
+            "costs": dataclasses.asdict(self.costs),
+        }
+
+    def world_random_state(self) -> list[dict[str, Any]]:
+        """The global random sources of every process, in rank order."""
+        if self.world.size == 1:
+            return [global_state()]
+        import torch.distributed as dist
+
+        states: list[Any] = [None] * self.world.size
+        dist.all_gather_object(states, global_state())
+        return states
+
+    def restore(self) -> None:
+        """Take up the newest whole checkpoint, if there is one."""
+        state = self.checkpoints.load()
+        if state is None:
+            return
+        if state["config_hash"] != config_hash(self.config):
+            raise ConfigError(
+                f"{self.folder}: its checkpoint was made under another configuration (hash {state['config_hash']}, "
+                f"now {config_hash(self.config)}); undo the change to config.yaml or start a new run"
+            )
+        learner, hooks = self.parts.learner, self.parts.hooks
+        load_weights(self.parts.architecture, state)
+        self.phase, self.position, self.seen = state["phase"], state["position"], list(state["seen"])
+        learner.batches, learner.global_steps = state["batches"], state["global_steps"]
+        learner.window = {n: [v.to(self.parts.device) for v in values] for n, values in state["window"].items()}
+        learner.carried, learner.optimizer_state = state["carried"], state["optimizer"]
+        learner.scaler_state = state["scaler"]
+        self.parts.context.step = learner.global_steps
+        if self.position < len(self.path):
+            self.parts.context.task, self.parts.context.past = self.path[self.position], self.path[: self.position]
+        hooks.load_state_dict(state["strategies"])
+        self.table = ResultTable.from_rows(state["table"])
+        self.forgetting = self.table.forgetting_by_task()
+        self.costs.load(state["costs"])
+        saved = state["random"]
+        restore_global(saved[min(self.world.rank, len(saved) - 1)])
+        self.parts.context.generator.set_state(state["strategy_random"])
+
+
