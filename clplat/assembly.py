@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,12 @@ class Parts:
     device: torch.device
 
 
-def assemble(config: RunConfig, world: World, check_stop: Callable[[], None] = lambda: None) -> Parts:
-    """Build all parts; whatever is wrong with the configuration is said here, before any training."""
-    stream = prepared_stream(config)
+def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> Parts:
+    """Build all parts, around `stream` where one is prepared already.
+
+    Whatever is wrong with the configuration is said here, before any training.
+    """
+    stream = stream or prepared_stream(config)
     architecture = built_architecture(config, stream)
     hooks = Hooks({n: build(c, "strategy", f"strategies.{n}") for n, c in config.strategies.items()})
     device = device_for(config.training.accelerator)
@@ -52,7 +55,6 @@ def assemble(config: RunConfig, world: World, check_stop: Callable[[], None] = l
     evaluator = Evaluator(
         architecture=architecture, objective=objective, hooks=hooks, tasks=stream.tasks, probes=stream.probes,
         world=world, batch_size=config.evaluation.batch_size, precision=config.training.precision,
-        check_stop=check_stop,
     )  # fmt: skip
     learner = Learner(architecture, objective, hooks, config.training)
     return Parts(

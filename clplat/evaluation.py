@@ -57,7 +57,7 @@ class View:
 
 
 class Evaluator:
-    """Scores the tasks of a stream; `stop_requested` is asked between sets, so that a signal need not wait."""
+    """Scores the tasks and probes of a stream."""
 
     def __init__(
         self,
@@ -70,24 +70,26 @@ class Evaluator:
         world: World,
         batch_size: int,
         precision: str,
-        check_stop: Callable[[], None],
     ) -> None:
         self.architecture, self.objective, self.hooks = architecture, objective, hooks
         self.tasks, self.probes, self.world = tasks, probes, world
-        self.batch_size, self.precision, self.check_stop = batch_size, precision, check_stop
+        self.batch_size, self.precision = batch_size, precision
 
-    def cells(self, seen: Sequence[int]) -> list[Cell]:
-        """Scores of all tasks and probes for a learner that has been trained on the tasks `seen`."""
+    def cells(self, seen: Sequence[int], between: Callable[[], None] = lambda: None) -> list[Cell]:
+        """Scores of all tasks and probes for a learner that has been trained on the tasks `seen`.
+
+        `between` is called between sets, so that a request to stop need not wait for the whole evaluation.
+        """
         found: list[Cell] = []
         with self._undisturbed():
             for name, entered in ({"default": nullcontext} | self.hooks.views()).items():
                 with entered():
                     view = View(self.architecture, self.objective, self.hooks, seen, self.precision)
                     for task in self.tasks:
-                        self.check_stop()
+                        between()
                         found += self._task_cells(task, view, name)
                     for probe in self.probes:
-                        self.check_stop()
+                        between()
                         found += self._set_cells(probe, view, name, index=None, headline=None)
         return found
 

@@ -139,7 +139,7 @@ class TaskSteps:
         run.forgetting = run.table.forgetting_by_task(cells)
         if run.journal is not None:
             run.journal.curve(step, self.task.index, cells)
-        run.observe("evaluation", None)
+        run.observe("evaluation", None, run.parts.hooks.controllers)
         if self.until is not None:
             self._stop_when_good(seen)
         self._resumed_at = time.perf_counter()
@@ -151,16 +151,14 @@ class TaskSteps:
             self.run.parts.learner.trainer.should_stop = True
 
     def _observe_steps(self, step: int) -> None:
-        for controller in self.run.parts.hooks.controllers:
-            if controller.observe_every and step % controller.observe_every == 0:
-                self.run.observe("step", self.run.parts.learner.recent_loss())
-                return
+        controllers = self.run.parts.hooks.controllers
+        due = [c for c in controllers if c.observe_every and step % c.observe_every == 0]
+        if due:
+            self.run.observe("step", self.run.parts.learner.take_observed(self.run.world), due)
 
     def _save_if_due(self) -> None:
         run = self.run
-        due, stop = run.checkpoints.due(), run.interruption.requested is not None
-        if run.world.size > 1:
-            due, stop = run.agreed(due), run.agreed(stop)
+        due, stop = run.agreed(run.checkpoints.due()), run.agreed(run.interruption.requested is not None)
         if stop:
             self._count_time()
             run.save("train")

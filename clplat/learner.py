@@ -21,7 +21,13 @@ from clplat.config import TrainingConfig
 from clplat.errors import NotFiniteError
 from clplat.hooks import Hooks
 from clplat.objective import Objective
+from clplat.strategies.world import World
 from clplat.streams.batch import Batch
+
+
+_REMEDY = (
+    "The last good checkpoint is kept; lower training.optimizer.init_args.lr, or set training.clip_norm."
+)
 
 
 class Learner(LightningModule):
@@ -44,8 +50,10 @@ class Learner(LightningModule):
         self.total_steps = 1
         self.batches = 0
         self.global_steps = 0
+        self.observed: list[Tensor] | None = [] if any(c.observe_every for c in hooks.controllers) else None
         self.optimizer_state: dict[str, Any] | None = None
         self.scaler_state: Mapping[str, Any] | None = None
+        self._fitting = False
         self._finished: list[tuple[Batch, Output]] = []
         self.after_step: Callable[[], None] = lambda: None
 
@@ -78,6 +86,8 @@ class Learner(LightningModule):
         """Keep loss terms on the device until somebody logs them: no synchronisation in a step."""
         for name, value in terms.items():
             self.window.setdefault(name, []).append(value.detach())
+        if self.observed is not None:
+            self.observed.append(terms["loss"].detach())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Strategies change the gradient after all-reduce and unscaling, before clipping."""
@@ -86,6 +96,7 @@ class Learner(LightningModule):
 
     def on_train_start(self) -> None:
         """Continue with the optimizer of the interrupted, or of the last, task where there is one."""
+        self._fitting = True
         if self.optimizer_state is not None:
             self._optimizer().load_state_dict(self.optimizer_state)
         if self.scaler_state:
@@ -130,6 +141,7 @@ class Learner(LightningModule):
 
     def on_train_end(self) -> None:
         """Keep the optimizer's state where it is to live on in the next task."""
+        self._fitting = False
         keep = self.training_config.optimizer_state == "keep"
         self.optimizer_state = self._optimizer().state_dict() if keep else None
 
@@ -154,28 +166,43 @@ class Learner(LightningModule):
     def _optimizer(self) -> torch.optim.Optimizer:
         return self.optimizers(use_pl_optimizer=False)  # type: ignore[return-value]
 
-    def flush(self) -> dict[str, float]:
+    def live_optimizer_state(self) -> dict[str, Any] | None:
+        """The optimizer's state now, or the one kept for the next task."""
+        return self._optimizer().state_dict() if self._fitting else self.optimizer_state
+
+    def live_scaler_state(self) -> dict[str, Any]:
+        """State of the loss scaler of 16-bit training; empty otherwise."""
+        return dict(self.trainer.precision_plugin.state_dict()) if self._fitting else {}
+
+    def current_rate(self) -> float | None:
+        """The learning rate of the first parameter group; None outside training."""
+        return float(self._optimizer().param_groups[0]["lr"]) if self._fitting else None
+
+    def flush(self, world: World) -> dict[str, float]:
         """Means of the loss terms since the last flush: the one place where training waits for the device."""
         means = {name: torch.stack(values).float().mean() for name, values in self.window.items() if values}
         self.window.clear()
-        values = torch.stack(list(means.values())).tolist() if means else []
-        logged = dict(zip(means, values, strict=True))
-        for name, value in logged.items():
+        if not means:
+            return {}
+        values = (world.sum(torch.stack(list(means.values()))) / world.size).tolist()
+        for name, value in zip(means, values, strict=True):
             if not math.isfinite(value):
-                raise NotFiniteError(
-                    f"{name}: became {value} by step {self.global_steps}. The last good checkpoint is kept; "
-                    "lower training.optimizer.init_args.lr, or set training.clip_norm."
-                )
-        return logged
+                raise NotFiniteError(f"{name}: became {value} by step {self.global_steps}. {_REMEDY}")
+        return dict(zip(means, values, strict=True))
+
+    def take_observed(self, world: World) -> float | None:
+        """Mean loss since the last time a controller was told."""
+        if not self.observed:
+            return None
+        mean = world.sum(torch.stack(self.observed).float().mean()) / world.size
+        self.observed = []
+        return float(mean)
 
     def check_weights(self) -> None:
         """Refuse to go on, and so to save, when a weight is not a number."""
         sums = torch.stack([p.detach().float().sum() for p in self.architecture.parameters()])
         if not bool(torch.isfinite(sums).all()):
-            raise NotFiniteError(
-                f"a weight became infinite or NaN by step {self.global_steps}. The last good checkpoint is kept; "
-                "lower training.optimizer.init_args.lr, or set training.clip_norm."
-            )
+            raise NotFiniteError(f"a weight became infinite or NaN by step {self.global_steps}. {_REMEDY}")
 
 
 def rate_factor(step: int, total: int, schedule: str, warmup: float) -> float:

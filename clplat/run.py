@@ -11,19 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clplat.artifacts import write_artifacts
+import torch
+
 from clplat.assembly import Parts, assemble, load_weights
 from clplat.checkpoint import Checkpoints, write
 from clplat.config import RunConfig, config_hash
 from clplat.costs import Costs
-from clplat.errors import ConfigError
+from clplat.errors import ConfigError, Interrupted
 from clplat.fitting import fit
 from clplat.interruption import Interruption
 from clplat.journal import Journal
 from clplat.metrics import ResultTable, summary
 from clplat.progress import Progress
 from clplat.randomness import global_state, restore_global, seed_global
-from clplat.strategies.controllers.base import Event
+from clplat.record import describe
+from clplat.strategies.controllers.base import Controller, Event
 from clplat.strategies.world import World
 from clplat.streams.base import Budget, Task
 
@@ -32,15 +34,22 @@ class Run:
     """The task loop and everything that has to survive an interruption.
 
     `phase` is where the loop stands with the task at `position` of the path: before (nothing scored yet), start,
-    train, end, eval; a checkpoint taken in any phase leads back into it.
+    train, end, eval; a checkpoint taken in any phase leads back into it. `journal` is None on all ranks but zero.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, *, interruption: Interruption, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        *,
+        journal: Journal | None,
+        interruption: Interruption,
+        progress: Progress,
+    ) -> None:
         self.config, self.folder, self.progress = config, folder, progress
-        self.interruption = interruption
+        self.journal, self.interruption = journal, interruption
         self.world = World.current()
-        self.parts: Parts = assemble(config, self.world, interruption.check)
-        self.journal = Journal(folder) if self.world.rank == 0 else None
+        self.parts: Parts = assemble(config, self.world)
         self.checkpoints = Checkpoints(folder, every_seconds=config.checkpoint.every_seconds)
         self.table, self.costs = ResultTable(), Costs()
         self.path: Sequence[Task] = self.parts.hooks.select_tasks(self.parts.stream.tasks)
@@ -48,6 +57,8 @@ class Run:
         self.seen: list[int] = []
         self.forgetting: dict[str, float] = {}
         seed_global(config.seed, "model", self.world.rank)
+        if journal is not None:
+            describe(journal, config, self.parts, folder)
 
     def execute(self) -> ResultTable:
         """Train through the stream from where the last checkpoint stopped, scoring every task after every task."""
@@ -83,9 +94,17 @@ class Run:
         self.phase = phase
         if phase == "start":
             self.parts.learner.batches = 0
-        if self.checkpoints.due():
+        stop = self.agreed(self.interruption.requested is not None)
+        if self.agreed(self.checkpoints.due()) or stop:
             self.save(phase)
-        self.interruption.check(self.save_for_exit)
+        if stop:
+            self.interruption.leave()
+
+    def agreed(self, mine: bool) -> bool:
+        """What rank zero says, so that all processes save and stop together."""
+        if self.world.size == 1:
+            return mine
+        return bool(self.world.broadcast(torch.tensor([mine], device=self.parts.device)))
 
     def tasks_seen(self, task: Task) -> list[int]:
         """Indices of the tasks trained on, `task` included; a path that skips tasks has seen all up to it."""
@@ -94,7 +113,11 @@ class Run:
     def score(self, row: int) -> None:
         """Fill one row of the result table, and tell journal, controllers and whoever watches."""
         with self.costs.timed("evaluation"):
-            cells = self.parts.evaluator.cells(self.seen)
+            try:
+                cells = self.parts.evaluator.cells(self.seen, self.leave_if_asked)
+            except Interrupted:
+                self.save(self.phase)
+                raise
         step = self.parts.learner.global_steps
         self.table.add(row, step, cells)
         self.forgetting = self.table.forgetting_by_task()
@@ -103,12 +126,16 @@ class Run:
             self.journal.results(row, step, cells)
             self.journal.metrics(step, self.costs_now() | {"task_position": float(row)})
             self.journal.flush()
-            write_artifacts(self, final=row == len(self.parts.stream.tasks))
         if row:
-            self.observe("boundary", None)
+            self.observe("boundary", None, self.parts.hooks.controllers)
         self.progress.boundary(row, summary(self.table))
 
-    def observe(self, kind: Any, loss: float | None) -> None:
+    def leave_if_asked(self) -> None:
+        """Between sets of an evaluation; several processes leave together at the next phase instead."""
+        if self.world.size == 1 and self.interruption.requested is not None:
+            self.interruption.leave()
+
+    def observe(self, kind: Any, loss: float | None, controllers: Sequence[Controller]) -> None:
         """Let controllers decide, carry it out, and write every decision down."""
         context = self.parts.context
         assert context.task is not None
@@ -116,7 +143,7 @@ class Run:
             kind=kind, step=self.parts.learner.global_steps, task=context.task.name, loss=loss,
             forgetting=self.forgetting,
         )  # fmt: skip
-        for controller in self.parts.hooks.controllers:
+        for controller in controllers:
             for action in controller.observe(event):
                 self.parts.hooks.apply(action)
                 if self.journal is not None:
@@ -143,10 +170,6 @@ class Run:
             self.journal.flush()
             self.checkpoints.save(state, label)
 
-    def save_for_exit(self) -> None:
-        """The checkpoint that a stopping run leaves, in the phase in which it stands."""
-        self.save(self.phase)
-
     def snapshot(self, task: Task) -> None:
         """Keep the weights after this task where the configuration asks for it."""
         if self.config.checkpoint.snapshots == "boundary" and self.journal is not None:
@@ -171,6 +194,7 @@ class Run:
             "batches": learner.batches,
             "global_steps": learner.global_steps,
             "window": {name: list(values) for name, values in learner.window.items()},
+            "observed": learner.observed,
             "carried": learner.carried,
             "optimizer": learner.live_optimizer_state(),
             "scaler": learner.live_scaler_state(),
@@ -206,8 +230,8 @@ class Run:
         self.phase, self.position, self.seen = state["phase"], state["position"], list(state["seen"])
         learner.batches, learner.global_steps = state["batches"], state["global_steps"]
         learner.window = {n: [v.to(self.parts.device) for v in values] for n, values in state["window"].items()}
-        learner.carried, learner.optimizer_state = state["carried"], state["optimizer"]
-        learner.scaler_state = state["scaler"]
+        learner.observed, learner.carried = state["observed"], state["carried"]
+        learner.optimizer_state, learner.scaler_state = state["optimizer"], state["scaler"]
         self.parts.context.step = learner.global_steps
         if self.position < len(self.path):
             self.parts.context.task, self.parts.context.past = self.path[self.position], self.path[: self.position]

@@ -1,0 +1,5 @@
+"""`python -P -m clplat` is the `clplat` command."""
+
+from clplat.cli import main
+
+main()

@@ -1,0 +1,194 @@
+"""The command line: `clplat COMMAND`. Heavy libraries are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DESCRIPTION = """Continual-learning experiments: train on a sequence of tasks, measure what is forgotten,
+compare strategies in MLflow."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    root = argparse.ArgumentParser(prog="clplat", description=DESCRIPTION)
+    root.add_argument("--version", action="store_true", help="print the version and stop")
+    root.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = root.add_subparsers(dest="command", metavar="COMMAND")
+    run = commands.add_parser("run", help="run a study: CONFIG [--dotted.key value ...] [--dry-run]")
+    run.add_argument("config", help="a YAML file, or the name of a shipped study (see `clplat list studies`)")
+    run.add_argument("--dry-run", action="store_true", help="two batches a task; estimate time and memory")
+    resume = commands.add_parser("resume", help="continue a run or a study where it was stopped")
+    resume.add_argument("target", metavar="RUN_OR_FOLDER", help="a run folder, a study folder, or an MLflow run id")
+    compare = commands.add_parser("compare", help="print the comparison of a study's variants")
+    report = commands.add_parser("report", help="write report.html and figures for a study")
+    for command in (compare, report):
+        command.add_argument("study", help="a study folder, or the name or run id of a study in MLflow")
+        command.add_argument("--baseline", help="the variant to compare with")
+        command.add_argument("--uri", help="MLflow tracking URI (default: the study's, or sqlite:///mlflow.db)")
+    report.add_argument("--out", help="folder for the report (default: the study's folder, or here)")
+    evaluate = commands.add_parser("evaluate", help="score a run's final model on a stream")
+    evaluate.add_argument("run", help="a run folder, or an MLflow run id")
+    evaluate.add_argument("--stream", help="class name, or YAML of class_path and init_args (default: the run's own)")
+    reproduce = commands.add_parser("reproduce", help="run again what MLflow holds of a run, and compare the results")
+    reproduce.add_argument("run", help="an MLflow run id, or a run folder")
+    sync = commands.add_parser("sync", help="send what MLflow has not got yet")
+    sync.add_argument("target", metavar="RUN_OR_FOLDER", help="a run folder or a study folder")
+    ui = commands.add_parser("ui", help="open MLflow on this machine (localhost only)")
+    ui.add_argument("--uri", default="sqlite:///mlflow.db")
+    ui.add_argument("--port", type=int, default=5000)
+    show = commands.add_parser("show", help="print a study, fully resolved")
+    show.add_argument("config")
+    listing = commands.add_parser("list", help="list streams, architectures, strategies, optimizers, studies")
+    listing.add_argument("what", nargs="?", help="one of these words; all of them by default")
+    commands.add_parser("doctor", help="versions, devices, Triton, caches")
+    for command in (run, resume, evaluate, show):
+        command.epilog = "Any key of the configuration can be set: --training.batch_size 64"
+    return root
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: exit code 0, 1 for an error, 2 for wrong usage, 75 for stopped and ready to be resumed."""
+    root = parser()
+    options, rest = root.parse_known_args(arguments)
+    if options.version:
+        from importlib.metadata import version
+
+        print(f"clplat {version('clplat')}")
+        sys.exit(0)
+    if options.command is None:
+        root.print_help()
+        sys.exit(2)
+    overrides = dotted(rest, root, allowed=options.command in ("run", "resume", "show"))
+    from clplat.errors import ClplatError
+
+    try:
+        code = perform(options, overrides)
+    except ClplatError as error:
+        if options.traceback:
+            raise
+        print(f"clplat {options.command}: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        # The reader of our output left (as with `| head`); Python must not complain again when it closes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def dotted(rest: Sequence[str], root: argparse.ArgumentParser, *, allowed: bool) -> list[tuple[str, str]]:
+    """`--a.b value` and `--a.b=value` pairs out of what argparse did not know."""
+    pairs: list[tuple[str, str]] = []
+    words = list(rest)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or not allowed:
+            root.error(f"unrecognized argument: {word}")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words:
+                root.error(f"--{key}: a value is missing")
+            value = words.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    """Carry out one command; its exit code."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    match options.command:
+        case "run":
+            return _run(options, overrides, console)
+        case "resume":
+            from clplat.api import resume
+
+            study = resume(options.target, overrides, console)
+            return _conclude(study, console)
+        case "compare":
+            from clplat import report
+
+            console.print(report.compare_table(report.load_study(options.study, options.uri), options.baseline))
+        case "report":
+            from clplat import report
+
+            results = report.load_study(options.study, options.uri)
+            console.print(f"report: {report.write_report(results, options.out, options.baseline)}", soft_wrap=True)
+        case "evaluate":
+            from clplat.api import evaluate
+
+            console.print(evaluate(options.run, options.stream))
+        case "reproduce":
+            from clplat.api import reproduce
+
+            same, table = reproduce(options.run, console)
+            console.print(table)
+            return 0 if same else 1
+        case "sync":
+            from clplat.tracking import sync
+
+            console.print(f"sent {sync(options.target)} entries")
+        case "ui":
+            return _serve(options)
+        case "show":
+            from clplat.inspect import shown
+
+            console.print(shown(options.config, overrides), soft_wrap=True, markup=False)
+        case "list":
+            from clplat.inspect import listed
+
+            for table in listed(options.what):
+                console.print(table)
+        case "doctor":
+            from clplat.inspect import examined
+
+            table, healthy = examined()
+            console.print(table)
+            return 0 if healthy else 1
+    return 0
+
+
+def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console: Console) -> int:
+    from clplat.config import load_study
+
+    study = load_study(options.config, overrides)
+    if options.dry_run:
+        from clplat.dry_run import estimate
+
+        console.print(estimate(study, console))
+        return 0
+    from clplat.study import run_study
+
+    return _conclude(run_study(study, console), console)
+
+
+def _conclude(study: object, console: Console) -> int:
+    """The end of a study: the table, the report, and how to look at it in MLflow."""
+    from clplat.study import Study, conclude
+
+    assert isinstance(study, Study)
+    conclude(study, console)
+    return study.code
+
+
+def _serve(options: argparse.Namespace) -> int:
+    import subprocess
+
+    command = [sys.executable, "-P", "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(options.port)]
+    try:
+        return subprocess.call([*command, "--backend-store-uri", options.uri])
+    except KeyboardInterrupt:
+        return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Carry out the run of one folder: lock, status, record, and what becomes of every way to end.
+
+`python -m clplat.execution FOLDER` is how processes of one run are started.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from clplat.config import RunConfig, load_run
+from clplat.errors import ClplatError, Interrupted, RunBusyError
+from clplat.interruption import Interruption, exit_code
+from clplat.journal import Journal, read
+from clplat.progress import Progress, Silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended: FINISHED, FAILED or KILLED, and why."""
+
+    folder: Path
+    status: str
+    reason: str = ""
+    code: int = 0
+
+
+def execute(folder: Path, progress: Progress | None = None) -> Outcome:
+    """Start the run of `folder`, or take it up where it was stopped; never raises for what ends the run alone."""
+    from clplat import processes
+
+    config = load_run(folder / "config.yaml")
+    if config.training.devices > 1 and not processes.inside_group():
+        code = processes.spawn(folder, config.training.devices)
+        return _outcome_of_group(folder, code)
+    interruption = Interruption()
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        with interruption.listening(), _lock(folder, rank):
+            return _carry_out(config, folder, interruption, progress or Silent(), rank)
+    finally:
+        processes.leave()
+
+
+def _carry_out(
+    config: RunConfig, folder: Path, interruption: Interruption, progress: Progress, rank: int
+) -> Outcome:
+    from clplat.tracking import Feed
+
+    journal = Journal(folder) if rank == 0 else None
+    feed = Feed.start(folder) if rank == 0 and config.tracking.enabled else None
+    if journal is not None:
+        journal.status("RUNNING")
+        journal.flush()
+    outcome = _attempt(config, folder, interruption, progress, journal)
+    if journal is not None:
+        _write_last_words(journal, folder, outcome)
+    if feed is not None:
+        feed.close(outcome.status)
+    return outcome
+
+
+def _attempt(
+    config: RunConfig, folder: Path, interruption: Interruption, progress: Progress, journal: Journal | None
+) -> Outcome:
+    """Train; every way in which that can end becomes an outcome."""
+    import torch
+
+    from clplat import processes
+    from clplat.assembly import device_for
+    from clplat.run import Run
+
+    torch.set_num_threads(config.training.threads)
+    try:
+        processes.join(config.training.devices, device_for(config.training.accelerator).type == "cuda")
+        Run(config, folder, journal=journal, interruption=interruption, progress=progress).execute()
+    except Interrupted as stop:
+        return Outcome(
+            folder=folder, status="KILLED", code=exit_code(stop.signal_name),
+            reason=f"stopped by {stop.signal_name}; `clplat resume {folder}` goes on from here",
+        )  # fmt: skip
+    except ClplatError as error:
+        return Outcome(folder=folder, status="FAILED", reason=str(error), code=1)
+    except Exception as error:  # noqa: BLE001 - whatever a user's component raises ends this run alone
+        (folder / "error.txt").write_text(traceback.format_exc())
+        reason = f"{type(error).__name__}: {error} (traceback in {folder / 'error.txt'})"
+        return Outcome(folder=folder, status="FAILED", reason=reason, code=1)
+    return Outcome(folder=folder, status="FINISHED")
+
+
+def _write_last_words(journal: Journal, folder: Path, outcome: Outcome) -> None:
+    from clplat.record import write_artifacts
+
+    try:
+        journal.status(outcome.status, outcome.reason)
+        journal.flush()
+        write_artifacts(folder)
+    except (ClplatError, OSError) as error:
+        print(f"{folder}: the record could not be completed: {error}", file=sys.stderr)
+
+
+@contextmanager
+def _lock(folder: Path, rank: int) -> Iterator[None]:
+    """One process works on a run folder; the kernel frees the lock when its holder dies, however it dies."""
+    if rank:
+        yield
+        return
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise RunBusyError(
+                f"{folder}: process {holder} works on this run already; wait for it or stop it first"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _outcome_of_group(folder: Path, code: int) -> Outcome:
+    """What rank zero wrote down about the end of a run with several processes."""
+    last = [entry for entry in read(folder) if entry["kind"] == "status"]
+    status = last[-1]["status"] if last else "FAILED"
+    if code and status in ("RUNNING", "FINISHED"):
+        return Outcome(folder=folder, status="FAILED", reason=f"a process of the run ended with code {code}", code=code)
+    return Outcome(folder=folder, status=status, reason=last[-1].get("reason", "") if last else "", code=code)
+
+
+def main() -> int:
+    """Entry point of one process of a run."""
+    outcome = execute(Path(sys.argv[1]))
+    if outcome.status == "FAILED":
+        print(json.dumps({"failed": outcome.reason}), file=sys.stderr)
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Looking around: what there is to choose from, what a configuration resolves to, what this machine has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from rich.table import Table
+
+from clplat.components import WINGS, catalogue
+from clplat.errors import ConfigError, nearest
+
+PLURALS = {"streams": "stream", "architectures": "architecture", "strategies": "strategy", "optimizers": "optimizer"}
+
+
+def listed(what: str | None) -> list[Table]:
+    """Tables of components (name, one line, paper) and of shipped studies."""
+    words = [*PLURALS, "studies"]
+    if what is not None and what not in words:
+        raise ConfigError(f"list: there is no list of {what!r}{nearest(what, words)}")
+    tables = []
+    for word in [what] if what else words:
+        table = Table("name", "what it is for", "paper" if word != "studies" else "command", title=word)
+        for row in _studies() if word == "studies" else _components(PLURALS[word]):
+            table.add_row(*row)
+        tables.append(table)
+    return tables
+
+
+def _components(wing: str) -> list[tuple[str, str, str]]:
+    rows = [(entry.name, entry.line, entry.paper) for _, entry in sorted(catalogue(wing).items())]
+    if wing == "optimizer":
+        rows.append(("torch.optim.*", "any optimizer of torch by its name, for example AdamW or SGD", ""))
+    return rows
+
+
+def _studies() -> list[tuple[str, str, str]]:
+    folder = Path(__file__).parent.parent / "configs"
+    spec = __import__("clplat.configs", fromlist=["configs"]).__file__
+    folder = Path(spec).parent if spec else folder
+    rows = []
+    for file in sorted(folder.rglob("*.yaml")):
+        name = str(file.relative_to(folder).with_suffix(""))
+        first = file.read_text().splitlines()[0]
+        rows.append((name, first.lstrip("# ") if first.startswith("#") else "", f"clplat run {name}"))
+    return rows
+
+
+def shown(config: str, overrides: Sequence[tuple[str, str]]) -> str:
+    """A study with every default filled in, and each variant's full configuration, as YAML."""
+    import yaml
+
+    from clplat.config import expand, load_study, plain
+
+    study = load_study(config, overrides)
+    runs = {run.variant: run for run in expand(study)}
+    whole = plain(study) | {"variants": {name: plain(run) for name, run in runs.items()}}
+    return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
+
+
+def examined() -> tuple[Table, bool]:
+    """Versions, devices, Triton and caches; whether everything that clplat depends on is there."""
+    import torch
+
+    from clplat.record import PACKAGES
+
+    table = Table("what", "found", title="clplat doctor")
+    table.add_row("python", sys.version.split()[0])
+    healthy = True
+    for package in PACKAGES:
+        try:
+            table.add_row(package, metadata.version(package))
+        except metadata.PackageNotFoundError:
+            healthy = healthy and package == "triton" and sys.platform != "linux"
+            table.add_row(package, "[red]missing[/red]: pip install " + package)
+    table.add_row("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    table.add_row("GPUs", ", ".join(gpus) or "none; everything runs on the CPU")
+    table.add_row("Triton kernels", _triton(bool(gpus)))
+    cache = Path(os.environ.get("CLPLAT_CACHE", Path.home() / ".cache" / "clplat"))
+    size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) if cache.is_dir() else 0
+    table.add_row("token cache", f"{cache} ({size / 2**20:.1f} MiB)")
+    table.add_row("free disk here", f"{shutil.disk_usage('.').free / 2**30:.1f} GiB")
+    table.add_row("wings", ", ".join(f"{len(catalogue(wing))} {plural}" for plural, wing in PLURALS.items()))
+    assert set(PLURALS.values()) == set(WINGS)
+    return table, healthy
+
+
+def _triton(gpu: bool) -> str:
+    if gpu:
+        return "compiled for the GPU"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "interpreted (TRITON_INTERPRET=1)"
+    return "not used without a GPU; the chunked PyTorch forms are"

@@ -1,0 +1,221 @@
+"""The `local` launcher: the runs of a study on this machine, one after another or side by side.
+
+Workers are processes of their own that carry out one run folder after another; they talk in JSON lines over a
+socket pair. A worker that dies takes only its present run with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from clplat.execution import Outcome, execute
+from clplat.progress import Board, RunBar
+
+
+def launch(folders: Sequence[Path], *, workers: int, threads: int, console: Console) -> list[Outcome]:
+    """Carry out run folders with `workers` processes; outcomes in the order of the folders."""
+    with Board(console, len(folders)) as board:
+        if workers <= 1:
+            return _one_by_one(folders, board)
+        return _Pool(folders, workers, threads, board).run()
+
+
+def announce(board: Board, outcome: Outcome) -> None:
+    """One line for a run that did not finish."""
+    if outcome.status != "FINISHED":
+        board.say(f"{outcome.folder.name}: {outcome.status}. {outcome.reason}")
+
+
+def _one_by_one(folders: Sequence[Path], board: Board) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    for folder in folders:
+        if outcomes and outcomes[-1].status == "KILLED":
+            outcomes.append(Outcome(folder=folder, status="KILLED", reason="not started", code=outcomes[-1].code))
+            continue
+        bar = board.opened(folder.name)
+        outcomes.append(execute(folder, bar))
+        board.closed(bar)
+        announce(board, outcomes[-1])
+    return outcomes
+
+
+@dataclass(kw_only=True)
+class _Worker:
+    process: subprocess.Popen[bytes]
+    link: socket.socket
+    slot: int
+    text: str = ""
+    folder: Path | None = None
+    bar: RunBar | None = None
+
+
+class _Pool:
+    """Hands out folders and listens to workers until every folder has an outcome."""
+
+    def __init__(self, folders: Sequence[Path], workers: int, threads: int, board: Board) -> None:
+        self._waiting = list(folders)
+        self._folders, self._threads, self._board = folders, threads, board
+        self._outcomes: dict[Path, Outcome] = {}
+        self._selector = selectors.DefaultSelector()
+        self._count = min(workers, len(folders))
+        self._stop: int | None = None
+
+    def run(self) -> list[Outcome]:
+        with self._signals():
+            for slot in range(self._count):
+                self._start(slot)
+            while self._selector.get_map():
+                for key, _ in self._selector.select(timeout=0.2):
+                    self._hear(key.data)
+        code = 130 if self._stop == signal.SIGINT else 75
+        missing = {f: Outcome(folder=f, status="KILLED", reason="not started", code=code) for f in self._waiting}
+        return [(self._outcomes | missing)[folder] for folder in self._folders]
+
+    def _start(self, slot: int) -> None:
+        ours, theirs = socket.socketpair()
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "clplat.launch", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            env=os.environ | {"OMP_NUM_THREADS": str(self._threads)} | _gpu_of(slot),
+        )
+        theirs.close()
+        worker = _Worker(process=process, link=ours, slot=slot)
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+        self._give(worker)
+
+    def _give(self, worker: _Worker) -> None:
+        """The next folder for an idle worker, or leave to go."""
+        if self._stop is not None or not self._waiting:
+            self._selector.unregister(worker.link)
+            worker.link.close()
+            worker.process.wait()
+            return
+        worker.folder = self._waiting.pop(0)
+        worker.bar = self._board.opened(worker.folder.name)
+        worker.link.sendall(f"{worker.folder}\n".encode())
+
+    def _hear(self, worker: _Worker) -> None:
+        try:
+            received = worker.link.recv(1 << 16).decode()
+        except ConnectionError:
+            received = ""
+        if not received:
+            self._lost(worker)
+            return
+        *lines, worker.text = (worker.text + received).split("\n")
+        for kind, content in map(json.loads, lines):
+            if kind == "ended":
+                self._ended(worker, Outcome(**content | {"folder": worker.folder}))
+                self._give(worker)
+            elif worker.bar is not None:
+                getattr(worker.bar, kind)(*content)
+
+    def _ended(self, worker: _Worker, outcome: Outcome) -> None:
+        assert worker.folder is not None and worker.bar is not None
+        self._outcomes[worker.folder] = outcome
+        self._board.closed(worker.bar)
+        announce(self._board, outcome)
+
+    def _lost(self, worker: _Worker) -> None:
+        """A worker died with a run in its hands: that run failed, and another worker goes on with the rest."""
+        self._selector.unregister(worker.link)
+        code = worker.process.wait()
+        assert worker.folder is not None
+        from clplat.journal import record_lost
+
+        reason = f"its process died (exit code {code}); `clplat resume {worker.folder}` goes on from its checkpoint"
+        record_lost(worker.folder, reason)
+        self._ended(worker, Outcome(folder=worker.folder, status="FAILED", reason=reason, code=1))
+        if self._waiting and self._stop is None:
+            self._start(worker.slot)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Pass a request to stop on to the workers, and hand out nothing more."""
+
+        def asked(number: int, _: object) -> None:
+            again = self._stop is not None
+            self._stop = number
+            for key in list(self._selector.get_map().values()):
+                if number != signal.SIGINT or again:
+                    key.data.process.send_signal(signal.SIGKILL if again else number)
+
+        kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, asked) for number in kinds}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _gpu_of(slot: int) -> dict[str, str]:
+    """Environment that gives a worker one of the visible GPUs, in turn."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if count == 0:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    return {"CUDA_VISIBLE_DEVICES": names[slot % len(names)]}
+
+
+class _Link:
+    """A worker's side: progress and outcomes as JSON lines, progress at most five times a second."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link, self._sent = link, 0.0
+
+    def send(self, kind: str, content: Any) -> None:
+        self._link.sendall((json.dumps([kind, content]) + "\n").encode())
+
+    def step(self, task: str, done: int, total: int, loss: float | None) -> None:
+        import time
+
+        now = time.monotonic()
+        if now - self._sent > 0.2 or done == total:
+            self._sent = now
+            self.send("step", [task, done, total, loss])
+
+    def boundary(self, row: int, summary: Mapping[str, float]) -> None:
+        self.send("boundary", [row, dict(summary)])
+
+
+def work(descriptor: int) -> None:
+    """A worker's life: folders come in over the socket, outcomes go out; it ends when the socket closes."""
+    # Between runs Ctrl-C is the launcher's business; while a run is under way it listens itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    link = socket.socket(fileno=descriptor)
+    messages = _Link(link)
+    with link.makefile() as lines:
+        for line in lines:
+            outcome = execute_safely(Path(line.strip()), messages)
+            messages.send("ended", {"status": outcome.status, "reason": outcome.reason, "code": outcome.code})
+
+
+def execute_safely(folder: Path, progress: _Link) -> Outcome:
+    """A run that cannot even be started (busy, unreadable) is an outcome too."""
+    from clplat.errors import ClplatError
+
+    try:
+        return execute(folder, progress)
+    except ClplatError as error:
+        return Outcome(folder=folder, status="FAILED", reason=str(error), code=1)
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]))

@@ -1,0 +1,85 @@
+"""Several processes that train one run: they and their group exist before the task loop starts.
+
+Started by `torchrun`, or here: `spawn` starts one process for each rank and waits for them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from clplat.errors import ConfigError
+from clplat.interruption import EXIT_REQUEUE
+
+
+def inside_group() -> bool:
+    """Whether this process was started as one of several that train one run."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join(devices: int, on_gpu: bool) -> None:
+    """Join the process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
+    import torch
+    import torch.distributed as dist
+
+    if not inside_group() or dist.is_initialized():
+        return
+    size = int(os.environ["WORLD_SIZE"])
+    if size != devices:
+        raise ConfigError(f"training.devices: is {devices}, but {size} processes were started; set it to {size}")
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+
+
+def leave() -> None:
+    """Take the process group down, if there is one."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def spawn(folder: Path, devices: int) -> int:
+    """Run one folder with `devices` processes on this machine; the exit code of the first that failed, or 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": str(devices), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-m", "clplat.execution", str(folder)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(devices)
+    ]
+
+    def pass_on(number: int, _: object) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    # Ctrl-C reaches the whole process group by itself.
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return _wait(children)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+    """Wait for all; when one fails the others are stopped, since they would wait for it for ever."""
+    while any(child.poll() is None for child in children):
+        failed = [child for child in children if child.poll() not in (None, 0, EXIT_REQUEUE, 130)]
+        if failed:
+            time.sleep(1.0)
+            for child in children:
+                child.kill()
+        time.sleep(0.05)
+    return next((child.returncode for child in children if child.returncode), 0)

@@ -1,0 +1,85 @@
+"""What a person sees while a run goes on: task, step, loss, forgetting so far, time left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+
+class Progress(Protocol):
+    """Told by the run loop about steps and boundaries."""
+
+    def step(self, task: str, done: int, total: int, loss: float | None) -> None: ...
+
+    def boundary(self, row: int, summary: Mapping[str, float]) -> None: ...
+
+
+class Silent:
+    """Shows nothing."""
+
+    def step(self, task: str, done: int, total: int, loss: float | None) -> None:
+        pass
+
+    def boundary(self, row: int, summary: Mapping[str, float]) -> None:
+        pass
+
+
+class Board:
+    """One bar for each run that is under way, and one for the study."""
+
+    def __init__(self, console: Console, runs: int) -> None:
+        self._bars = Bars(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._study: TaskID | None = None
+        if runs > 1:
+            self._study = self._bars.add_task("study", total=runs, note="runs")
+
+    def __enter__(self) -> Board:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def opened(self, name: str) -> RunBar:
+        """The bar of a run that starts now."""
+        return RunBar(self._bars, self._bars.add_task(name, total=None, note=""), name)
+
+    def closed(self, bar: RunBar) -> None:
+        """A run has ended."""
+        self._bars.remove_task(bar.id)
+        if self._study is not None:
+            self._bars.advance(self._study)
+
+    def say(self, text: str) -> None:
+        """A line above the bars that stays."""
+        self._bars.console.print(text, highlight=False, soft_wrap=True)
+
+
+class RunBar:
+    """The bar of one run."""
+
+    def __init__(self, bars: Bars, identity: TaskID, name: str) -> None:
+        self._bars, self.id, self._name, self._forgetting = bars, identity, name, ""
+
+    def step(self, task: str, done: int, total: int, loss: float | None) -> None:
+        note = f"loss {loss:.3f}" if loss is not None else ""
+        self._bars.update(
+            self.id, description=f"{self._name} · {task}", completed=done, total=total, note=note + self._forgetting
+        )
+
+    def boundary(self, row: int, summary: Mapping[str, float]) -> None:
+        forgetting = summary.get("final_forgetting")
+        if forgetting is not None and forgetting == forgetting:
+            self._forgetting = f" · forgetting {forgetting:.3f}"

@@ -1,0 +1,105 @@
+"""What a run writes down about itself: tags, parameters, data sets, environment, and files for the record."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from clplat.assembly import Parts
+from clplat.config import RunConfig, config_hash, flat, plain
+from clplat.journal import Journal, evaluation_curve, read, table
+
+PACKAGES = ("clplat", "torch", "triton", "lightning", "mlflow", "avalanche-lib", "datasets", "transformers", "numpy")
+
+
+def describe(journal: Journal, config: RunConfig, parts: Parts, folder: Path) -> None:
+    """Write the facts of a run that stay the same; on resume they are there already and nothing is added."""
+    strategies = list(parts.hooks.strategies.values())
+    budget = {name: value for name, value in plain(config.training.budget).items() if value is not None}
+    order = parts.stream.order()
+    journal.tags(
+        {
+            "study": config.study,
+            "variant": config.variant,
+            "seed": str(config.seed),
+            "stream": type(parts.stream).__name__,
+            "architecture": type(parts.architecture).__name__,
+            "strategy": "+".join(type(s).__name__ for s in strategies) or "Naive",
+            "task_order": order if len(order) <= 500 else f"{len(parts.stream.tasks)} tasks",
+            "fidelity": fidelity(parts),
+            "reference": str(any(s.reference for s in strategies)).lower(),
+            "budget": json.dumps(budget),
+            "git_sha": git_sha(),
+            "config_hash": config_hash(config),
+            "folder": str(folder.resolve()),
+        }
+    )
+    active = parts.architecture.active_parameters()
+    journal.params({key: value for key, value in flat(plain(config)).items() if value is not None})
+    journal.metrics(
+        0,
+        {
+            "cost/parameters": float(sum(p.numel() for p in parts.architecture.parameters())),
+            "cost/active_parameters": float(active),
+        },
+    )
+    journal.tags({f"stream.{name}": str(value) for name, value in parts.stream.facts().items()})
+    for task in parts.stream.tasks[:50]:
+        journal.dataset(f"{task.name}/train", task.train.digest, "train")
+        journal.dataset(f"{task.name}/test", task.test.data.digest, "test")
+
+
+def fidelity(parts: Parts) -> str:
+    """The weakest fidelity to their papers among a run's architecture and strategies."""
+    order = ("interpretation", "mechanism", "exact", "standard")
+    words = [parts.architecture.fidelity, *(s.fidelity for s in parts.hooks.strategies.values())]
+    return min(words, key=order.index)
+
+
+@cache
+def git_sha() -> str:
+    """The commit of the current folder, `-dirty` with uncommitted changes, empty outside a repository."""
+    if shutil.which("git") is None:
+        return ""
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty", "--exclude", "*"],
+            capture_output=True, text=True, check=False, timeout=10,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def environment() -> str:
+    """Python, platform and the versions of the packages that results depend on."""
+    lines = [f"python {platform.python_version()}", f"platform {platform.platform()}"]
+    for name in PACKAGES:
+        try:
+            lines.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            lines.append(f"{name} (not installed)")
+    return "\n".join(lines) + "\n"
+
+
+def write_artifacts(folder: Path) -> None:
+    """Make the files that go with the record from the journal: tables, decisions, figures, environment."""
+    target = folder / "artifacts"
+    target.mkdir(exist_ok=True)
+    shutil.copyfile(folder / "config.yaml", target / "config.yaml")
+    (target / "environment.txt").write_text(environment())
+    decisions = [entry for entry in read(folder) if entry["kind"] == "decision"]
+    if decisions:
+        rows = [{**{k: v for k, v in d.items() if k not in ("t", "kind")}, "kind": d["event"]} for d in decisions]
+        (target / "decisions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = table(folder)
+    if results.rows():
+        results.to_csv(target / "results.csv")
+        from clplat.figures import draw_run
+
+        draw_run(results, evaluation_curve(folder), target)

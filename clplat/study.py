@@ -1,0 +1,105 @@
+"""A study from start to finish: check everything, lay out its folders, launch the runs, compare them."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from clplat.config import RunConfig, StudyConfig, expand, plain, save
+from clplat.execution import Outcome
+from clplat.launch import launch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A study that has been started: its folder, and how each run ended."""
+
+    name: str
+    folder: Path
+    outcomes: list[Outcome]
+
+    @property
+    def code(self) -> int:
+        """Exit code: 0 when every run finished, else the first other one."""
+        return next((outcome.code for outcome in self.outcomes if outcome.code), 0)
+
+
+def run_study(study: StudyConfig, console: Console) -> Study:
+    """Check, lay out and carry out a study. Nothing is written before everything has been checked."""
+    runs = expand(study)
+    preflight(runs)
+    folder = lay_out(study, runs)
+    return carry_out(folder, study, console)
+
+
+def preflight(runs: Sequence[RunConfig]) -> None:
+    """Build every variant once, so that whatever is wrong with one is said before any is trained."""
+    from clplat.assembly import assemble, prepared_stream
+    from clplat.errors import ConfigError
+    from clplat.strategies.world import World
+
+    streams: dict[str, Any] = {}
+    for run in {run.variant: run for run in runs}.values():
+        key = json.dumps(plain(run.stream), sort_keys=True)
+        streams[key] = streams.get(key) or prepared_stream(run)
+        try:
+            assemble(run, World(), streams[key])
+        except ConfigError as error:
+            raise ConfigError(f"variant {run.variant}: {error}") from error
+
+
+def lay_out(study: StudyConfig, runs: Sequence[RunConfig]) -> Path:
+    """Make the study's folder with one folder a run, each with its resolved configuration."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    folder = Path(study.folder) / f"{study.name}-{stamp}-{secrets.token_hex(2)}"
+    folder.mkdir(parents=True)
+    save(study, folder / "study.yaml")
+    for run in runs:
+        (folder / f"{run.variant}-s{run.seed}").mkdir()
+        save(run, folder / f"{run.variant}-s{run.seed}" / "config.yaml")
+    return folder
+
+
+def run_folders(folder: Path) -> list[Path]:
+    """The run folders of a study folder, in the order of its variants and seeds."""
+    from clplat.config import load_study
+
+    study = load_study(folder / "study.yaml")
+    names = [f"{variant}-s{seed}" for variant in (study.variants or {study.name: {}}) for seed in study.seeds]
+    return [folder / name for name in names if (folder / name / "config.yaml").is_file()]
+
+
+def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
+    """Run what has not finished yet among a study's runs, with the record of the whole study above them."""
+    from clplat.journal import last_status
+    from clplat.tracking import finish_study, start_study
+
+    if study.tracking.enabled:
+        start_study(folder)
+    folders = run_folders(folder)
+    open_runs = [run for run in folders if last_status(run) != "FINISHED"]
+    workers = worker_count(study, len(open_runs))
+    outcomes = launch(open_runs, workers=workers, threads=study.training.threads, console=console)
+    if study.tracking.enabled:
+        finish_study(folder, [last_status(run) for run in folders])
+    return Study(name=folder.name, folder=folder, outcomes=outcomes)
+
+
+def worker_count(study: StudyConfig, runs: int) -> int:
+    """Runs side by side: as configured, or one per GPU, or as many as cores allow."""
+    if study.launcher.workers != "auto":
+        return max(1, min(int(study.launcher.workers), runs))
+    import torch
+
+    on_gpu = study.training.accelerator != "cpu" and torch.cuda.is_available()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    room = torch.cuda.device_count() if on_gpu else cores // study.training.threads
+    return max(1, min(room // study.training.devices, runs))
