@@ -140,16 +140,16 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
         case "ui":
             return _serve(options)
         case "show":
-            from clplat.inspect import shown
+            from clplat.overview import shown
 
             console.print(shown(options.config, overrides), soft_wrap=True, markup=False)
         case "list":
-            from clplat.inspect import listed
+            from clplat.overview import listed
 
             for table in listed(options.what):
                 console.print(table)
         case "doctor":
-            from clplat.inspect import examined
+            from clplat.overview import examined
 
             table, healthy = examined()
             console.print(table)

@@ -161,12 +161,19 @@ def find(config: str | Path) -> Path:
     path = Path(config)
     if path.is_file():
         return path
-    shipped = Path(__import__("clplat.configs", fromlist=["configs"]).__file__).parent
+    shipped = shipped_folder()
     named = shipped / f"{config}.yaml"
     if named.is_file():
         return named
     names = [str(file.relative_to(shipped).with_suffix("")) for file in shipped.rglob("*.yaml")]
     raise ConfigError(f"configuration {str(config)!r}: no such file, and no shipped study has this name{nearest(str(config), names)}")
+
+
+def shipped_folder() -> Path:
+    """Where the studies that come with clplat lie."""
+    from clplat import configs
+
+    return Path(configs.__path__[0])
 
 
 def load_study(config: str | Path | Mapping[str, Any], overrides: Sequence[tuple[str, str]] = ()) -> StudyConfig:

@@ -103,3 +103,22 @@ def worker_count(study: StudyConfig, runs: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     room = torch.cuda.device_count() if on_gpu else cores // study.training.threads
     return max(1, min(room // study.training.devices, runs))
+
+
+def conclude(study: Study, console: Console) -> None:
+    """The end of a study: the comparison in the terminal, the report, and how to open MLflow on it."""
+    from clplat import report
+    from clplat.config import load_study
+
+    config = load_study(study.folder / "study.yaml")
+    if not config.tracking.enabled:
+        console.print(f"Runs are in {study.folder}; `clplat sync {study.folder}` sends them to MLflow.")
+        return
+    results = report.load_study(str(study.folder))
+    console.print(report.compare_table(results, config.baseline))
+    console.print(report.finding(results, config.baseline), soft_wrap=True)
+    page = report.write_report(results, str(study.folder), config.baseline)
+    console.print(f"report: {page}", soft_wrap=True)
+    console.print(f"MLflow: clplat ui --uri {config.tracking.uri}", soft_wrap=True)
+    if study.code:
+        console.print(f"Not all runs finished; `clplat resume {study.folder}` goes on with those.", soft_wrap=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from clplat.components import WINGS, catalogue
+from clplat.config import shipped_folder
 from clplat.errors import ConfigError, nearest
 
 PLURALS = {"streams": "stream", "architectures": "architecture", "strategies": "strategy", "optimizers": "optimizer"}
@@ -39,9 +40,7 @@ def _components(wing: str) -> list[tuple[str, str, str]]:
 
 
 def _studies() -> list[tuple[str, str, str]]:
-    folder = Path(__file__).parent.parent / "configs"
-    spec = __import__("clplat.configs", fromlist=["configs"]).__file__
-    folder = Path(spec).parent if spec else folder
+    folder = shipped_folder()
     rows = []
     for file in sorted(folder.rglob("*.yaml")):
         name = str(file.relative_to(folder).with_suffix(""))

@@ -1,0 +1,32 @@
+# make demo: from nothing to a comparison.   make test: from nothing to a tested checkout.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/ready
+
+.PHONY: demo test test-all lint clean
+.DEFAULT_GOAL := demo
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: $(READY)
+	$(BIN)/clplat run quickstart
+	$(BIN)/clplat run quickstart_text
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	sh tests/static_checks.sh $(BIN)
+
+test: lint
+	$(BIN)/pytest -m 'not long'
+
+test-all: $(READY)
+	$(BIN)/pytest -m long
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,188 @@
+"""clplat from Python: the same as the command line, with values returned.
+
+    import clplat
+    study = clplat.run("quickstart")            # or a path, or a dict
+    frame = clplat.results(study)               # pandas.DataFrame, one row a score
+    model = clplat.load_model(study.folder / "er-s0")
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from clplat.config import RunConfig, difference, load_run, load_study, parse, plain, save, set_key
+from clplat.errors import ConfigError
+from clplat.study import Study, carry_out, run_folders, run_study
+
+if TYPE_CHECKING:
+    import pandas
+
+    from clplat.architectures.base import Architecture
+
+Config = str | Path | Mapping[str, Any]
+
+
+def run(config: Config, overrides: Mapping[str, Any] | None = None, *, quiet: bool = False) -> Study:
+    """Carry out a study (a file, a shipped name, or plain data), with dotted keys overridden.
+
+    Returns the study with its folder and outcomes; raises `ConfigError` before anything is trained.
+    """
+    pairs = [(key, json.dumps(value)) for key, value in (overrides or {}).items()]
+    return run_study(load_study(config, pairs), Console(quiet=quiet, highlight=False))
+
+
+def resume(target: str | Path, overrides: Sequence[tuple[str, str]] = (), console: Console | None = None) -> Study:
+    """Continue a run or a study from its last checkpoints.
+
+    `overrides` may change what results do not depend on (devices, workers, tracking); anything else is refused.
+    """
+    console = console or Console(highlight=False)
+    folder = folder_of(target)
+    folders = run_folders(folder) if (folder / "study.yaml").is_file() else [folder]
+    for one in folders:
+        _change(one, overrides)
+    if (folder / "study.yaml").is_file():
+        return carry_out(folder, load_study(folder / "study.yaml"), console)
+    return _resume_one(folder, console)
+
+
+def _resume_one(folder: Path, console: Console) -> Study:
+    from clplat.journal import last_status
+    from clplat.launch import launch
+
+    if last_status(folder) == "FINISHED":
+        console.print(f"{folder}: finished already; nothing to do")
+        return Study(name=folder.parent.name, folder=folder.parent, outcomes=[])
+    config = load_run(folder / "config.yaml")
+    outcomes = launch([folder], workers=1, threads=config.training.threads, console=console)
+    return Study(name=folder.parent.name, folder=folder.parent, outcomes=outcomes)
+
+
+def _change(folder: Path, overrides: Sequence[tuple[str, str]]) -> None:
+    """Lay overrides over a run's configuration, refusing those that would change its result."""
+    if not overrides:
+        return
+    from clplat.config import parse_yaml
+
+    old = load_run(folder / "config.yaml")
+    data = plain(old)
+    for key, text in overrides:
+        set_key(data, key, parse_yaml(text))
+    new = parse(RunConfig, data)
+    changed = difference(old, new)
+    if changed:
+        raise ConfigError(
+            f"{folder}: a resumed run must stay the same experiment, and this would change {'; '.join(changed)}. "
+            "Devices, workers, checkpoint and tracking settings may change; for the rest start a new study."
+        )
+    save(new, folder / "config.yaml")
+
+
+def folder_of(target: str | Path) -> Path:
+    """The folder of a run or study: a path, or an MLflow run id whose folder is on this machine."""
+    path = Path(target)
+    if (path / "config.yaml").is_file() or (path / "study.yaml").is_file():
+        return path
+    if path.exists():
+        raise ConfigError(f"{target}: neither a run folder (config.yaml) nor a study folder (study.yaml)")
+    from clplat.tracking import folder_of_run
+
+    found = folder_of_run(str(target))
+    if found is None or not found.is_dir():
+        raise ConfigError(f"{target!r}: no such folder, and MLflow knows no run of this id with a folder here")
+    return found
+
+
+def results(study: Study | str | Path, uri: str | None = None) -> pandas.DataFrame:
+    """All scores of a study, read from MLflow: one row for each variant, seed, row, view, metric and task."""
+    from clplat import report
+
+    name = str(study.folder) if isinstance(study, Study) else str(study)
+    return report.results_frame(report.load_study(name, uri))
+
+
+def load_model(run: str | Path) -> Architecture:
+    """The architecture of a run with its last saved weights, in evaluation mode, on the CPU."""
+    from clplat.assembly import built_architecture, load_weights, prepared_stream
+    from clplat.checkpoint import Checkpoints
+
+    folder = folder_of(run)
+    config = load_run(folder / "config.yaml")
+    state = Checkpoints(folder, every_seconds=0).load()
+    if state is None:
+        raise ConfigError(f"{folder}: no checkpoint yet; `clplat resume {folder}` trains it")
+    architecture = built_architecture(config, prepared_stream(config))
+    load_weights(architecture, state)
+    return architecture.eval()
+
+
+def evaluate(run: str | Path, stream: str | None = None) -> Table:
+    """Score a run's last weights on a stream: its own, or a class name or YAML of class_path and init_args."""
+    import dataclasses
+
+    from clplat.assembly import assemble, load_weights
+    from clplat.checkpoint import Checkpoints
+    from clplat.components import Component, checked
+    from clplat.config import parse_yaml
+    from clplat.strategies.world import World
+
+    folder = folder_of(run)
+    config = load_run(folder / "config.yaml")
+    if stream is not None:
+        given = parse_yaml(stream)
+        component = Component(**given) if isinstance(given, dict) else Component(class_path=str(given))
+        config = dataclasses.replace(config, stream=checked(component, "stream", "stream"))
+    state = Checkpoints(folder, every_seconds=0).load()
+    if state is None:
+        raise ConfigError(f"{folder}: no checkpoint yet; `clplat resume {folder}` trains it")
+    parts = assemble(config, World())
+    try:
+        load_weights(parts.architecture, state)
+    except RuntimeError as error:
+        raise ConfigError(f"--stream: this model does not fit the stream ({str(error).splitlines()[-1].strip()})") from error
+    parts.hooks.load_state_dict(state["strategies"])
+    table = Table("task", "view", "metric", "value", "count", title=f"{folder.name} on {type(parts.stream).__name__}")
+    for cell in parts.evaluator.cells([task.index for task in parts.stream.tasks]):
+        table.add_row(cell.task, cell.view, cell.metric, f"{cell.value:.4f}", f"{cell.count:.0f}")
+    return table
+
+
+def reproduce(run: str, console: Console) -> tuple[bool, Table]:
+    """Run again what MLflow holds of a run; whether all scores came out the same, and a table of differences."""
+    import tempfile
+
+    from clplat.execution import execute
+    from clplat.journal import table as journal_table
+    from clplat.tracking import fetch_run
+
+    record = fetch_run(run)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "again"
+        folder.mkdir()
+        data = plain(record.config)
+        set_key(data, "tracking.enabled", False)
+        save(parse(RunConfig, data), folder / "config.yaml")
+        console.print(f"running {record.config.variant}, seed {record.config.seed} again …")
+        outcome = execute(folder)
+        if outcome.status != "FINISHED":
+            raise ConfigError(f"the repetition did not finish: {outcome.reason}")
+        again = journal_table(folder)
+    return _differences(record.table, again)
+
+
+def _differences(old: Any, new: Any) -> tuple[bool, Table]:
+    table = Table("task", "metric", "recorded", "now", title="last row of the result table")
+    pairs = list(zip(old.to_rows(), new.to_rows(), strict=True))
+    last = max(row["row"] for row, _ in pairs)
+    for before, after in pairs:
+        if before["row"] == last:
+            table.add_row(before["task"], before["metric"], f"{before['value']:.6f}", f"{after['value']:.6f}")
+    same = all(b["value"] == a["value"] or (b["value"] != b["value"] and a["value"] != a["value"]) for b, a in pairs)
+    table.caption = "every score of the whole table is the same, bit for bit" if same else "the tables differ"
+    return same, table

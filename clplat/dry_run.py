@@ -1,0 +1,69 @@
+"""Two batches a task, everything else as in a real run: what it would take, before it is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from clplat.config import RunConfig, StudyConfig, expand
+from clplat.fitting import fit, task_loader
+from clplat.interruption import Interruption
+from clplat.progress import Silent
+from clplat.run import Run
+from clplat.streams.base import Budget
+from clplat.study import worker_count
+
+
+def estimate(study: StudyConfig, console: Console) -> Table:
+    """Time and memory of every variant, measured on two batches a task and one evaluation."""
+    runs = expand(study)
+    table = Table("variant", "tasks", "steps", "ms a step", "s an evaluation", "est. minutes", "peak MiB", title="dry run")
+    total = 0.0
+    for run in {run.variant: run for run in runs}.values():
+        with console.status(f"trying {run.variant}"), tempfile.TemporaryDirectory() as scratch:
+            row = _try(run, Path(scratch))
+        total += row[4] * len(study.seeds)
+        table.add_row(
+            run.variant, str(row[0]), str(row[1]), f"{row[2] * 1e3:.1f}", f"{row[3]:.2f}", f"{row[4] / 60:.1f}",
+            f"{row[5] / 2**20:.0f}",
+        )  # fmt: skip
+    workers = worker_count(study, len(runs))
+    table.caption = (
+        f"{len(runs)} runs, {workers} side by side: about {total / workers / 60:.1f} minutes, plus start-up. "
+        "Memory is this process's peak so far."
+    )
+    return table
+
+
+def _try(config: RunConfig, folder: Path) -> tuple[int, int, float, float, float, int]:
+    """Tasks, steps, seconds a step, seconds an evaluation, seconds in all, peak bytes."""
+    quiet = dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, every_seconds=1e9)
+    )
+    run = Run(quiet, folder, journal=None, interruption=Interruption(), progress=Silent())
+    start = time.perf_counter()
+    run.parts.evaluator.cells([])
+    evaluation = time.perf_counter() - start
+    steps, seconds = 0, 0.0
+    for position, task in enumerate(run.path):
+        run.parts.context.task, run.parts.context.past = task, run.path[:position]
+        run.parts.learner.batches = 0
+        wanted = task_loader(run, task).stop // config.training.accumulate
+        run.parts.hooks.task_start(task)
+        fit(run, dataclasses.replace(task, budget=Budget(steps=1)))
+        before, warm = run.costs.training_seconds, run.parts.learner.global_steps
+        run.parts.learner.batches = 0
+        fit(run, dataclasses.replace(task, budget=Budget(steps=1)))
+        steps += wanted
+        seconds += (run.costs.training_seconds - before) / (run.parts.learner.global_steps - warm) * wanted
+        start = time.perf_counter()
+        run.parts.hooks.task_end(task)
+        seconds += time.perf_counter() - start
+    evaluations = len(run.path) + 1 + (steps // config.evaluation.every if config.evaluation.every else 0)
+    run.costs.measure_memory()
+    return len(run.path), steps, seconds / max(1, steps), evaluation, seconds + evaluations * evaluation, run.costs.peak_memory_bytes

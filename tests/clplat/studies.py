@@ -1,0 +1,45 @@
+"""Small studies that several tests run: complete, but over in a second."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from clplat.config import expand, load_study, save
+
+DIGITS: dict[str, Any] = {
+    "name": "digits",
+    "stream": {"class_path": "SplitDigits", "init_args": {"num_tasks": 3, "class_order": [0, 1, 2, 3, 4, 5]}},
+    "architecture": {"class_path": "MLP", "init_args": {"hidden_sizes": [32], "dropout": 0.1}},
+    "training": {
+        "budget": {"steps": 12},
+        "batch_size": 16,
+        "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1, "momentum": 0.9}},
+    },
+    "checkpoint": {"every_seconds": 0},
+    "tracking": {"enabled": False, "log_every": 5, "system_metrics": False},
+}
+
+REPLAY = {"class_path": "ExperienceReplay", "init_args": {"capacity": 40}}
+EWC = {"class_path": "OnlineEWC", "init_args": {"strength": 10.0}}
+
+
+def study(**changes: Any) -> dict[str, Any]:
+    """The digits study with top-level keys, or keys written `a__b`, changed."""
+    data = copy.deepcopy(DIGITS)
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        place = data
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return data
+
+
+def run_folder(parent: Path, data: dict[str, Any], name: str = "run") -> Path:
+    """A run folder for the first run of a study, ready to be executed."""
+    folder = parent / name
+    folder.mkdir(parents=True)
+    save(expand(load_study(data))[0], folder / "config.yaml")
+    return folder
