@@ -1,0 +1,197 @@
+"""Whatever is wrong is said in one paragraph that names the field and the fix, before or without losing work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import clplat
+import pytest
+import torch
+from clplat.api import resume
+from clplat.checkpoint import Checkpoints
+from clplat.config import expand, load_study
+from clplat.errors import ConfigError, StorageError
+from clplat.execution import execute
+from clplat.journal import last_status, read
+from clplat.learner import Learner
+from clplat.study import preflight
+from studies import REPLAY, run_folder, study
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"trainin": {}}, r"trainin: there is no such key; did you mean 'training'"),
+    "unknown nested key": ({"training__batchsize": 3}, r"training\.batchsize: .*did you mean 'batch_size'"),
+    "wrong type": ({"training__batch_size": "many"}, r"training\.batch_size: .*integer.*got 'many'"),
+    "wrong choice": ({"training__schedule": "cosin"}, r"training\.schedule: .*'cosine'.*got 'cosin'"),
+    "two budgets": ({"training__budget": {"steps": 1, "epochs": 1}}, r"budget: .*exactly one"),
+    "unknown class": ({"stream__class_path": "SplitDigit"}, r"stream\.class_path: .*did you mean 'SplitDigits'"),
+    "unknown module": ({"stream__class_path": "nowhere.Mine"}, r"stream\.class_path: there is no module 'nowhere'"),
+    "wrong family": ({"stream__class_path": "clplat.architectures.mlp.MLP"}, r"MLP is not a stream"),
+    "unknown option": ({"stream__init_args": {"num_task": 2}}, r"stream\.init_args\.num_task: .*'num_tasks'"),
+    "option of a wrong type": ({"stream__init_args": {"num_tasks": "x"}}, r"stream\.init_args\.num_tasks: .*int"),
+    "optimizer option": ({"training__optimizer": {"class_path": "SGD", "init_args": {"momentun": 1}}}, "'momentum'"),
+    "strategy class": ({"strategies": {"r": {"class_path": "ExperienceReply"}}}, r"strategies\.r.*'ExperienceReplay'"),
+    "baseline": ({"baseline": "naiv", "variants": {"naive": {}}}, r"baseline: .*did you mean 'naive'"),
+    "variant key": ({"variants": {"a": {"training": {"batch": 1}}}}, r"variants\.a\.training\.batch: .*'batch_size'"),
+    "repeated seed": ({"seeds": [1, 1]}, r"seeds: .*each once"),
+    "missing key": ({"name": None}, r"name: "),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_configuration_names_the_field_and_the_nearest_valid_name(case: str) -> None:
+    changes, message = WRONG[case]
+    with pytest.raises(ConfigError, match=message) as caught:
+        expand(load_study(study(**changes)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"strategies": {"replay": {"class_path": "ExperienceReplay", "init_args": {"capacity": 10**6}}}},
+            r"variant digits: strategies\.replay: .*capacity.*1000000",
+        ),
+        (
+            {"stream": {"class_path": "StdlibText"}},
+            r"variant digits: architecture: MLP is not causal.*Transformer",
+        ),
+        (
+            {"training__accelerator": "gpu"} if not torch.cuda.is_available() else {"training__devices": 99},
+            r"training\.(accelerator|devices)",
+        ),
+    ],
+)
+def test_what_only_model_and_data_together_show_is_refused_before_training(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preflight(expand(load_study(study(**changes))))
+
+
+def test_nothing_is_written_when_a_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        clplat.run(study(strategies={"replay": REPLAY | {"init_args": {"capacity": 10**6}}}), quiet=True)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_not_a_number_fails_the_run_and_never_overwrites_a_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_folder(tmp_path, study())
+    original = Learner.training_step
+
+    def poisoned(self: Learner, *args: Any) -> torch.Tensor:
+        loss = original(self, *args)
+        if self.global_steps == 15:
+            self.window["loss"][-1] = loss.detach() * float("nan")
+            return loss * float("nan")
+        return loss
+
+    monkeypatch.setattr(Learner, "training_step", poisoned)
+    outcome = execute(folder)
+    assert outcome.status == last_status(folder) == "FAILED"
+    assert "step" in outcome.reason and "lower training.optimizer.init_args.lr" in outcome.reason
+    state = Checkpoints(folder, every_seconds=0).load()
+    assert state is not None and state["global_steps"] == 15
+    assert all(bool(torch.isfinite(value).all()) for value in state["architecture"].values())
+
+
+def test_a_full_disk_fails_the_run_by_name_and_keeps_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_folder(tmp_path, study())
+    original, count = torch.save, 0
+
+    def full(state: Any, file: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > 5:
+            file.write(b"x" * 100)
+            raise OSError(28, "No space left on device")
+        original(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    outcome = execute(folder)
+    assert outcome.status == "FAILED" and "No space left" in outcome.reason and "clplat resume" in outcome.reason
+    assert not list((folder / "checkpoints").glob("*.part"))
+    monkeypatch.undo()
+    assert execute(folder).status == "FINISHED"
+
+
+def test_a_checkpoint_that_cannot_be_written_raises_a_storage_error_that_names_the_folder(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, every_seconds=0)
+    checkpoints.folder.rmdir()
+    with pytest.raises(StorageError, match="checkpoints"):
+        checkpoints.save({}, "train")
+
+
+def test_a_failing_component_fails_its_run_alone_and_leaves_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from clplat.strategies.base import Strategy\n"
+        "class Broken(Strategy):\n"
+        "    def task_end(self, task):\n"
+        "        raise RuntimeError('no idea')\n"
+    )
+    data = study(variants={"naive": {}, "broken": {"strategies": {"b": {"class_path": "mine.Broken"}}}})
+    done = clplat.run(data, quiet=True)
+    assert [outcome.status for outcome in done.outcomes] == ["FINISHED", "FAILED"]
+    assert done.code == 1
+    assert "RuntimeError: no idea" in done.outcomes[1].reason
+    assert "task_end" in (done.folder / "broken-s0" / "error.txt").read_text()
+
+
+def test_a_changed_scientific_key_on_resume_is_refused_with_the_difference_and_a_free_one_is_not(
+    tmp_path: Path,
+) -> None:
+    done = clplat.run(study(), quiet=True)
+    folder = done.folder / "digits-s0"
+    with pytest.raises(ConfigError, match=r"training\.batch_size: 16 → 8"):
+        resume(folder, [("training.batch_size", "8")])
+    with pytest.raises(ConfigError, match=r"stream\.init_args\.num_tasks"):
+        resume(folder, [("stream.init_args.num_tasks", "2")])
+    resume(folder, [("training.workers", "2"), ("tracking.uri", "sqlite:///elsewhere.db")])
+
+
+def test_a_configuration_edited_behind_the_back_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, study())
+    assert execute(folder).status == "FINISHED"
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("batch_size: 16", "batch_size: 8"))
+    outcome = execute(folder)
+    assert outcome.status == "FAILED" and "another configuration" in outcome.reason
+
+
+def test_a_task_without_rows_is_named(tmp_path: Path) -> None:
+    (tmp_path / "holes.py").write_text(
+        "import torch\n"
+        "from clplat.streams.base import EvalSet, Spec, Stream, Task, TensorData\n"
+        "from clplat.streams.scorers import Classify\n"
+        "class Holes(Stream):\n"
+        "    def prepare(self):\n"
+        "        self.spec = Spec(kind='classify', input_shape=(4,), num_outputs=2)\n"
+        "        data = [TensorData(torch.randn(n, 4), torch.zeros(n, dtype=torch.long), task=0) for n in (0, 5)]\n"
+        "        test = EvalSet(name='t', data=data[1], scorer=Classify())\n"
+        "        self.tasks = [Task(index=0, name='empty one', train=data[0], test=test, headline='accuracy')]\n"
+    )
+    with pytest.raises(ConfigError, match="task 'empty one' has no training rows"):
+        preflight(expand(load_study(study(stream={"class_path": "holes.Holes"}))))
+
+
+def test_the_journal_of_a_failed_run_is_standard_json_and_ends_with_its_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_folder(tmp_path, study())
+
+    def broken(self: Learner, *args: Any) -> torch.Tensor:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Learner, "training_step", broken)
+    execute(folder)
+    for line in (folder / "journal.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not standard JSON"))
+    assert [entry["status"] for entry in read(folder) if entry["kind"] == "status"] == ["RUNNING", "FAILED"]
