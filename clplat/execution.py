@@ -55,7 +55,9 @@ def _carry_out(
     from clplat.tracking import Feed
 
     journal = Journal(folder) if rank == 0 else None
-    feed = Feed.start(folder) if rank == 0 and config.tracking.enabled else None
+    feed = Feed(folder, config.tracking) if rank == 0 and config.tracking.enabled else None
+    if feed is not None:
+        feed.start()
     if journal is not None:
         journal.status("RUNNING")
         journal.flush()

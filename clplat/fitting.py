@@ -36,25 +36,29 @@ def fit(run: Run, task: Task) -> None:
 
 def task_loader(run: Run, task: Task) -> TaskLoader:
     """The batches of a task that are still to come."""
-    training, context, world = run.config.training, run.parts.context, run.world
-    data = run.parts.hooks.train_data(task, context.past)
-    order = RowOrder(
-        len(data), batch_size=training.batch_size, seed=run.config.seed, task=task.index, rank=world.rank,
-        size=world.size,
-    )  # fmt: skip
-    factor = run.parts.hooks.budget_factor(task)
-    # Epochs and tokens are counted on the task's own rows: an arm that reads more data takes as many steps.
-    own = RowOrder(
-        len(task.train), batch_size=training.batch_size, seed=run.config.seed, task=task.index, size=world.size
+    training, world, hooks = run.config.training, run.world, run.parts.hooks
+
+    def order(rows: int, index: int) -> RowOrder:
+        return RowOrder(
+            rows, batch_size=training.batch_size, seed=run.config.seed, task=index, rank=world.rank, size=world.size
+        )
+
+    data = hooks.train_data(task, run.parts.context.past)
+    # Epochs and tokens are counted on each task's own rows: an arm that reads more data takes as many steps.
+    total = sum(
+        order(len(paid.train), paid.index).total_batches(
+            run.budget(paid), paid.train.tokens_per_row, training.accumulate
+        )
+        for paid in hooks.budget_tasks(task)
     )
-    total = own.total_batches(run.budget(task), data.tokens_per_row, training.accumulate, factor)
     learner = run.parts.learner
     learner.total_steps = total // training.accumulate
     if training.schedule_span == "stream":
         learner.total_steps *= len(run.path)
     return TaskLoader(
-        data, order, start=learner.batches, stop=total, workers=training.workers, device=run.parts.device
-    )
+        data, order(len(data), task.index), start=learner.batches, stop=total, workers=training.workers,
+        device=run.parts.device,
+    )  # fmt: skip
 
 
 def new_trainer(training: TrainingConfig, device: Any, processes: int) -> Trainer:

@@ -56,11 +56,9 @@ class Hooks:
         owner = self._at_most_one("train_data")
         return owner.train_data(task, past) if owner else task.train
 
-    def budget_factor(self, task: Task) -> float:
-        factor = 1.0
-        for strategy in self._having("budget_factor"):
-            factor *= strategy.budget_factor(task)
-        return factor
+    def budget_tasks(self, task: Task) -> Sequence[Task]:
+        owner = self._at_most_one("budget_tasks")
+        return owner.budget_tasks(task) if owner else (task,)
 
     def task_start(self, task: Task) -> None:
         for strategy in self._having("task_start"):

@@ -16,6 +16,7 @@ from typing import Any
 
 from clplat.errors import StorageError
 from clplat.metrics import Cell, Curve, ResultTable
+from clplat.points import cells_of, curve_of
 
 NAME = "journal.jsonl"
 
@@ -117,11 +118,6 @@ def _plain_cell(cell: Cell) -> dict[str, Any]:
     return {name: _plain(v) if isinstance(v, float) else v for name, v in asdict(cell).items()}
 
 
-def _cell(entry: Mapping[str, Any]) -> Cell:
-    numbers = {name: float(entry[name]) for name in ("value", "total", "count")}
-    return Cell(**{**entry, **numbers})
-
-
 def _cut_torn_line(path: Path) -> None:
     """Remove the half line that a killed writer leaves at the end."""
     if not path.is_file():
@@ -149,24 +145,13 @@ def table(folder: Path) -> ResultTable:
     found = ResultTable()
     for entry in read(folder):
         if entry["kind"] == "results":
-            found.add(entry["row"], entry["step"], [_cell(cell) for cell in entry["cells"]])
+            found.add(entry["row"], entry["step"], cells_of(entry))
     return found
 
 
 def evaluation_curve(folder: Path) -> Curve:
     """Signed headline scores measured inside tasks."""
-    import numpy as np
-
-    points = []
-    for entry in read(folder):
-        if entry["kind"] == "curve":
-            cells = [cell for cell in map(_cell, entry["cells"]) if cell.index is not None]
-            now = np.full(1 + max((c.index for c in cells if c.index is not None), default=-1), np.nan)
-            for cell in cells:
-                if cell.headline and cell.index is not None:
-                    now[cell.index] = cell.value if cell.higher_is_better else -cell.value
-            points.append((int(entry["step"]), now))
-    return points
+    return curve_of(read(folder))
 
 
 def last_status(folder: Path) -> str:

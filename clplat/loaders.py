@@ -32,7 +32,7 @@ class RowOrder:
         self.batches_per_pass = rows // self.batch_size + bool(rest)
         self.used = rows - rows % self.batch_size + rest
 
-    def total_batches(self, budget: Budget, tokens_per_row: int, accumulate: int, factor: float) -> int:
+    def total_batches(self, budget: Budget, tokens_per_row: int, accumulate: int) -> int:
         """Batches that a budget means, a multiple of `accumulate`."""
         if budget.steps is not None:
             wanted = budget.steps * accumulate
@@ -41,7 +41,7 @@ class RowOrder:
         else:
             assert budget.tokens is not None
             wanted = math.ceil(budget.tokens / (self.batch_size * tokens_per_row))
-        return math.ceil(wanted * factor / accumulate) * accumulate
+        return math.ceil(wanted / accumulate) * accumulate
 
     def batches(self, start: int, stop: int) -> Iterator[Tensor]:
         """Row numbers of the batches start..stop, as this process sees them."""

@@ -75,6 +75,10 @@ class Strategy:
         """The rows to train on; `task.train` unless a reference arm says otherwise."""
         return task.train
 
+    def budget_tasks(self, task: Task) -> Sequence[Task]:
+        """The tasks whose budgets are spent now; joint training spends those of all tasks at once."""
+        return (task,)
+
     def task_start(self, task: Task) -> None:
         """A task begins; called once, also when the run was interrupted inside the task."""
 

@@ -1,0 +1,88 @@
+"""From the journal's entries to MLflow's words: metrics with our steps and times, tags, parameters, data sets."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from clplat.metrics import Cell, Curve, ResultTable, summary
+
+TASK_LIMIT = 50
+"""Streams of more tasks than this record aggregates alone; the rest stands in results.csv."""
+
+Point = tuple[str, float, int, int]
+"""Key, value, time in ms, step."""
+
+
+class Translator:
+    """Keeps the result table so far, since summaries depend on all rows; fed with every entry in order."""
+
+    def __init__(self) -> None:
+        self.table = ResultTable()
+        self.curve: list[tuple[int, Any]] = []
+
+    def points(self, entry: Mapping[str, Any]) -> Iterator[Point]:
+        """The metric points of one entry; NaN and infinite values are left out."""
+        for key, value, step in self._values(entry):
+            if math.isfinite(value):
+                yield metric_key(key), value, int(entry["t"]), step
+
+    def _values(self, entry: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
+        match entry["kind"]:
+            case "metric":
+                yield from ((name, float(value), entry["step"]) for name, value in entry["values"].items())
+            case "results":
+                yield from self._results(entry)
+            case "curve":
+                cells = cells_of(entry)
+                self.curve.append((int(entry["step"]), headline_scores(cells)))
+                if len(self.curve[-1][1]) <= TASK_LIMIT:
+                    yield from ((f"curve/{cell_name(c)}", c.value, entry["step"]) for c in cells)
+            case "decision":
+                yield f"decision/{entry['strategy']}.{entry['knob']}", float(entry["value"]), entry["step"]
+
+    def _results(self, entry: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
+        cells, step = cells_of(entry), entry["step"]
+        self.table.add(entry["row"], step, cells)
+        if len(self.table.tasks()) <= TASK_LIMIT:
+            yield from ((f"eval/{cell_name(c)}", c.value, step) for c in cells)
+            forgetting = self.table.forgetting_by_task()
+            yield from ((f"forgetting_max/{task}", value, step) for task, value in forgetting.items())
+        yield from ((name, value, step) for name, value in summary(self.table, self.curve).items())
+
+
+def cells_of(entry: Mapping[str, Any]) -> list[Cell]:
+    """The scores of a results or curve entry."""
+    return [
+        Cell(**{**cell, **{name: float(cell[name]) for name in ("value", "total", "count")}})
+        for cell in entry["cells"]
+    ]
+
+
+def headline_scores(cells: list[Cell]) -> Any:
+    """S of every task (T,), signed so that higher is better; NaN where not measured."""
+    found = np.full(1 + max((c.index for c in cells if c.index is not None), default=-1), np.nan)
+    for cell in cells:
+        if cell.headline and cell.index is not None:
+            found[cell.index] = cell.value if cell.higher_is_better else -cell.value
+    return found
+
+
+def cell_name(cell: Cell) -> str:
+    """`task/metric`, with the view in front where it is not the default, and `probe/` for probes."""
+    view = "" if cell.view == "default" else f"{cell.view}/"
+    return f"{view}{'probe/' if cell.index is None else ''}{cell.task}/{cell.metric}"
+
+
+def metric_key(name: str) -> str:
+    """The name with characters that MLflow refuses replaced."""
+    return re.sub(r"[^\w\-. /:]", "_", name)[:250]
+
+
+def curve_of(entries: Iterator[Mapping[str, Any]]) -> Curve:
+    """Signed headline scores measured inside tasks."""
+    return [(int(e["step"]), headline_scores(cells_of(e))) for e in entries if e["kind"] == "curve"]

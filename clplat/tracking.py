@@ -1,0 +1,318 @@
+"""MLflow's side of the record: each run's journal is sent by a background thread, from where it last stopped.
+
+The journal is the truth. `mlflow.json` in a run folder holds the id of its MLflow run and how far the journal has
+been sent; times come from the journal, so a point that is sent twice is the same point and is kept once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clplat.config import RunConfig, TrackingConfig, load_run, load_study, parse, parse_yaml
+from clplat.errors import ClplatError, ConfigError
+from clplat.journal import NAME, last_status
+from clplat.metrics import ResultTable
+from clplat.points import Translator
+
+CHUNK = 900
+"""Points in one request; MLflow takes 1000."""
+STUDY_STATE, RUN_STATE = "study.json", "mlflow.json"
+
+
+def client(uri: str) -> Any:
+    """An MLflow client that is quiet, sends no telemetry, and gives up on a dead server within seconds."""
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }.items():
+        os.environ.setdefault(name, value)
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
+    mlflow.set_tracking_uri(uri)
+    return mlflow.MlflowClient(uri)
+
+
+def absolute(uri: str) -> str:
+    """The URI with a relative SQLite file made absolute, so that it means the same from any folder."""
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    return uri
+
+
+def experiment_id(connection: Any, tracking: TrackingConfig) -> str:
+    """The experiment, made if it is new; a local database keeps its artifacts in a folder beside it."""
+    found = connection.get_experiment_by_name(tracking.experiment)
+    if found is not None:
+        return found.experiment_id
+    uri = absolute(tracking.uri)
+    place = None
+    if uri.startswith("sqlite:///"):
+        place = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / tracking.experiment).as_uri()
+    try:
+        return connection.create_experiment(tracking.experiment, artifact_location=place)
+    except Exception:
+        # Another process made it in the meantime.
+        found = connection.get_experiment_by_name(tracking.experiment)
+        if found is None:
+            raise
+        return found.experiment_id
+
+
+class Feed:
+    """Sends one run's journal to MLflow while the run goes on; never holds training up."""
+
+    def __init__(self, folder: Path, tracking: TrackingConfig) -> None:
+        self.folder, self.tracking = folder, tracking
+        self._state: dict[str, Any] = _read_json(folder / RUN_STATE) or {"run_id": None, "offset": 0}
+        self._client: Any = None
+        self._translator = Translator()
+        self._translated = 0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="mlflow", daemon=True)
+        self._trouble: str | None = None
+        self._monitor: Any = None
+
+    def start(self) -> None:
+        """Begin sending in the background."""
+        self._thread.start()
+
+    def close(self, status: str) -> None:
+        """Send what is left, upload artifacts, and give the MLflow run its true status."""
+        self._closing.set()
+        self._thread.join()
+        if self._monitor is not None:
+            self._monitor.finish()
+        if not self.finish(status):
+            print(
+                f"{self.folder}: MLflow at {self.tracking.uri} has not got everything ({self._trouble}); "
+                f"`clplat sync {self.folder}` sends the rest.",
+                file=sys.stderr,
+            )
+
+    def finish(self, status: str) -> bool:
+        """Send everything there is, now; whether that worked."""
+        if not self._try(self._send_new):
+            return False
+        return self._try(lambda: self._end(status))
+
+    def _live(self) -> None:
+        wait = 1.0
+        while not self._closing.wait(wait):
+            if self._try(self._send_new):
+                wait = 2.0
+                self._start_monitor()
+            else:
+                wait = min(30.0, 2 * wait)
+
+    def _try(self, action: Any) -> bool:
+        try:
+            action()
+        except ClplatError:
+            raise
+        except Exception as error:  # noqa: BLE001 - a server can fail in any way; the run must not
+            if self._trouble is None:
+                print(f"MLflow at {self.tracking.uri} cannot be reached ({_short(error)}); the record stays in "
+                      f"{self.folder} and is sent later.", file=sys.stderr)  # fmt: skip
+            self._trouble = _short(error)
+            return False
+        self._trouble = None
+        return True
+
+    def _connect(self) -> None:
+        if self._client is not None and self._state["run_id"] is not None:
+            return
+        connection = client(self.tracking.uri)
+        if self._state["run_id"] is None:
+            parent = (_read_json(self.folder.parent / STUDY_STATE) or {}).get("run_id")
+            tags = {"mlflow.parentRunId": parent} if parent else {}
+            run = connection.create_run(experiment_id(connection, self.tracking), tags=tags, run_name=self.folder.name)
+            self._state["run_id"] = run.info.run_id
+            _write_json(self.folder / RUN_STATE, self._state)
+        connection.update_run(self._state["run_id"], status="RUNNING")
+        self._client = connection
+
+    def _start_monitor(self) -> None:
+        if self._monitor is None and self.tracking.system_metrics and not self._closing.is_set():
+            from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+            self._monitor = SystemMetricsMonitor(self._state["run_id"], resume_logging=True)
+            self._monitor.start()
+
+    def _send_new(self) -> None:
+        """Send the whole lines after the last offset, in chunks; the offset moves with every success."""
+        self._connect()
+        with (self.folder / NAME).open("rb") as file:
+            points: list[Any] = []
+            while line := file.readline():
+                if not line.endswith(b"\n"):
+                    break
+                entry, place = json.loads(line), file.tell()
+                if place > self._translated:
+                    found = list(self._translator.points(entry))
+                    self._translated = place
+                    if place > self._state["offset"]:
+                        points += found
+                        self._send_entry(entry)
+                if len(points) >= CHUNK:
+                    self._send_points(points, place)
+                    points = []
+            self._send_points(points, self._translated)
+
+    def _send_points(self, points: list[Any], offset: int) -> None:
+        from mlflow.entities import Metric
+
+        for start in range(0, len(points), CHUNK):
+            part = points[start : start + CHUNK]
+            metrics = [Metric(key, value, moment, step) for key, value, moment, step in part]
+            try:
+                self._client.log_batch(self._state["run_id"], metrics=metrics)
+            except Exception:
+                # What was translated but not sent has to be translated again, rows of the table included.
+                self._translator, self._translated = Translator(), 0
+                raise
+        if offset > self._state["offset"]:
+            self._state["offset"] = offset
+            _write_json(self.folder / RUN_STATE, self._state)
+
+    def _send_entry(self, entry: dict[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+
+        run_id = self._state["run_id"]
+        match entry["kind"]:
+            case "params":
+                params = [Param(key, value[:6000]) for key, value in entry["values"].items()]
+                for start in range(0, len(params), 100):
+                    self._client.log_batch(run_id, params=params[start : start + 100])
+            case "tags":
+                self._client.log_batch(run_id, tags=[RunTag(key, str(v)[:5000]) for key, v in entry["values"].items()])
+            case "status" if entry["reason"]:
+                self._client.set_tag(run_id, "status_reason", entry["reason"][:5000])
+            case "dataset":
+                data = Dataset(name=entry["name"], digest=entry["digest"], source_type="clplat", source=entry["name"])
+                tag = InputTag("mlflow.data.context", entry["context"])
+                self._client.log_inputs(run_id, [DatasetInput(data, [tag])])
+
+    def _end(self, status: str) -> None:
+        if (self.folder / "artifacts").is_dir():
+            self._client.log_artifacts(self._state["run_id"], str(self.folder / "artifacts"))
+        self._client.set_terminated(self._state["run_id"], status=status)
+
+
+def start_study(folder: Path) -> None:
+    """Make the study's parent run, or take it up again; a server that is away does not stop the study."""
+    study = load_study(folder / "study.yaml")
+    state = _read_json(folder / STUDY_STATE) or {}
+    try:
+        connection = client(study.tracking.uri)
+        if "run_id" not in state:
+            where = experiment_id(connection, study.tracking)
+            tags = {"study": study.name, "kind": "study", "baseline": study.baseline or "", "folder": str(folder.resolve())}
+            run = connection.create_run(where, tags=tags, run_name=folder.name)
+            state = {"run_id": run.info.run_id, "uri": study.tracking.uri}
+            _write_json(folder / STUDY_STATE, state)
+            connection.log_artifact(state["run_id"], str(folder / "study.yaml"))
+        connection.update_run(state["run_id"], status="RUNNING")
+    except Exception as error:  # noqa: BLE001 - as in Feed: the record waits in the folders
+        print(f"MLflow at {study.tracking.uri} cannot be reached ({_short(error)}); the record stays in {folder}; "
+              f"`clplat sync {folder}` sends it later.", file=sys.stderr)  # fmt: skip
+
+
+def finish_study(folder: Path, statuses: list[str]) -> None:
+    """Give the parent run its status: FINISHED, or the worst of its runs."""
+    state = _read_json(folder / STUDY_STATE) or {}
+    if "run_id" in state:
+        status = next((word for word in ("KILLED", "FAILED") if word in statuses), "FINISHED")
+        # A server that is gone by now gets the status with `clplat sync`.
+        with contextlib.suppress(Exception):
+            client(state["uri"]).set_terminated(state["run_id"], status=status)
+
+
+def sync(target: str | Path) -> int:
+    """Send what MLflow lacks of a run or a study; how many runs were sent. Raises when the server is away."""
+    from clplat.study import run_folders
+
+    folder = Path(target)
+    is_study = (folder / "study.yaml").is_file()
+    if not is_study and not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{target}: neither a run folder (config.yaml) nor a study folder (study.yaml)")
+    if is_study:
+        start_study(folder)
+    runs = [run for run in (run_folders(folder) if is_study else [folder]) if (run / NAME).is_file()]
+    for run in runs:
+        feed = Feed(run, load_run(run / "config.yaml").tracking)
+        status = last_status(run)
+        if not feed.finish("KILLED" if status in ("RUNNING", "WAITING") else status):
+            raise ClplatError(f"{run}: MLflow at {feed.tracking.uri} did not take the record ({feed._trouble})")
+    if is_study:
+        finish_study(folder, [last_status(run) for run in runs])
+    return len(runs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What MLflow holds of a run: enough to run it again."""
+
+    config: RunConfig
+    table: ResultTable
+
+
+def default_uri() -> str:
+    """Where studies are looked for when nothing else is said."""
+    return os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+
+
+def fetch_run(run: str) -> Record:
+    """A run's configuration and result table out of MLflow, by run id or run folder."""
+    folder = Path(run)
+    state = _read_json(folder / RUN_STATE) if folder.is_dir() else None
+    uri = load_run(folder / "config.yaml").tracking.uri if state else default_uri()
+    run_id = state["run_id"] if state else run
+    try:
+        connection = client(uri)
+        files = Path(connection.download_artifacts(run_id, ""))
+    except Exception as error:  # noqa: BLE001 - missing runs and dead servers raise different types
+        raise ConfigError(f"run {run!r}: MLflow at {uri} does not give it ({_short(error)})") from error
+    if not (files / "config.yaml").is_file() or not (files / "results.csv").is_file():
+        raise ConfigError(f"run {run!r}: MLflow has no config.yaml and results.csv of it; it has not finished")
+    data = parse_yaml((files / "config.yaml").read_text())
+    return Record(config=parse(RunConfig, data), table=ResultTable.from_csv(files / "results.csv"))
+
+
+def folder_of_run(run_id: str) -> Path | None:
+    """The folder of a run or study that MLflow knows by this id; None when it knows none."""
+    try:
+        found = client(default_uri()).get_run(run_id)
+    except Exception:  # noqa: BLE001 - an id that is none is an answer, not a failure
+        return None
+    folder = found.data.tags.get("folder")
+    return Path(folder) if folder else None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content))
+    part.replace(path)
