@@ -169,7 +169,7 @@ def build(component: Component, wing: str, key: str, supplied: Mapping[str, Any]
     given = {name: value for name, value in component.init_args.items() if name not in WINGS[wing].supplied}
     parser = _parser(found, wing)
     try:
-        built = parser.instantiate_classes(parser.parse_object(given))
+        built = parser.instantiate(parser.parse_object(given))
     except Exception as error:  # noqa: BLE001 - as in `checked`
         raise ConfigError(f"{key}.init_args{_reason(error)}") from error
     try:

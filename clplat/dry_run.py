@@ -14,7 +14,7 @@ from clplat.config import RunConfig, StudyConfig, expand
 from clplat.fitting import fit, task_loader
 from clplat.interruption import Interruption
 from clplat.progress import Silent
-from clplat.run import Run
+from clplat.loop import Run
 from clplat.streams.base import Budget
 from clplat.study import worker_count
 

@@ -77,7 +77,7 @@ def _attempt(
 
     from clplat import processes
     from clplat.assembly import device_for
-    from clplat.run import Run
+    from clplat.loop import Run
 
     torch.set_num_threads(config.training.threads)
     try:

@@ -17,7 +17,7 @@ from clplat.loaders import RowOrder, TaskLoader
 from clplat.streams.base import Task
 
 if TYPE_CHECKING:
-    from clplat.run import Run
+    from clplat.loop import Run
 
 
 def fit(run: Run, task: Task) -> None:
@@ -32,6 +32,7 @@ def fit(run: Run, task: Task) -> None:
             new_trainer(run.config.training, run.parts.device, run.world.size).fit(learner, loader)
         learner.to(run.parts.device)  # the Trainer leaves it on the CPU
     steps.close()
+    learner.task_done()
 
 
 def task_loader(run: Run, task: Task) -> TaskLoader:

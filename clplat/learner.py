@@ -140,10 +140,16 @@ class Learner(LightningModule):
         self._finished.clear()
 
     def on_train_end(self) -> None:
-        """Keep the optimizer's state where it is to live on in the next task."""
-        self._fitting = False
-        keep = self.training_config.optimizer_state == "keep"
-        self.optimizer_state = self._optimizer().state_dict() if keep else None
+        """The optimizer's last state of the task, for a next task that keeps it."""
+        self.optimizer_state, self._fitting = self._optimizer().state_dict(), False
+
+    def task_done(self) -> None:
+        """Forget what does not live on into the next task."""
+        self.scaler_state = None
+        if self.training_config.optimizer_state == "reset":
+            self.optimizer_state = None
+        if self.architecture.memory_life != "run":
+            self.carried = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The configured optimizer; a class with `for_module` is built from the module, not from a list."""

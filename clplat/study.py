@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import secrets
@@ -58,6 +59,11 @@ def preflight(runs: Sequence[RunConfig]) -> None:
 
 def lay_out(study: StudyConfig, runs: Sequence[RunConfig]) -> Path:
     """Make the study's folder with one folder a run, each with its resolved configuration."""
+    from clplat.tracking import absolute
+
+    tracking = dataclasses.replace(study.tracking, uri=absolute(study.tracking.uri))
+    study = dataclasses.replace(study, tracking=tracking)
+    runs = [dataclasses.replace(run, tracking=dataclasses.replace(run.tracking, uri=tracking.uri)) for run in runs]
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(study.folder) / f"{study.name}-{stamp}-{secrets.token_hex(2)}"
     folder.mkdir(parents=True)

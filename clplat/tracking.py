@@ -222,7 +222,10 @@ def start_study(folder: Path) -> None:
         connection = client(study.tracking.uri)
         if "run_id" not in state:
             where = experiment_id(connection, study.tracking)
-            tags = {"study": study.name, "kind": "study", "baseline": study.baseline or "", "folder": str(folder.resolve())}
+            tags = {
+                "study": study.name, "kind": "study", "baseline": study.baseline or "",
+                "folder": str(folder.resolve()), "variants": json.dumps(list(study.variants) or [study.name]),
+            }  # fmt: skip
             run = connection.create_run(where, tags=tags, run_name=folder.name)
             state = {"run_id": run.info.run_id, "uri": study.tracking.uri}
             _write_json(folder / STUDY_STATE, state)

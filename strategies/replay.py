@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from clplat.architectures.base import StepOutcome
 from clplat.strategies.base import Context, Strategy
-from clplat.strategies.buffers import Buffer, Policy
+from clplat.strategies.buffers import Buffer, Policy, stored_fields
 from clplat.streams.batch import CURRENT, REPLAY, Batch
 
 
 class ExperienceReplay(Strategy):
-    """Keep some rows of what was seen and add a draw of them to every batch; current rows are never displaced."""
+    """Keep some rows of what was seen and add a draw of them to every batch; current rows are never displaced.
+
+    The rows of a batch are offered to the buffer when its optimizer step is done, each time they are trained on.
+    """
 
     replays = True
     knobs = ("ratio", "weight")
@@ -29,8 +34,10 @@ class ExperienceReplay(Strategy):
         from_task: int = 2,
     ) -> None:
         """`capacity` in rows (samples, or rows of tokens) or `capacity_bytes`; `ratio` replayed rows for each
-        current one; `weight` of their mean loss; replay begins with task number `from_task` (1: with the first,
-        from rows of the same task)."""
+        current one; `weight` of their mean loss; replay begins with task number `from_task`, by default the second:
+        before it there is nothing to forget, and rows would come from the current task alone (1: as in the paper)."""
+        if (capacity is None) == (capacity_bytes is None):
+            raise ValueError("capacity, capacity_bytes: give exactly one of them")
         if ratio < 0 or weight < 0:
             raise ValueError(f"ratio, weight: must not be negative, got {ratio} and {weight}")
         self.capacity, self.capacity_bytes, self.policy = capacity, capacity_bytes, policy
@@ -38,27 +45,29 @@ class ExperienceReplay(Strategy):
 
     def setup(self, context: Context) -> None:
         super().setup(context)
-        check_capacity(context, self.capacity, self.capacity_bytes)
-        self.buffer = Buffer(
-            policy=self.policy, capacity=self.capacity, capacity_bytes=self.capacity_bytes, generator=context.generator
-        )
+        rows = self._capacity_in_rows(self.row_bytes())
+        self.buffer = Buffer(capacity=rows, policy=self.policy, generator=context.generator, world=context.world)
         self.fresh: list[Batch] = []
+
+    def row_bytes(self) -> int:
+        """Bytes that the buffer takes for one row."""
+        one = self.context.tasks[0].train.batch(torch.tensor([0]))
+        return sum(tensor.nbytes for tensor in stored_fields(one).values())
 
     def batch(self, batch: Batch) -> Batch:
         self.fresh.append(current_rows(batch))
-        count = round(self.ratio * len(batch) * self.context.world.size)
-        if not count or not len(self.buffer) or not self.active():
-            return batch
-        share = (self.context.world.rank, self.context.world.size)
-        return batch.joined(self.buffer.draw(count, share=share).with_origin(REPLAY, self.weight))
+        return self.with_replay(batch, REPLAY, self.ratio, self.weight)
 
-    def active(self) -> bool:
-        """Whether the current task is late enough for replay."""
-        return self.context.task is not None and len(self.context.past) + 1 >= self.from_task
+    def with_replay(self, batch: Batch, origin: int, ratio: float, weight: float) -> Batch:
+        """The batch with `ratio` buffered rows for each current one, while replay is on and there are any."""
+        count = round(ratio * len(self.fresh[-1]))
+        if not count or not len(self.buffer) or len(self.context.past) + 1 < self.from_task:
+            return batch
+        return batch.joined(self.buffer.draw(count).with_origin(origin, weight))
 
     def step_end(self, outcome: StepOutcome) -> None:
         for batch in self.fresh:
-            self.buffer.add(gathered(batch, self.context))
+            self.buffer.add(batch)
         self.fresh.clear()
 
     def stored_bytes(self) -> int:
@@ -70,26 +79,24 @@ class ExperienceReplay(Strategy):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.buffer.load_state_dict(state["buffer"], self.context.device())
 
+    def _capacity_in_rows(self, row_bytes: int) -> int:
+        """The budget in rows; refuses one that holds no row, or more than there is to train on."""
+        name = type(self).__name__
+        if self.capacity_bytes is not None:
+            option, rows = "capacity_bytes", self.capacity_bytes // row_bytes
+            given = f"{self.capacity_bytes} bytes, at {row_bytes} a row, are {rows} rows"
+        else:
+            assert self.capacity is not None
+            option, rows, given = "capacity", self.capacity, f"{self.capacity} rows"
+        available = sum(len(task.train) for task in self.context.tasks)
+        if rows < 1:
+            raise ValueError(f"{name}.{option}: {given}; give room for at least one row")
+        if rows > available:
+            raise ValueError(f"{name}.{option}: {given}, more than the stream's {available} training rows; lower it, "
+                             "or use Cumulative")  # fmt: skip
+        return rows
+
 
 def current_rows(batch: Batch) -> Batch:
-    """The rows of the current task in a batch that another strategy may have mixed already."""
+    """The rows of the current task, without those that another strategy mixed in before."""
     return batch if batch.origin is None else batch.rows(batch.origin == CURRENT)
-
-
-def gathered(batch: Batch, context: Context) -> Batch:
-    """The rows of all processes, in rank order, so that every process adds the same."""
-    if context.world.size == 1:
-        return batch
-    return Batch.from_tensors({name: context.world.gather(tensor) for name, tensor in batch.tensors().items()})
-
-
-def check_capacity(context: Context, capacity: int | None, capacity_bytes: int | None) -> None:
-    """Refuse a buffer that would hold more than there is to train on: that is cumulative training."""
-    rows = sum(len(task.train) for task in context.tasks)
-    size = sum(task.train.nbytes for task in context.tasks)
-    if capacity is not None and capacity > rows:
-        raise ValueError(f"capacity: {capacity} rows are more than the stream's {rows} training rows; lower it, "
-                         "or use Cumulative")  # fmt: skip
-    if capacity_bytes is not None and capacity_bytes > size:
-        raise ValueError(f"capacity_bytes: {capacity_bytes} bytes are more than the stream's {size} bytes of "
-                         "training data; lower it, or use Cumulative")  # fmt: skip

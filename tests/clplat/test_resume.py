@@ -29,7 +29,7 @@ MOMENTS: dict[str, tuple[type, str]] = {
     "evaluation": (Scorer, "score"),
     "saving": (Checkpoints, "save"),
 }
-COUNTS = {"training": 36, "after_step": 36, "consolidation": 3, "evaluation": 12, "saving": 45}
+COUNTS = {"training": 36, "after_step": 36, "consolidation": 3, "evaluation": 6, "saving": 45}
 
 
 def in_child(action: Callable[[], Any]) -> int:

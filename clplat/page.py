@@ -1,0 +1,119 @@
+"""The report as one HTML file that opens without a network: tables, and figures drawn into the page."""
+
+from __future__ import annotations
+
+import html
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clplat import figures
+from clplat.metrics import interval
+from clplat.report import COSTS, SCORES, StudyResults, difference, finding, mean_scores, notes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem }
+th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } th { font-weight: 600; border-bottom: 2px solid #888 }
+.finding { font-size: 1.05rem; background: #f2f6fa; padding: .8rem 1rem; border-left: 4px solid #0072B2 }
+.note { color: #8a3b00 } .wide { overflow-x: auto } svg { max-width: 100%; height: auto } .small { color: #555 }
+"""
+
+
+def render(study: StudyResults, baseline: str | None, folder: Path) -> Path:
+    """Write report.html into `folder`, and every figure as PNG and SVG into its `figures`."""
+    (folder / "figures").mkdir(exist_ok=True)
+    tags = study.runs[0].tags
+    parts = [
+        f"<h1>{html.escape(study.name)}</h1>",
+        f'<p class="small">stream {html.escape(tags.get("stream", "?"))}: {html.escape(tags.get("task_order", "?"))}'
+        f" · architecture {html.escape(tags.get('architecture', '?'))}"
+        f" · budget {html.escape(tags.get('budget', '?'))} a task"
+        f" · seeds {', '.join(str(seed) for seed in sorted({run.seed for run in study.runs}))}</p>",
+        f'<p class="finding">{html.escape(finding(study, baseline))}</p>',
+        *(f'<p class="note">{html.escape(note)}</p>' for note in notes(study)),
+        "<h2>Scores</h2>",
+        '<p class="small">Mean ± 95 % Student t interval over seeds. Scores are signed so that higher is better '
+        "(a loss of 2 nats is −2). Forgetting: best score since training minus score now; lower is better.</p>",
+        _scores(study, baseline),
+        "<h2>Costs</h2>",
+        _costs(study),
+        *_figures(study, folder / "figures"),
+        f'<p class="small">From the MLflow run {study.run_id}. Fidelity of the parts to their papers: '
+        f"{html.escape(tags.get('fidelity', '?'))}. Code {html.escape(tags.get('git_sha') or 'not in a repository')}.</p>",
+    ]
+    page = folder / "report.html"
+    page.write_text(
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(study.name)}</title>'
+        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+    return page
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _name(study: StudyResults, variant: str) -> str:
+    return f"{variant} (reference)" if study.is_reference(variant) else variant
+
+
+def _scores(study: StudyResults, baseline: str | None) -> str:
+    shown = [m for m in [*SCORES, "intransigence"] if any(study.by_seed(v, m) for v in study.variants())]
+    rows = []
+    for variant in study.variants():
+        row = [_name(study, variant), str(len(study.of(variant)))]
+        row += [str(study.interval(variant, metric)) for metric in shown]
+        rows.append(row + ([difference(study, variant, baseline)] if baseline else []))
+    head = ["variant", "n", *(SCORES.get(m, m) for m in shown), *([f"final − {baseline}"] if baseline else [])]
+    return _table(head, rows)
+
+
+def _costs(study: StudyResults) -> str:
+    rows = []
+    for variant in study.variants():
+        means = [(study.interval(variant, name).mean, show) for name, (_, show) in COSTS.items()]
+        rows.append([_name(study, variant), *("–" if np.isnan(mean) else show(mean) for mean, show in means)])
+    return _table(["variant", *(head for head, _ in COSTS.values())], rows)
+
+
+def _figures(study: StudyResults, folder: Path) -> list[str]:
+    variants, tasks = study.variants(), study.tasks()
+    finished = [variant for variant in variants if study.of(variant)]
+    if not finished:
+        return []
+    several = [v for v in finished if study.by_seed(v, "final_forgetting")]
+    last = {v: np.array([table[-1] for table in study.scores(v)]) for v in finished}
+    bars = {v: [interval(list(column)) for column in rows.T] for v, rows in last.items()}
+    costs = {v: (study.interval(v, "final_score"), study.interval(v, "cost/training_seconds")) for v in finished}
+    drawn = {
+        "Result tables": ("heat_maps", figures.heat_maps(mean_scores(study, several or finished), tasks)),
+        "Forgetting": ("forgetting", figures.forgetting_curves({v: study.scores(v) for v in several})),
+        "Final scores by task": ("final_scores", figures.final_scores(bars, tasks)),
+        "Score and cost": ("cost", figures.score_and_cost(costs, "training seconds")),
+    }
+    parts = []
+    for title, (name, figure) in drawn.items():
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        parts += [f"<h2>{title}</h2>", _inline(figure, folder / f"{name}.svg")]
+    return parts
+
+
+def _inline(figure: Figure, path: Path) -> str:
+    """The figure as SVG text; text stays text, so that the page can be searched."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}), io.StringIO() as file:
+        figure.savefig(file, format="svg", metadata={"Date": None})
+        text = file.getvalue()
+    path.write_text(text)
+    return text[text.index("<svg") :]
