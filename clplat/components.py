@@ -155,10 +155,17 @@ def checked(component: Component, wing: str, key: str) -> Component:
         parsed = parser.parse_object(given)
     except Exception as error:  # noqa: BLE001 - jsonargparse raises several unrelated types for bad input
         raise ConfigError(f"{key}.init_args{_reason(error)}") from error
+    return Component(class_path=f"{found.__module__}.{found.__qualname__}", init_args=_plain(parsed))
+
+
+def _plain(value: Any) -> Any:
+    """Parsed options as plain data, nested ones included."""
     from jsonargparse import Namespace
 
-    plain = {n: v.as_dict() if isinstance(v, Namespace) else v for n, v in vars(parsed).items()}
-    return Component(class_path=f"{found.__module__}.{found.__qualname__}", init_args=plain)
+    if isinstance(value, Namespace | dict):
+        items = vars(value).items() if isinstance(value, Namespace) else value.items()
+        return {name: _plain(item) for name, item in items}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def build(component: Component, wing: str, key: str, supplied: Mapping[str, Any] | None = None) -> Any:
