@@ -56,7 +56,8 @@ class Buffer:
         if not self.rows:
             self._allocate(fields)
         if fields.keys() != self.rows.keys():
-            raise ValueError(f"replay: rows with the fields {sorted(fields)} do not fit to those with {sorted(self.rows)}")
+            raise ValueError(f"tasks differ in the fields of their rows, {sorted(self.rows)} and {sorted(fields)}; "
+                             "replay needs the same in all tasks")  # fmt: skip
         self.size = max(self.size, int(slots.max()) + 1)
         for name, store in self.rows.items():
             # Not blocking: the indices come from the CPU, and waiting for the device would stall the step.

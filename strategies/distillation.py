@@ -62,9 +62,9 @@ class DERpp(ExperienceReplay):
 
     def batch(self, batch: Batch) -> Batch:
         self.fresh.append(current_rows(batch))
-        mixed = self.with_replay(batch, AUXILIARY, self.ratio / 2, 0.0)
+        mixed = self.with_replay(batch, AUXILIARY, self.ratio / 2 if self.alpha else 0.0, 0.0)
         self.matched = slice(len(batch), len(mixed))
-        return self.with_replay(mixed, REPLAY, self.ratio / 2, self.beta)
+        return self.with_replay(mixed, REPLAY, self.ratio / 2 if self.beta else 0.0, self.beta)
 
     def penalty(self, output: Output, batch: Batch) -> Tensor | None:
         # Current rows stand first in a mixed batch; what the model answers now is what it is held to later.

@@ -7,14 +7,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, vmap
 
 from clplat.architectures.base import Output
 from clplat.strategies.base import Context, Strategy
+from clplat.strategies.fisher import fisher_diagonal, flat_parameters, squares_by_row
 from clplat.streams.base import Task
-from clplat.streams.batch import IGNORE, Batch
-
-Labels = Literal["sampled", "observed"]
+from clplat.streams.batch import Batch
 
 
 class EWC(Strategy):
@@ -34,31 +32,44 @@ class EWC(Strategy):
         strength: float,
         fisher_samples: int | None = 256,
         fisher: Literal["per_sample", "batch"] = "per_sample",
-        labels: Labels = "sampled",
+        labels: Literal["sampled", "observed"] = "sampled",
         fisher_batch_size: int = 16,
     ) -> None:
-        """`strength` is λ. The Fisher diagonal is the mean over `fisher_samples` rows (None: all) of squared
-        gradients of each row's loss (`per_sample`; for token rows the mean loss of the row), with `labels` drawn
-        from the model (the true Fisher) or as observed (the empirical one). `batch` squares the gradient of each
-        batch's mean loss instead, which is what Avalanche computes."""
+        """`strength` is λ; at 0 no importance is estimated either. The Fisher diagonal is the mean over
+        `fisher_samples` rows (None: all) of the squared gradient of each row's loss (for token rows the mean over
+        its tokens), with `labels` drawn from the model (the true Fisher) or as observed (the empirical one).
+        `fisher="batch"` squares the gradient of each batch's mean loss instead, which is what Avalanche computes.
+        `fisher_batch_size` rows are worked on at once, with a gradient each: lower it when memory is short; at 1
+        rows go one by one, without the `vmap` that some models do not allow."""
         if strength < 0:
             raise ValueError(f"strength: must not be negative, got {strength}")
+        if fisher_batch_size < 1 or (fisher_samples is not None and fisher_samples < 1):
+            raise ValueError("fisher_samples, fisher_batch_size: must be at least 1, "
+                             f"got {fisher_samples} and {fisher_batch_size}")  # fmt: skip
         self.strength, self.fisher_samples, self.fisher, self.labels = strength, fisher_samples, fisher, labels
         self.fisher_batch_size = fisher_batch_size
         self.importance: Tensor | None = None
         self.anchor: Tensor | None = None
         self.constant = 0.0
 
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        if self.strength and self.fisher == "per_sample" and self.fisher_batch_size > 1:
+            self._try_vmap()
+
     def penalty(self, output: Output, batch: Batch) -> Tensor | None:
-        if self.importance is None or self.anchor is None or not self.strength:
+        if self.importance is None or not self.strength:
             return None
-        moved = flat_parameters(self.context) - self.anchor
-        return 0.5 * self.strength * ((self.importance * moved.square()).sum() + self.constant)
+        quadratic = _Quadratic.apply(self._weights(), self.importance, self.anchor)
+        return 0.5 * self.strength * (quadratic + self.constant)
 
     def task_end(self, task: Task) -> None:
         if self.strength:
-            with torch.no_grad():
-                self.consolidate(self.estimate(task), flat_parameters(self.context).clone())
+            importance = fisher_diagonal(
+                self.context, task, samples=self.fisher_samples, labels=self.labels,
+                batch_size=self.fisher_batch_size, per_sample=self.fisher == "per_sample",
+            )  # fmt: skip
+            self.consolidate(importance, self._weights().detach().clone())
 
     def consolidate(self, importance: Tensor, weights: Tensor) -> None:
         """Add the quadratic of one task to the sum."""
@@ -66,22 +77,10 @@ class EWC(Strategy):
             self.importance, self.anchor = importance, weights
             return
         total = self.importance + importance
-        share = torch.where(total > 0, importance / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
+        share = torch.where(total > 0, importance / total, 0.0)
         apart = weights - self.anchor
         self.constant += float((self.importance * share * apart.square()).sum())
         self.importance, self.anchor = total, self.anchor + share * apart
-
-    def estimate(self, task: Task) -> Tensor:
-        """The Fisher diagonal (P,) on the task's training rows, in evaluation mode."""
-        architecture = self.context.architecture
-        modes = architecture.training
-        architecture.eval()
-        estimated = fisher_diagonal(
-            self.context, task, samples=self.fisher_samples, labels=self.labels,
-            batch_size=self.fisher_batch_size, per_sample=self.fisher == "per_sample",
-        )  # fmt: skip
-        architecture.train(modes)
-        return estimated
 
     def state_dict(self) -> dict[str, Any]:
         return {"importance": self.importance, "anchor": self.anchor, "constant": self.constant}
@@ -89,9 +88,28 @@ class EWC(Strategy):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         device = self.context.device()
         self.importance, self.anchor = (
-            None if state[name] is None else state[name].to(device) for name in ("importance", "anchor")
+            None if state[name] is None else state[name].to(device, copy=True) for name in ("importance", "anchor")
         )
         self.constant = state["constant"]
+
+    def _weights(self) -> Tensor:
+        flat = flat_parameters(self.context.architecture)
+        if self.anchor is not None and len(flat) != len(self.anchor):
+            raise ValueError(f"{type(self).__name__}: the architecture went from {len(self.anchor)} trainable weights "
+                             f"to {len(flat)} between tasks; use one that does not grow")  # fmt: skip
+        return flat
+
+    def _try_vmap(self) -> None:
+        """Find out before training, not after the first task, whether the model allows gradients by row."""
+        data = self.context.tasks[0].train
+        batch = data.batch(torch.arange(min(2, len(data)))).to(self.context.device())
+        try:
+            squares_by_row(self.context, batch)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{type(self).__name__}.fisher_batch_size: {type(self.context.architecture).__name__} does not allow "
+                f"gradients of several rows at once ({error}); set it to 1"
+            ) from error
 
 
 class OnlineEWC(EWC):
@@ -107,7 +125,7 @@ class OnlineEWC(EWC):
         decay: float = 1.0,
         fisher_samples: int | None = 256,
         fisher: Literal["per_sample", "batch"] = "per_sample",
-        labels: Labels = "sampled",
+        labels: Literal["sampled", "observed"] = "sampled",
         fisher_batch_size: int = 16,
     ) -> None:
         """`decay` is the factor γ on the importance of earlier tasks at every boundary; the rest as in `EWC`."""
@@ -115,6 +133,8 @@ class OnlineEWC(EWC):
             strength=strength, fisher_samples=fisher_samples, fisher=fisher, labels=labels,
             fisher_batch_size=fisher_batch_size,
         )  # fmt: skip
+        if not 0 <= decay <= 1:
+            raise ValueError(f"decay: must lie between 0 and 1, got {decay}")
         self.decay = decay
 
     def consolidate(self, importance: Tensor, weights: Tensor) -> None:
@@ -122,52 +142,16 @@ class OnlineEWC(EWC):
         self.anchor = weights
 
 
-def flat_parameters(context: Context) -> Tensor:
-    """All trainable weights as one vector (P,): one multiplication instead of one for each tensor."""
-    return torch.cat([p.flatten() for p in context.architecture.parameters() if p.requires_grad])
+class _Quadratic(torch.autograd.Function):
+    """Σ_i F_i (θ_i − θ*_i)² with its gradient kept from the forward pass: half the passes over the weights."""
 
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, importance: Tensor, anchor: Tensor) -> Tensor:
+        moved = weights - anchor
+        pull = importance * moved
+        ctx.save_for_backward(pull)
+        return torch.dot(pull, moved)
 
-def fisher_diagonal(
-    context: Context, task: Task, *, samples: int | None, labels: Labels, batch_size: int, per_sample: bool
-) -> Tensor:
-    """Mean of squared gradients (P,), over rows or over batches of `batch_size` rows."""
-    count = len(task.train) if samples is None else min(samples, len(task.train))
-    rows = torch.randperm(len(task.train), generator=context.generator)[:count].sort().values
-    parts = rows.split(batch_size)
-    total = torch.zeros_like(flat_parameters(context))
-    for part in parts:
-        batch = task.train.batch(part).to(context.device())
-        if labels == "sampled":
-            batch = _with_sampled_targets(context, batch)
-        total += _squares_by_row(context, batch) if per_sample else _square_of_mean(context, batch)
-    return total / (count if per_sample else len(parts))
-
-
-def _with_sampled_targets(context: Context, batch: Batch) -> Batch:
-    """Targets drawn from the model's own answers; positions without a target keep none."""
-    chances = context.masked(context.architecture(batch), batch).float().softmax(-1).cpu()
-    drawn = torch.multinomial(chances.flatten(0, -2), 1, generator=context.generator)
-    drawn = drawn.view(batch.targets.shape).to(batch.targets.device)
-    return batch.replaced(targets=torch.where(batch.targets == IGNORE, IGNORE, drawn))
-
-
-def _squares_by_row(context: Context, batch: Batch) -> Tensor:
-    weights = {n: p.detach() for n, p in context.architecture.named_parameters() if p.requires_grad}
-
-    def loss(parameters: dict[str, Tensor], row: dict[str, Tensor]) -> Tensor:
-        one = Batch.from_tensors({name: tensor.unsqueeze(0) for name, tensor in row.items()})
-        output: Output = functional_call(context.architecture, parameters, (one,))
-        return context.loss(output, one)
-
-    # Attention has no batching rule for its fused forms; the plain form has.
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        gradients = vmap(grad(loss), in_dims=(None, 0))(weights, batch.tensors())
-    return torch.cat([gradient.square().sum(0).flatten() for gradient in gradients.values()])
-
-
-def _square_of_mean(context: Context, batch: Batch) -> Tensor:
-    weights = [p for p in context.architecture.parameters() if p.requires_grad]
-    with torch.enable_grad():
-        loss = context.loss(context.architecture(batch), batch)
-        gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-    return torch.cat([gradient.square().flatten() for gradient in gradients])
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return 2 * grad * ctx.saved_tensors[0], None, None

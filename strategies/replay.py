@@ -56,7 +56,7 @@ class ExperienceReplay(Strategy):
 
     def batch(self, batch: Batch) -> Batch:
         self.fresh.append(current_rows(batch))
-        return self.with_replay(batch, REPLAY, self.ratio, self.weight)
+        return self.with_replay(batch, REPLAY, self.ratio if self.weight else 0.0, self.weight)
 
     def with_replay(self, batch: Batch, origin: int, ratio: float, weight: float) -> Batch:
         """The batch with `ratio` buffered rows for each current one, while replay is on and there are any."""
