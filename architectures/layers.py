@@ -1,4 +1,8 @@
-"""Building blocks of decoders: RMSNorm, rotary positions, grouped-query attention with a cache, SwiGLU."""
+"""The parts a decoder is made of: rotary positions, grouped-query attention with a cache, SwiGLU.
+
+Shapes: B rows, T tokens, S tokens with those in the cache, H query heads, G key-value heads, D head size,
+C hidden size. Normalisation is `torch.nn.RMSNorm`.
+"""
 
 from __future__ import annotations
 
@@ -6,95 +10,105 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KVCache = tuple[Tensor, Tensor]
-"""Keys and values (B, H_kv, T_max, D) of the tokens read so far."""
+Cache = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each (B, S, G, D); column s holds the row's token at position s."""
+
+Angles = tuple[Tensor, Tensor]
+"""Cosines and sines of rotary positions, each (T, 1, D/2) or (B, T, 1, D/2)."""
 
 
-def rope_table(length: int, head_dim: int, base: float) -> Tensor:
-    """Cosines and sines (2, T, D/2) of rotary positions 0..T-1 (Su et al. 2021, arXiv:2104.09864)."""
-    rates = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * rates
-    return torch.stack([angles.cos(), angles.sin()]).float()
+def rotary_angles(positions: Tensor, head_size: int, base: float) -> Angles:
+    """Angle position · base^(−2i/D) for every pair i (Su et al. 2021, RoFormer, eq. 15).
+
+    `positions` is (T,) or (B, T), long. Computed in float32 whatever the model's precision: in bfloat16
+    positions above 256 would no longer be told apart.
+    """
+    pairs = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float().unsqueeze(-1) * base ** (-pairs / head_size)
+    return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
 
 
-def rotate(x_BHTD: Tensor, table_2TD: Tensor) -> Tensor:
-    """Turn the pairs (first half, second half) of each head by the angle of its position."""
-    cos, sin = table_2TD.to(x_BHTD.dtype)
-    first, second = x_BHTD.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+def rotate(x_BTHD: Tensor, angles: Angles) -> Tensor:
+    """Turn each pair (x_i, x_{i + D/2}) by its angle."""
+    cos, sin = (part.to(x_BTHD.dtype) for part in angles)
+    first, second = x_BTHD.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def causal_document_mask(segment_ids: Tensor) -> Tensor | None:
+    """(B, 1, T, T), True where a token may look: its own past within its own document.
+
+    None, which stands for the plain causal mask, where every row holds one document. That is looked up on
+    the CPU only: on an accelerator the answer would have to be waited for.
+    """
+    free_to_look = segment_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if free_to_look and bool((segment_ids[:, 0] == segment_ids[:, -1]).all()):
+        return None
+    same = segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)
+    return same.tril().unsqueeze(1)
+
+
+def extend(past_BSGD: Tensor, new_BTGD: Tensor, positions: Tensor) -> Tensor:
+    """The cache with new columns, and each row's new tokens written at `positions` (B, T).
+
+    The width grows by T at every call, so it always suffices and nobody has to ask for the longest row. What
+    stands beyond a row's own length is filler that the mask hides. The cache that was passed is left alone.
+    """
+    grown = torch.cat([past_BSGD.to(new_BTGD.dtype), new_BTGD], dim=1)
+    rows = torch.arange(len(grown), device=grown.device).unsqueeze(1)
+    return grown.index_put_((rows, positions), new_BTGD)
 
 
 class Attention(nn.Module):
-    """Causal self-attention with fewer key-value heads than query heads (Ainslie et al. 2023, arXiv:2305.13245)."""
+    """Causal self-attention with rotary positions; G < H shares each key-value head among H/G query heads
+    (Ainslie et al. 2023, GQA)."""
 
     def __init__(self, *, hidden_size: int, num_heads: int, num_kv_heads: int) -> None:
         super().__init__()
-        if hidden_size % num_heads or num_heads % num_kv_heads or (hidden_size // num_heads) % 2:
-            raise ValueError(
-                f"num_heads: {num_heads} heads ({num_kv_heads} for keys) do not divide a hidden size of {hidden_size} "
-                "into even heads; hidden_size/num_heads must be an even whole number, num_heads/num_kv_heads whole"
-            )
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, hidden_size // num_heads
-        self.qkv = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * self.head_dim, bias=False)
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_size = hidden_size // num_heads
+        self.qkv = nn.Linear(hidden_size, (num_heads + 2 * num_kv_heads) * self.head_size, bias=False)
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
 
-    def forward(self, x_BTE: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, T, E) → (B, T, E); `mask` (B, 1, T, T) True where a token may look, None for plain causality."""
-        q, k, v = self._heads(x_BTE, rope)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads != self.num_heads
-        )
-        return self.out(y.transpose(1, 2).flatten(2))
+    def forward(self, x_BTC: Tensor, angles: Angles, mask: Tensor | None) -> Tensor:
+        """A full pass; `mask` (B, 1, T, T) bool, or None for the plain causal one."""
+        return self._attend(*self._project(x_BTC, angles), mask)
 
-    def decode(self, x_BTE: Tensor, rope: Tensor, cache: KVCache, places_BT: Tensor) -> Tensor:
-        """Like `forward` for tokens that continue what the cache holds; writes them into it at `places_BT`."""
-        q, k, v = self._heads(x_BTE, rope)
-        where = places_BT[:, None, :, None].expand_as(k)
-        keys, values = cache[0].scatter_(2, where, k), cache[1].scatter_(2, where, v)
-        visible = torch.arange(keys.shape[2], device=q.device) <= places_BT[:, None, :, None]
-        y = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=visible, enable_gqa=self.num_kv_heads != self.num_heads
-        )
-        return self.out(y.transpose(1, 2).flatten(2))
+    def continued(
+        self, x_BTC: Tensor, angles: Angles, mask: Tensor, cache: Cache, positions: Tensor
+    ) -> tuple[Tensor, Cache]:
+        """New tokens at `positions` (B, T) after those in `cache`; `mask` (B, 1, T, S + T)."""
+        query, key, value = self._project(x_BTC, angles)
+        key, value = extend(cache[0], key, positions), extend(cache[1], value, positions)
+        return self._attend(query, key, value, mask), (key, value)
 
-    def _heads(self, x_BTE: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, _ = x_BTE.shape
-        heads = self.qkv(x_BTE).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        return rotate(q, rope), rotate(k, rope), v
+    def _project(self, x_BTC: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, D), keys and values (B, T, G, D); queries and keys are rotated together."""
+        heads = self.qkv(x_BTC).unflatten(-1, (-1, self.head_size))
+        turned, value = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=2)
+        query, key = rotate(turned, angles).split([self.num_heads, self.num_kv_heads], dim=2)
+        return query, key, value
+
+    def _attend(self, q_BTHD: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, mask: Tensor | None) -> Tensor:
+        mixed_BHTD = F.scaled_dot_product_attention(
+            q_BTHD.transpose(1, 2),
+            k_BSGD.transpose(1, 2),
+            v_BSGD.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
+        return self.out(mixed_BHTD.transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward layer (Shazeer 2020, arXiv:2002.05202)."""
+    """Gated feed-forward layer: down(silu(gate(x)) · up(x)) (Shazeer 2020, eq. 6)."""
 
     def __init__(self, *, hidden_size: int, inner_size: int) -> None:
         super().__init__()
-        self.up = nn.Linear(hidden_size, 2 * inner_size, bias=False)
+        self.gate_up = nn.Linear(hidden_size, 2 * inner_size, bias=False)
         self.down = nn.Linear(inner_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * value)
-
-
-class Block(nn.Module):
-    """One pre-norm layer: attention, then feed-forward, each added to the residual stream."""
-
-    def __init__(
-        self, *, hidden_size: int, num_heads: int, num_kv_heads: int, inner_size: int, dropout: float
-    ) -> None:
-        super().__init__()
-        self.norm_attention = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.attention = Attention(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
-        self.norm_feed = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.feed = SwiGLU(hidden_size=hidden_size, inner_size=inner_size)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm_attention(x), rope, mask))
-        return x + self.dropout(self.feed(self.norm_feed(x)))
-
-    def decode(self, x: Tensor, rope: Tensor, cache: KVCache, places_BT: Tensor) -> Tensor:
-        """One continuation step with the layer's cache."""
-        x = x + self.attention.decode(self.norm_attention(x), rope, cache, places_BT)
-        return x + self.feed(self.norm_feed(x))
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_BTC).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)

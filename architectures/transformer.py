@@ -1,20 +1,49 @@
-"""The decoder that language studies compare against: RMSNorm, RoPE, grouped queries, SwiGLU, tied head."""
+"""The decoder-only Transformer, the language baseline that every other model is measured against.
+
+Pre-norm RMSNorm, rotary positions, grouped-query attention, SwiGLU, tied head: the form of Llama (Touvron et al.
+2023, arXiv:2302.13971). No position is learned, so prompts may be longer than the rows of training.
+"""
 
 from __future__ import annotations
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clplat.architectures.base import Architecture, Output, State, device_of
-from clplat.architectures.layers import Block, rope_table
+from clplat.architectures.base import Architecture, Output, State
+from clplat.architectures.layers import Angles, Attention, Cache, SwiGLU, causal_document_mask, rotary_angles
 from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
 
 
+class Block(nn.Module):
+    """Attention and feed-forward layer, each added to the residual stream after a norm of its own."""
+
+    def __init__(self, *, hidden_size: int, num_heads: int, num_kv_heads: int, inner_size: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.attention = Attention(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        self.mlp_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.mlp = SwiGLU(hidden_size=hidden_size, inner_size=inner_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BTC: Tensor, angles: Angles, mask: Tensor | None) -> Tensor:
+        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), angles, mask))
+        return x_BTC + self.dropout(self.mlp(self.mlp_norm(x_BTC)))
+
+    def continued(
+        self, x_BTC: Tensor, angles: Angles, mask: Tensor, cache: Cache, positions: Tensor
+    ) -> tuple[Tensor, Cache]:
+        """The same for tokens that follow those in `cache`; returns the longer cache too."""
+        mixed, cache = self.attention.continued(self.attention_norm(x_BTC), angles, mask, cache, positions)
+        x_BTC = x_BTC + self.dropout(mixed)
+        return x_BTC + self.dropout(self.mlp(self.mlp_norm(x_BTC))), cache
+
+
 class Transformer(Architecture):
-    """Decoder-only Transformer in the form of Llama."""
+    """Decoder-only Transformer: tokens (B, T) to logits (B, T, V)."""
 
     causal = True
     paper = "Vaswani et al. 2017; Touvron et al. 2023, arXiv:2302.13971"
@@ -27,82 +56,110 @@ class Transformer(Architecture):
         num_layers: int = 4,
         num_heads: int = 4,
         num_kv_heads: int | None = None,
-        inner_size: int | None = None,
+        mlp_ratio: float = 8 / 3,
         dropout: float = 0.0,
         rope_base: float = 10_000.0,
-        max_length: int | None = None,
         document_mask: bool = True,
+        tie_head: bool = True,
     ) -> None:
-        """`num_kv_heads` defaults to `num_heads`; `inner_size` to 8/3 of the hidden size, rounded up to a multiple of
-        32, which costs as much as an ungated layer of four times the hidden size. `max_length` (default: twice the
-        stream's row, so that answers can be generated after a full prompt) bounds positions. `document_mask` keeps
-        tokens from looking into other documents of the same row."""
+        """`num_kv_heads` defaults to `num_heads` (no sharing). `mlp_ratio` is inner over hidden size, rounded up to
+        a multiple of 32; 8/3 gives SwiGLU's three matrices the weights of an ungated layer of ratio 4. `dropout`
+        acts on the embedding and on what each layer adds. `document_mask` keeps the documents of one row from
+        seeing each other, where the stream marks them. `tie_head` uses the embedding as the head's weights.
+        """
         super().__init__()
-        if spec.kind != "language":
-            raise ValueError(f"Transformer reads token rows; the stream is of kind {spec.kind!r}; use MLP")
-        self.max_length = max_length or 2 * spec.input_shape[0]
-        self.document_mask, self.num_kv_heads = document_mask, num_kv_heads or num_heads
-        inner = inner_size or math.ceil(8 * hidden_size / 3 / 32) * 32
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _check_options(spec, hidden_size, num_heads, num_kv_heads)
+        self.row_length, self.head_size, self.rope_base = spec.input_shape[0], hidden_size // num_heads, rope_base
+        self.num_kv_heads, self.document_mask = num_kv_heads, document_mask
         self.embedding = nn.Embedding(spec.num_outputs, hidden_size)
-        self.layers = nn.ModuleList(
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
             Block(
-                hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=self.num_kv_heads, inner_size=inner,
+                hidden_size=hidden_size,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                inner_size=32 * math.ceil(mlp_ratio * hidden_size / 32),
                 dropout=dropout,
             )
             for _ in range(num_layers)
-        )  # fmt: skip
+        )
         self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
-        self.dropout = nn.Dropout(dropout)
-        self.register_buffer("rope", rope_table(self.max_length, hidden_size // num_heads, rope_base), persistent=False)
-        self.rope: Tensor
-        self._initialise(num_layers)
+        self.own_head = None if tie_head else nn.Linear(hidden_size, spec.num_outputs, bias=False)
+        self._initialise()
 
-    def _initialise(self, num_layers: int) -> None:
-        """Normal 0.02; layers that write to the residual stream are scaled down by its depth (as in GPT-2)."""
+    def _initialise(self) -> None:
+        """Normal 0.02, and less for layers that add to the residual stream, so that its scale does not grow with
+        depth (Radford et al. 2019, GPT-2)."""
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
-                writes = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * num_layers) if writes else 0.02)
+                adds = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * len(self.blocks)) if adds else 0.02)
 
     def forward(self, batch: Batch, state: State = None, return_hidden: str | None = None) -> Output:
-        """Logits (B, T, V) for token rows (B, T); `hidden` (B, T, E) is the input of the head."""
-        tokens = batch.inputs
-        if tokens.shape[1] > self.max_length:
-            raise ValueError(f"Transformer.max_length: a row has {tokens.shape[1]} tokens, more than {self.max_length}")
-        mask = self._mask(batch.segment_ids) if self.document_mask else None
-        hidden = self.dropout(self.embedding(tokens))
-        for layer in self.layers:
-            hidden = layer(hidden, self.rope[:, : tokens.shape[1]], mask)
-        hidden = self.norm(hidden)
-        return Output(logits=hidden @ self.embedding.weight.T, hidden=hidden)
+        """Logits (B, T, V); `hidden` (B, T, C) is the input of the head.
 
-    @staticmethod
-    def _mask(segments: Tensor | None) -> Tensor | None:
-        """(B, 1, T, T): causal and within one document."""
-        if segments is None:
-            return None
-        same = segments[:, :, None] == segments[:, None, :]
-        return same.tril().unsqueeze(1)
+        With `state`, every row continues after all the tokens it holds, and the state after them is returned.
+        """
+        if state is not None:
+            return self._continue(batch, state)
+        tokens, mask = batch.inputs, None
+        if self.document_mask and batch.segment_ids is not None:
+            mask = causal_document_mask(batch.segment_ids)
+        angles = rotary_angles(torch.arange(tokens.shape[1], device=tokens.device), self.head_size, self.rope_base)
+        x_BTC = self.dropout(self.embedding(tokens))
+        for block in self.blocks:
+            x_BTC = block(x_BTC, angles, mask)
+        hidden = self.norm(x_BTC)
+        return Output(logits=self._head(hidden), hidden=hidden)
 
-    def init_state(self, batch_size: int) -> State:
-        """An empty cache for every layer."""
-        first: Block = self.layers[0]  # type: ignore[assignment]
-        shape = (batch_size, self.num_kv_heads, self.max_length, first.attention.head_dim)
-        kind = {"device": device_of(self), "dtype": self.embedding.weight.dtype}
-        return [(torch.zeros(shape, **kind), torch.zeros(shape, **kind)) for _ in self.layers]
+    def init_state(self, batch_size: int) -> list[Cache]:
+        """An empty cache for each layer."""
+        empty = self.embedding.weight.new_empty(batch_size, 0, self.num_kv_heads, self.head_size)
+        return [(empty, empty) for _ in self.blocks]
 
-    def decode(self, tokens: Tensor, state: State, lengths: Tensor) -> tuple[Tensor, State]:
-        """Logits (B, T, V) of tokens that follow the `lengths` (B,) tokens in the cache, which is updated in place."""
-        places = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        rope = self.rope[:, places].unsqueeze(2)
-        hidden = self.embedding(tokens)
-        for layer, cache in zip(self.layers, state, strict=True):
-            hidden = layer.decode(hidden, rope, cache, places)
-        return self.norm(hidden) @ self.embedding.weight.T, state
+    def decode(self, tokens: Tensor, state: list[Cache], lengths: Tensor) -> tuple[Tensor, list[Cache]]:
+        """Logits (B, T, V) of `tokens` (B, T), which follow the `lengths` (B,) tokens that each row has in `state`.
+
+        Rows of unequal length are padded on the right; what follows is written over a row's padding.
+        """
+        hidden, state = self._read(tokens, state, lengths)
+        return self._head(hidden), state
 
     def flops_per_row(self) -> float:
-        """2 per weight and token for all matrices, the head included, and the two products of causal attention."""
-        length = self.max_length // 2
-        weights = sum(p.numel() for p in self.parameters() if p.ndim == 2)
-        width = self.embedding.embedding_dim
-        return length * (2.0 * weights + 2.0 * len(self.layers) * width * length)
+        """Forward operations for a row of T tokens: 2 per weight and token, head included and lookup not, and 4·C
+        in each layer for every one of the T(T + 1)/2 pairs that causal attention compares and mixes."""
+        width, tokens = self.embedding.embedding_dim, self.row_length
+        weights = self.embedding.weight.numel() + sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
+        return 2.0 * tokens * weights + 2.0 * len(self.blocks) * width * tokens * (tokens + 1)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, (self.own_head or self.embedding).weight)
+
+    def _read(self, tokens: Tensor, state: list[Cache], lengths: Tensor) -> tuple[Tensor, list[Cache]]:
+        """Inputs of the head for tokens that follow those in the cache, and the longer cache."""
+        positions = lengths.unsqueeze(1) + torch.arange(tokens.shape[1], device=tokens.device)
+        columns = torch.arange(state[0][0].shape[1] + tokens.shape[1], device=tokens.device)
+        mask = (columns <= positions.unsqueeze(-1)).unsqueeze(1)
+        angles = rotary_angles(positions, self.head_size, self.rope_base)
+        x_BTC = self.dropout(self.embedding(tokens))
+        caches = []
+        for block, cache in zip(self.blocks, state, strict=True):
+            x_BTC, longer = block.continued(x_BTC, angles, mask, cache, positions)
+            caches.append(longer)
+        return self.norm(x_BTC), caches
+
+    def _continue(self, batch: Batch, state: list[Cache]) -> Output:
+        if self.document_mask and batch.segment_ids is not None:
+            raise ValueError("Transformer.document_mask: a carried state does not know documents; pass no segment_ids")
+        hidden, state = self._read(batch.inputs, state, torch.full_like(batch.inputs[:, 0], state[0][0].shape[1]))
+        return Output(logits=self._head(hidden), state=state, hidden=hidden)
+
+
+def _check_options(spec: Spec, hidden_size: int, num_heads: int, num_kv_heads: int) -> None:
+    if spec.kind != "language":
+        raise ValueError(f"Transformer: reads token rows, but the stream is of kind {spec.kind!r}; use MLP")
+    if hidden_size % (2 * num_heads):
+        raise ValueError(f"Transformer.hidden_size: {hidden_size} is not a multiple of 2 * num_heads ({2 * num_heads})")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"Transformer.num_kv_heads: {num_kv_heads} does not divide num_heads ({num_heads})")
