@@ -39,9 +39,11 @@ def causal_document_mask(segment_ids: Tensor) -> Tensor | None:
     """(B, 1, T, T), True where a token may look: its own past within its own document.
 
     None, which stands for the plain causal mask, where every row holds one document. That is looked up on
-    the CPU only: on an accelerator the answer would have to be waited for.
+    the CPU only: on an accelerator the answer would have to be waited for, and under a compiler or vmap there
+    is no one answer.
     """
-    free_to_look = segment_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    free_to_look = segment_ids.device.type == "cpu" and not traced
     if free_to_look and bool((segment_ids[:, 0] == segment_ids[:, -1]).all()):
         return None
     same = segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)
