@@ -1,0 +1,36 @@
+"""Every architecture holds the shared contract: add a line to CONTRACTS for a new one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from clplat.architectures.contract import CHECKS
+from clplat.architectures.mlp import MLP
+from clplat.architectures.probing import Contract
+from clplat.architectures.transformer import Transformer
+from clplat.streams.base import Spec
+
+TEXT = Spec(kind="language", input_shape=(12,), num_outputs=23)
+IMAGES = Spec(kind="classify", input_shape=(1, 5, 4), num_outputs=6, scenario="class")
+
+CONTRACTS = {
+    "mlp": Contract(factory=lambda spec: MLP(spec=spec, hidden_sizes=[32, 16], dropout=0.2), spec=IMAGES),
+    "linear": Contract(factory=lambda spec: MLP(spec=spec, hidden_sizes=[]), spec=IMAGES),
+    "transformer": Contract(
+        factory=lambda spec: Transformer(spec=spec, hidden_size=32, num_layers=2, num_heads=4, dropout=0.2), spec=TEXT
+    ),
+    "transformer-grouped-untied": Contract(
+        factory=lambda spec: Transformer(
+            spec=spec, hidden_size=24, num_layers=1, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, tie_head=False
+        ),
+        spec=TEXT,
+    ),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("contract", CONTRACTS.values(), ids=CONTRACTS.keys())
+def test_architecture(contract: Contract, check: Callable[[Contract], None]) -> None:
+    check(contract)
