@@ -170,6 +170,8 @@ def survives_saving(contract: Contract) -> None:
     require(json.loads(json.dumps(structure)) == structure, model, f"structure must be plain data, not {structure!r}")
     twin = contract.model()
     twin.restructure(structure)
+    shapes = [{name: value.shape for name, value in m.state_dict().items()} for m in (model, twin)]
+    require(shapes[0] == shapes[1], model, "restructure(structure()) gives other parameters than the grown model has")
     twin.double().eval().load_state_dict(saved(model.state_dict()))
     require(torch.equal(answers(twin, batch), answers(model, batch)), model, "a rebuilt model answers differently")
     with torch.no_grad():
