@@ -52,12 +52,16 @@ class Buffer:
         self.seen += count
         if not len(taken):
             return
-        fields = {name: self.world.gather(tensor) for name, tensor in stored_fields(batch).items()}
-        if not self.rows:
-            self._allocate(fields)
-        if fields.keys() != self.rows.keys():
+        fields = stored_fields(batch)
+        if self.rows:
+            # What other strategies mixed in brings fields of theirs (logits) to the current rows too, filled with 0.
+            fields = {n: t for n, t in fields.items() if n in self.rows or not n.startswith("extra.")}
+        if self.rows and fields.keys() != self.rows.keys():
             raise ValueError(f"tasks differ in the fields of their rows, {sorted(self.rows)} and {sorted(fields)}; "
                              "replay needs the same in all tasks")  # fmt: skip
+        fields = {name: self.world.gather(tensor) for name, tensor in fields.items()}
+        if not self.rows:
+            self._allocate(fields)
         self.size = max(self.size, int(slots.max()) + 1)
         for name, store in self.rows.items():
             # Not blocking: the indices come from the CPU, and waiting for the device would stall the step.

@@ -1,0 +1,115 @@
+"""Every strategy keeps the contract that `strategies/contract.py` states, and the contract catches those that do not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from clplat.objective import Objective
+from clplat.strategies.base import Strategy
+from clplat.strategies.contract import (
+    Kind,
+    Make,
+    ToyRun,
+    check_composition,
+    check_disabled,
+    check_randomness,
+    check_resume,
+    check_storage,
+    check_strategy,
+)
+from clplat.strategies.distillation import DERpp
+from clplat.strategies.reference import Cumulative, Joint, Naive
+from clplat.strategies.regularization import EWC, OnlineEWC
+from clplat.strategies.replay import ExperienceReplay
+from clplat.streams.batch import Batch
+
+CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
+    "Naive": (Naive, {}),
+    "Joint": (Joint, None),
+    "Cumulative": (Cumulative, None),
+    "ER reservoir": (lambda: ExperienceReplay(capacity=7), {"ratio": 0.0}),
+    "ER ring": (lambda: ExperienceReplay(capacity=7, policy="ring", from_task=1), {"ratio": 0.0}),
+    "ER class_balanced": (lambda: ExperienceReplay(capacity=7, policy="class_balanced"), {"weight": 0.0}),
+    "ER bytes": (lambda: ExperienceReplay(capacity_bytes=500, ratio=2.0), {"ratio": 0.0}),
+    "DER++": (lambda: DERpp(capacity=7), {"ratio": 0.0}),
+    "DER++ bytes": (lambda: DERpp(capacity_bytes=500, ratio=2.0, from_task=1), {"alpha": 0.0, "beta": 0.0}),
+    "EWC": (lambda: EWC(strength=5.0, fisher_samples=6, fisher_batch_size=4), {"strength": 0.0}),
+    "EWC batch": (lambda: EWC(strength=5.0, fisher="batch", labels="observed"), {"strength": 0.0}),
+    "OnlineEWC": (lambda: OnlineEWC(strength=5.0, decay=0.5, fisher_batch_size=1), {"strength": 0.0}),
+}
+
+
+@pytest.mark.parametrize("kind", ["classify", "language"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_strategy_keeps_the_contract(name: str, kind: Kind) -> None:
+    make, off = CASES[name]
+    if kind == "language" and name.startswith("DER++"):
+        with pytest.raises(ValueError, match="use ExperienceReplay on language"):
+            ToyRun([make()], Objective, kind)
+    else:
+        check_strategy(make, Objective, off=off, kind=kind)
+
+
+class _Forgets(Strategy):
+    """Counts steps and does not save the count."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def gradient(self) -> None:
+        self.count += 1
+        for parameter in self.context.architecture.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(1 / self.count)
+
+
+class _DrawsGlobally(Strategy):
+    def batch(self, batch: Batch) -> Batch:
+        torch.rand(1)
+        return batch
+
+
+class _HidesRows(Strategy):
+    """Stores rows and says that it stores none."""
+
+    def setup(self, context) -> None:
+        super().setup(context)
+        self.kept = context.tasks[0].train.batch(torch.arange(2)).inputs
+
+    def state_dict(self):
+        return {"rows": {"inputs": self.kept}}
+
+
+class _Displaces(Strategy):
+    def batch(self, batch: Batch) -> Batch:
+        return batch.rows(torch.arange(len(batch)).flip(0))
+
+
+@pytest.mark.parametrize(
+    ("make", "check"),
+    [(_Forgets, check_resume), (_DrawsGlobally, check_randomness), (_HidesRows, check_storage),
+     (_Displaces, check_composition)],
+)  # fmt: skip
+def test_the_contract_catches_what_it_is_there_for(make: Make, check) -> None:
+    with pytest.raises(AssertionError):
+        check(make, Objective)
+
+
+def test_a_strategy_that_is_not_off_is_caught() -> None:
+    with pytest.raises(AssertionError, match="still"):
+        check_disabled(lambda: ExperienceReplay(capacity=6), Objective, {"weight": 0.5})
+
+
+def test_joint_takes_the_steps_of_all_tasks_and_reads_all_their_rows() -> None:
+    joint = Joint()
+    run = ToyRun([joint], Objective)
+    (task,) = run.path
+    assert list(joint.budget_tasks(task)) == list(run.context.tasks)
+    assert len(joint.train_data(task, ())) == sum(len(each.train) for each in run.context.tasks)
+
+
+def test_cumulative_reads_the_past_and_the_present_but_not_the_future() -> None:
+    run = ToyRun([Cumulative()], Objective)
+    data = run.strategies[0].train_data(run.path[1], run.path[:1])
+    assert data.batch(torch.arange(len(data))).task.unique().tolist() == [0, 1]
