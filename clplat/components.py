@@ -7,6 +7,7 @@ also from the current folder, so that a class in one's own file needs no registr
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -149,7 +150,7 @@ def checked(component: Component, wing: str, key: str) -> Component:
         if name not in options:
             known = [option for option in options if options[option].kind is not inspect.Parameter.VAR_KEYWORD]
             raise ConfigError(f"{key}.init_args.{name}: {found.__name__} has no such option{nearest(name, known)}")
-    given = {name: value for name, value in component.init_args.items() if name not in WINGS[wing].supplied}
+    given = _given(component, wing)
     parser = _parser(found, wing)
     try:
         parsed = parser.parse_object(given)
@@ -158,13 +159,22 @@ def checked(component: Component, wing: str, key: str) -> Component:
     return Component(class_path=f"{found.__module__}.{found.__qualname__}", init_args=_plain(parsed))
 
 
+def _given(component: Component, wing: str) -> dict[str, Any]:
+    """The options to parse: a copy, since jsonargparse changes nested mappings in place."""
+    supplied = WINGS[wing].supplied
+    return copy.deepcopy({name: value for name, value in component.init_args.items() if name not in supplied})
+
+
 def _plain(value: Any) -> Any:
     """Parsed options as plain data, nested ones included."""
     from jsonargparse import Namespace
 
     if isinstance(value, Namespace | dict):
-        items = vars(value).items() if isinstance(value, Namespace) else value.items()
-        return {name: _plain(item) for name, item in items}
+        items = vars(value) if isinstance(value, Namespace) else value
+        if "__subclasses_disabled__" in items:
+            # A nested dataclass that jsonargparse wrapped as if it were a class to choose.
+            items = vars(items["init_args"])
+        return {name: _plain(item) for name, item in items.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
@@ -173,7 +183,7 @@ def build(component: Component, wing: str, key: str, supplied: Mapping[str, Any]
     found = resolve(component.class_path, wing, key)
     options = _options(found, wing)
     extra = {name: value for name, value in (supplied or {}).items() if name in options}
-    given = {name: value for name, value in component.init_args.items() if name not in WINGS[wing].supplied}
+    given = _given(component, wing)
     parser = _parser(found, wing)
     try:
         built = parser.instantiate(parser.parse_object(given))

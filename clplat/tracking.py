@@ -140,7 +140,11 @@ class Feed:
         connection = client(self.tracking.uri)
         if self._state["run_id"] is None:
             parent = (_read_json(self.folder.parent / STUDY_STATE) or {}).get("run_id")
-            tags = {"mlflow.parentRunId": parent} if parent else {}
+            config = load_run(self.folder / "config.yaml")
+            # Also a run that fails before it can describe itself must be found under its variant.
+            tags = {"study": config.study, "variant": config.variant, "seed": str(config.seed)}
+            if parent:
+                tags["mlflow.parentRunId"] = parent
             run = connection.create_run(experiment_id(connection, self.tracking), tags=tags, run_name=self.folder.name)
             self._state["run_id"] = run.info.run_id
             _write_json(self.folder / RUN_STATE, self._state)
