@@ -72,15 +72,19 @@ class ToyRun:
     """
 
     def __init__(
-        self, strategies: Sequence[Strategy], objective: Callable[..., Any], kind: Kind = "classify", world: World = World()
-    ) -> None:  # fmt: skip
+        self,
+        strategies: Sequence[Strategy],
+        objective: Callable[..., Any],
+        kind: Kind = "classify",
+        world: World | None = None,
+    ) -> None:
         self.strategies = list(strategies)
         spec, tasks = toy_stream(kind)
         loss = objective(spec, tasks)
         self.architecture = ToyModel(spec)
         self.optimizer = torch.optim.SGD(self.architecture.parameters(), lr=0.1, momentum=0.9)
         self.context = Context(
-            architecture=self.architecture, spec=spec, tasks=tasks, world=world,
+            architecture=self.architecture, spec=spec, tasks=tasks, world=world or World(),
             generator=torch.Generator().manual_seed(2), loss=loss, row_loss=loss.row_loss, masked=loss.masked,
             batches=_batches, batch_size=BATCH, device=lambda: torch.device("cpu"),
         )  # fmt: skip
@@ -201,7 +205,7 @@ def check_strategy(
 
 
 def check_resume(make: Make, objective: Callable[..., Any], kind: Kind = "classify") -> None:
-    """A run that is saved, rebuilt and loaded ends as one that was never interrupted: weights and state, bit for bit."""
+    """A run that is saved, rebuilt and loaded ends as one that was never interrupted, bit for bit."""
     whole = ToyRun([make()], objective, kind).train()
     for stop in (2, STEPS, STEPS + 2, 2 * STEPS):
         if stop < whole.length:
@@ -283,7 +287,8 @@ def check_composition(make: Make, objective: Callable[..., Any], kind: Kind = "c
         for pair in both:
             assert len(pair.mixed) - BATCH == added, "beside experience replay another number of rows is added"
     for pair in both:
-        assert all(bool(w.isfinite().all()) for w in pair.weights().values()), "beside experience replay weights diverge"
+        finite = all(bool(tensor.isfinite().all()) for tensor in pair.weights().values())
+        assert finite, "beside experience replay weights diverge"
 
 
 def _replay() -> ExperienceReplay:

@@ -1,4 +1,4 @@
-"""Every strategy keeps the contract that `strategies/contract.py` states, and the contract catches those that do not."""
+"""Every strategy keeps the contract of `strategies/contract.py`, and the contract catches those that do not."""
 
 from __future__ import annotations
 
