@@ -24,12 +24,15 @@ class World:
         return cls()
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Rows of all processes in rank order; every process must bring the same shape."""
+        """Rows of all processes in the order in which the loader dealt them out; all must bring the same shape.
+
+        Row i of process r was row i·size + r, so the result is what one process alone would have had.
+        """
         if self.size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+        return torch.stack(parts, dim=1).flatten(0, 1)
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """The tensor of the process `source`, in place."""

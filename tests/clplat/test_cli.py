@@ -1,0 +1,91 @@
+"""The command line: quick help, true exit codes, errors on one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from clplat.cli import main
+from studies import study
+
+
+def ran(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(study(training__budget={"steps": 4})))
+    return str(path)
+
+
+def test_help_imports_neither_torch_nor_mlflow() -> None:
+    heavy = "sorted({'torch', 'mlflow', 'lightning', 'rich', 'numpy', 'yaml'} & sys.modules.keys())"
+    code = f"import sys\ntry:\n    from clplat.cli import main; main(['--help'])\nexcept SystemExit:\n    print({heavy})"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for command in ("run", "resume", "compare", "report", "evaluate", "reproduce", "sync", "ui", "list", "show"):
+        assert command in done.stdout
+
+
+def test_run_resume_evaluate_and_show_work_on_one_study(
+    config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, _ = ran(capsys, "run", config, "--training.batch_size", "8", "--seeds=[3]")
+    assert code == 0 and "clplat sync" in out
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "digits-s3" / "artifacts" / "results.csv").is_file()
+    code, out, _ = ran(capsys, "resume", str(folder / "digits-s3"))
+    assert code == 0 and "finished already" in out
+    code, out, _ = ran(capsys, "evaluate", str(folder / "digits-s3"))
+    assert code == 0 and "accuracy" in out
+    code, out, _ = ran(capsys, "show", config, "--training.batch_size", "8")
+    assert code == 0 and yaml.safe_load(out)["training"]["batch_size"] == 8
+
+
+def test_a_dry_run_estimates_and_leaves_nothing_behind(
+    config: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, _ = ran(capsys, "run", config, "--dry-run")
+    assert code == 0 and "about" in out and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "nowhere"], 1, "no such file"),
+        (["run", "quickstrat"], 1, "did you mean 'quickstart'"),
+        (["run", "quickstart", "--training.batchsize", "3"], 1, "did you mean 'batch_size'"),
+        (["run", "quickstart", "--training.batch_size"], 2, "a value is missing"),
+        (["resume", "."], 1, "neither a run folder"),
+        (["list", "stream"], 1, "did you mean 'streams'"),
+        (["compare", "quickstart", "--wrong"], 2, "unrecognized argument"),
+        (["report", "unheard-of"], 1, "unheard-of"),
+    ],
+)
+def test_errors_are_one_line_with_the_fix_and_the_right_exit_code(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    got, _, err = ran(capsys, *arguments)
+    assert got == code
+    assert message in err and "Traceback" not in err
+
+
+def test_list_shows_every_wing_and_the_shipped_studies(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = ran(capsys, "list")
+    assert code == 0
+    for name in ("SplitDigits", "Transformer", "ExperienceReplay", "torch.optim", "quickstart"):
+        assert name in out
+
+
+def test_doctor_finds_everything_that_the_package_depends_on(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = ran(capsys, "doctor")
+    assert code == 0 and "torch" in out and "missing" not in out

@@ -1,0 +1,96 @@
+"""Evaluation leaves no trace: not in weights, not in random sources, not in modes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from clplat.assembly import assemble
+from clplat.checkpoint import Checkpoints
+from clplat.config import expand, load_study
+from clplat.execution import execute
+from clplat.journal import evaluation_curve, read
+from clplat.strategies.world import World
+from studies import REPLAY, run_folder, study
+
+NOISY = '''
+from contextlib import contextmanager
+import torch
+from clplat.strategies.base import Strategy
+
+
+class Noisy(Strategy):
+    """A further view that draws random numbers while it is looked through."""
+
+    def views(self):
+        @contextmanager
+        def shaken():
+            weights = list(self.context.architecture.parameters())
+            kept = [w.detach().clone() for w in weights]
+            with torch.no_grad():
+                for w in weights:
+                    w.add_(0.01 * torch.randn_like(w))
+                yield
+                for w, k in zip(weights, kept):
+                    w.copy_(k)
+        return {"shaken": shaken}
+'''
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    assert execute(folder).status == "FINISHED"
+    state = Checkpoints(folder, every_seconds=0).load()
+    assert state is not None
+    return state["architecture"]
+
+
+def test_scoring_every_five_steps_or_never_gives_bit_equal_weights(tmp_path: Path) -> None:
+    (tmp_path / "noisy.py").write_text(NOISY)
+    arms = {"replay": REPLAY, "noisy": {"class_path": "noisy.Noisy"}}
+    never = final_weights(run_folder(tmp_path, study(strategies=arms), "never"))
+    often_folder = run_folder(tmp_path, study(strategies=arms, evaluation__every=5), "often")
+    often = final_weights(often_folder)
+    assert all(torch.equal(never[name], often[name]) for name in never)
+    assert [step for step, _ in evaluation_curve(often_folder)] == [5, 10, 15, 20, 25, 30, 35]
+    views = {cell["view"] for entry in read(often_folder) if entry["kind"] == "curve" for cell in entry["cells"]}
+    assert views == {"default", "shaken"}
+
+
+def test_modes_and_random_sources_are_as_before(tmp_path: Path) -> None:
+    parts = assemble(expand(load_study(study()))[0], World())
+    parts.architecture.train()
+    parts.architecture.head.eval()
+    before = torch.get_rng_state()
+    modes = {name: module.training for name, module in parts.architecture.named_modules()}
+    parts.evaluator.cells([0])
+    assert torch.equal(before, torch.get_rng_state())
+    assert modes == {name: module.training for name, module in parts.architecture.named_modules()}
+
+
+def test_an_adaptive_scorer_works_on_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from clplat.streams.scorers import Classify
+
+    def spoiling(self: Classify, model: Any, data: Any, rows: Any, size: int) -> dict[str, torch.Tensor]:
+        for weight in model.architecture.parameters():
+            weight.zero_()
+        return {name: torch.tensor([0.0, 1.0]) for name in self.metrics}
+
+    parts = assemble(expand(load_study(study()))[0], World())
+    before = [weight.clone() for weight in parts.architecture.parameters()]
+    monkeypatch.setattr(Classify, "adaptive", True)
+    monkeypatch.setattr(Classify, "score", spoiling)
+    parts.evaluator.cells([0])
+    assert all(torch.equal(a, b) for a, b in zip(before, parts.architecture.parameters(), strict=True))
+
+
+def test_a_task_ends_early_once_its_validation_score_is_reached(tmp_path: Path) -> None:
+    data = study(training__budget={"steps": 200, "until": 0.9}, evaluation__every=10)
+    folder = run_folder(tmp_path, data)
+    assert execute(folder).status == "FINISHED"
+    state = Checkpoints(folder, every_seconds=0).load()
+    assert state is not None
+    assert 30 <= state["global_steps"] < 600 and state["global_steps"] % 10 == 0
+
+

@@ -1,0 +1,53 @@
+"""Two processes that train one run are the same experiment as one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from clplat.checkpoint import Checkpoints
+from clplat.execution import execute
+from clplat.journal import last_status, read, table
+from studies import run_folder, study
+
+ARMS: dict[str, dict[str, Any]] = {
+    "naive": {},
+    "er": {"replay": {"class_path": "ExperienceReplay", "init_args": {"capacity": 30, "ratio": 0.5}}},
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_two_processes_give_the_weights_buffers_and_journal_of_one(tmp_path: Path, arm: str) -> None:
+    data = study(
+        strategies=ARMS[arm], architecture={"class_path": "MLP", "init_args": {"hidden_sizes": [16]}},
+        training__budget={"steps": 6},
+    )  # fmt: skip
+    alone, together = run_folder(tmp_path, data, "alone"), run_folder(tmp_path, data | two(data), "together")
+    assert execute(alone).status == "FINISHED"
+    outcome = execute(together)
+    assert outcome.status == last_status(together) == "FINISHED", outcome.reason
+    one, both = (Checkpoints(folder, every_seconds=0).load() for folder in (alone, together))
+    assert one is not None and both is not None
+    for name, weight in one["architecture"].items():
+        torch.testing.assert_close(both["architecture"][name], weight, rtol=1e-4, atol=1e-5)
+    if arm == "er":
+        mine, theirs = (state["strategies"]["replay"]["state"]["buffer"] for state in (one, both))
+        for name, rows in mine["rows"].items():
+            assert torch.equal(rows, theirs["rows"][name]), f"buffers differ in {name}"
+    assert table(alone).rows() == table(together).rows() == [0, 1, 2, 3]
+    kinds = [[entry["kind"] for entry in read(folder)] for folder in (alone, together)]
+    assert kinds[0] == kinds[1], "rank zero alone writes the journal"
+
+
+def two(data: dict[str, Any]) -> dict[str, Any]:
+    return {"training": data["training"] | {"devices": 2, "accelerator": "cpu"}}
+
+
+def test_a_batch_that_two_processes_cannot_share_is_refused_by_name(tmp_path: Path) -> None:
+    from clplat.errors import ConfigError
+    from clplat.loaders import RowOrder
+
+    with pytest.raises(ConfigError, match="training.batch_size: 15 rows cannot be split over 2 processes"):
+        RowOrder(100, batch_size=15, seed=0, task=0, rank=0, size=2)
