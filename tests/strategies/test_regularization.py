@@ -140,7 +140,7 @@ def test_the_batch_fisher_and_its_penalty_are_avalanches() -> None:
 def avalanche_after_two_tasks():
     """A run with our EWC, and Avalanche's plugin told of the same model at the same boundaries."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Avalanche and the libraries that it imports say on import
+        warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
         from avalanche.training.plugins import EWCPlugin
     options = {"fisher": "batch", "labels": "observed", "fisher_samples": None, "fisher_batch_size": 5}
     run = ToyRun([EWC(strength=0.8, **options)], Objective)

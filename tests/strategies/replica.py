@@ -1,0 +1,69 @@
+"""One process of the two that `test_two_processes.py` starts: trains the toy stream and writes what it ends with.
+
+python replica.py RANK SIZE FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from clplat.objective import Objective
+from clplat.strategies.buffers import Buffer
+from clplat.strategies.contract import ToyRun
+from clplat.strategies.distillation import DERpp
+from clplat.strategies.regularization import OnlineEWC
+from clplat.strategies.replay import ExperienceReplay
+from clplat.strategies.world import World
+from clplat.streams.batch import Batch
+
+
+def synchronised(run: ToyRun) -> ToyRun:
+    """Average gradients over processes, as DistributedDataParallel does."""
+
+    def average(parameter: torch.Tensor) -> None:
+        run.context.world.sum(parameter.grad).div_(run.context.world.size)
+
+    for parameter in run.architecture.parameters():
+        parameter.register_post_accumulate_grad_hook(average)
+    return run
+
+
+def times_kept(world: World, streams: int) -> torch.Tensor:
+    """How often each of 24 rows, half of them seen by each process, was in a reservoir of 6 at the end."""
+    generator, counts = torch.Generator().manual_seed(5), torch.zeros(24)
+    mine = torch.arange(24).view(3, -1, world.size)[:, :, world.rank]
+    for _ in range(streams):
+        buffer = Buffer(capacity=6, policy="reservoir", generator=generator, world=world)
+        for rows in mine:
+            buffer.add(Batch(inputs=rows, targets=rows))
+        counts[buffer.rows["inputs"].long()] += 1
+    return counts
+
+
+def main(rank: int, size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    world = World.current()
+    replay = ExperienceReplay(capacity=9, policy="class_balanced")
+    strategies = [ExperienceReplay(capacity=9, ratio=0.5), replay, DERpp(capacity=9), OnlineEWC(strength=2.0)]
+    run = synchronised(ToyRun(strategies, Objective, world=world)).train()
+    torch.save(
+        {
+            "strategies": [strategy.state_dict() for strategy in strategies],
+            "generator": run.context.generator.get_state(),
+            "weights": run.weights(),
+            "mixed": run.mixed.inputs,
+            "times_kept": times_kept(world, 600),
+            "bools": world.gather(torch.tensor([[rank == 0], [True]])),
+        },
+        folder / f"{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
