@@ -2,7 +2,8 @@
 
 Every process of a run holds the same buffer: rows are gathered over processes before they are added, and all
 draw from the run's `strategy` generator. Which rows stay is decided on the CPU from counts and random numbers,
-so that a reservoir never makes a step wait for the device; the other policies must read each row's class.
+so that a reservoir never makes a step wait for the device. The other policies read each row's class, and sort all
+rows' numbers at every step (about 1 ms for 5,000 rows).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class EWC(Strategy):
     their mean weighted by importance, plus a constant. Memory does not grow with the number of tasks.
     """
 
-    knobs = ("strength",)
+    knobs: ClassVar[tuple[str, ...]] = ("strength",)
     paper = "Kirkpatrick et al. 2017, arXiv:1612.00796, Eq. 3"
     fidelity = "exact"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -20,7 +20,7 @@ class ExperienceReplay(Strategy):
     """
 
     replays = True
-    knobs = ("ratio", "weight")
+    knobs: ClassVar[tuple[str, ...]] = ("ratio", "weight")
     paper = "Chaudhry et al. 2019, arXiv:1902.10486"
 
     def __init__(
@@ -98,5 +98,5 @@ class ExperienceReplay(Strategy):
 
 
 def current_rows(batch: Batch) -> Batch:
-    """The rows of the current task, without those that another strategy mixed in before."""
+    """The rows of the current task, without those that another strategy mixed in before (finding them waits for a GPU)."""
     return batch if batch.origin is None else batch.rows(batch.origin == CURRENT)
