@@ -98,5 +98,5 @@ class ExperienceReplay(Strategy):
 
 
 def current_rows(batch: Batch) -> Batch:
-    """The rows of the current task, without those that another strategy mixed in before (finding them waits for a GPU)."""
+    """The rows of the current task, without those that another strategy mixed in (to find them waits for a GPU)."""
     return batch if batch.origin is None else batch.rows(batch.origin == CURRENT)
