@@ -1,9 +1,9 @@
 """clplat from Python: the same as the command line, with values returned.
 
-    import clplat
-    study = clplat.run("quickstart")            # or a path, or a dict
-    frame = clplat.results(study)               # pandas.DataFrame, one row a score
-    model = clplat.load_model(study.folder / "er-s0")
+import clplat
+study = clplat.run("quickstart")            # or a path, or a dict
+frame = clplat.results(study)               # pandas.DataFrame, one row a score
+model = clplat.load_model(study.folder / "er-s0")
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from clplat.config import RunConfig, difference, load_run, load_study, parse, plain, save, set_key
+from clplat.config import RunConfig, difference, load_run, parse, plain, save
 from clplat.errors import ConfigError
-from clplat.study import Study, carry_out, run_folders, run_study
+from clplat.study import Study, carry_out, run_study
+from clplat.study_file import load_study, run_folders, set_key
 
 if TYPE_CHECKING:
     import pandas
@@ -91,7 +92,7 @@ def folder_of(target: str | Path) -> Path:
         return path
     if path.exists():
         raise ConfigError(f"{target}: neither a run folder (config.yaml) nor a study folder (study.yaml)")
-    from clplat.tracking import folder_of_run
+    from clplat.study_record import folder_of_run
 
     found = folder_of_run(str(target))
     if found is None or not found.is_dir():
@@ -145,7 +146,9 @@ def evaluate(run: str | Path, stream: str | None = None) -> Table:
     try:
         load_weights(parts.architecture, state)
     except RuntimeError as error:
-        raise ConfigError(f"--stream: this model does not fit the stream ({str(error).splitlines()[-1].strip()})") from error
+        raise ConfigError(
+            f"--stream: this model does not fit the stream ({str(error).splitlines()[-1].strip()})"
+        ) from error
     parts.hooks.load_state_dict(state["strategies"])
     table = Table("task", "view", "metric", "value", "count", title=f"{folder.name} on {type(parts.stream).__name__}")
     for cell in parts.evaluator.cells([task.index for task in parts.stream.tasks]):
@@ -159,7 +162,7 @@ def reproduce(run: str, console: Console) -> tuple[bool, Table]:
 
     from clplat.execution import execute
     from clplat.journal import table as journal_table
-    from clplat.tracking import fetch_run
+    from clplat.study_record import fetch_run
 
     record = fetch_run(run)
     with tempfile.TemporaryDirectory() as scratch:

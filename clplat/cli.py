@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     reproduce.add_argument("run", help="an MLflow run id, or a run folder")
     sync = commands.add_parser("sync", help="send what MLflow has not got yet")
     sync.add_argument("target", metavar="RUN_OR_FOLDER", help="a run folder or a study folder")
+    sync.add_argument("--uri", help="send everything to this server from now on")
     ui = commands.add_parser("ui", help="open MLflow on this machine (localhost only)")
     ui.add_argument("--uri", default="sqlite:///mlflow.db")
     ui.add_argument("--port", type=int, default=5000)
@@ -134,9 +135,9 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
             console.print(table)
             return 0 if same else 1
         case "sync":
-            from clplat.tracking import sync
+            from clplat.study_record import sync
 
-            console.print(f"sent {sync(options.target)} entries")
+            console.print(f"MLflow has all of {sync(options.target, options.uri)} runs")
         case "ui":
             return _serve(options)
         case "show":
@@ -158,7 +159,7 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
 
 
 def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console: Console) -> int:
-    from clplat.config import load_study
+    from clplat.study_file import load_study
 
     study = load_study(options.config, overrides)
     if options.dry_run:

@@ -112,7 +112,9 @@ def resolve(name: str, wing: str, key: str) -> type:
             module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and not module_name.startswith(error.name):
-            raise ConfigError(f"{key}.class_path: {path!r} needs the package {error.name!r}, which is missing") from error
+            raise ConfigError(
+                f"{key}.class_path: {path!r} needs the package {error.name!r}, which is missing"
+            ) from error
         raise ConfigError(
             f"{key}.class_path: there is no module {module_name!r} to import {class_name!r} from"
             f"{nearest(class_name, known)}"
@@ -204,7 +206,7 @@ def _parser(found: type, wing: str) -> Any:
 
 
 def _options(found: type, wing: str) -> dict[str, inspect.Parameter]:
-    signature = inspect.signature(found.__init__)
+    signature = inspect.signature(found.__init__)  # type: ignore[misc]
     return {name: option for name, option in signature.parameters.items() if name != "self"}
 
 

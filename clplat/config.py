@@ -9,14 +9,14 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from clplat.components import Component, checked
+from clplat.components import Component
 from clplat.errors import ConfigError, nearest
 from clplat.streams.base import Budget
 
@@ -156,65 +156,6 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
-def find(config: str | Path) -> Path:
-    """The file that a configuration argument means: a path, or the name of a shipped study."""
-    path = Path(config)
-    if path.is_file():
-        return path
-    shipped = shipped_folder()
-    named = shipped / f"{config}.yaml"
-    if named.is_file():
-        return named
-    names = [str(file.relative_to(shipped).with_suffix("")) for file in shipped.rglob("*.yaml")]
-    raise ConfigError(f"configuration {str(config)!r}: no such file, and no shipped study has this name{nearest(str(config), names)}")
-
-
-def shipped_folder() -> Path:
-    """Where the studies that come with clplat lie."""
-    from clplat import configs
-
-    return Path(configs.__path__[0])
-
-
-def load_study(config: str | Path | Mapping[str, Any], overrides: Sequence[tuple[str, str]] = ()) -> StudyConfig:
-    """The study that a file, a shipped name or plain data describes, with dotted overrides applied."""
-    if isinstance(config, Mapping):
-        data = json.loads(json.dumps(config))
-    else:
-        try:
-            data = parse_yaml(find(config).read_text())
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{config}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{config}: a study is a mapping with the keys name, stream, architecture, …")
-    for key, text in overrides:
-        try:
-            set_key(data, key, parse_yaml(text))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--{key}: {text!r} is not valid YAML") from error
-    study = parse(StudyConfig, data)
-    for number in ("batch_size", "accumulate", "threads", "devices"):
-        if getattr(study.training, number) < 1:
-            raise ConfigError(f"training.{number}: must be at least 1, got {getattr(study.training, number)}")
-    if not study.seeds or len(set(study.seeds)) != len(study.seeds):
-        raise ConfigError(f"seeds: give at least one, each once; got {study.seeds}")
-    if study.baseline is not None and study.baseline not in study.variants:
-        raise ConfigError(f"baseline: no variant is called {study.baseline!r}{nearest(study.baseline, study.variants)}")
-    return study
-
-
-def set_key(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b.c` (numbers index lists) in nested plain data, making mappings on the way."""
-    *path, last = key.split(".")
-    place: Any = data
-    try:
-        for part in path:
-            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
-        place[int(last) if isinstance(place, list) else last] = value
-    except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise ConfigError(f"--{key}: there is no such place in the configuration ({error})") from error
-
-
 def parse(cls: type, data: Mapping[str, Any]) -> Any:
     """An instance of a configuration class from plain data; errors name the key, and what was expected."""
     from pydantic import TypeAdapter, ValidationError
@@ -253,50 +194,6 @@ _NESTED = {
         Component, Budget, TrainingConfig, EvaluationConfig, CheckpointConfig, TrackingConfig, LauncherConfig
     )
 }  # fmt: skip
-
-
-def expand(study: StudyConfig) -> list[RunConfig]:
-    """The runs of a study in the order variant, seed; every component checked."""
-    shared = {f.name: plain(getattr(study, f.name)) for f in dataclasses.fields(RunConfig) if hasattr(study, f.name)}
-    runs = []
-    for variant, changes in (study.variants or {study.name: {}}).items():
-        if not re.fullmatch(r"[\w.+-]+", variant):
-            raise ConfigError(f"variants.{variant}: use letters, digits, '_', '-', '+' and '.' in a variant's name")
-        key = f"variants.{variant}." if study.variants else ""
-        try:
-            merged = merge(shared, changes or {})
-            run = parse(RunConfig, merged | {"study": study.name, "variant": variant, "seed": study.seeds[0]})
-            run = _with_checked_components(run)
-        except ConfigError as error:
-            raise ConfigError(f"{key}{error}") from error
-        runs += [dataclasses.replace(run, seed=seed) for seed in study.seeds]
-    return runs
-
-
-def _with_checked_components(run: RunConfig) -> RunConfig:
-    return dataclasses.replace(
-        run,
-        stream=checked(run.stream, "stream", "stream"),
-        architecture=checked(run.architecture, "architecture", "architecture"),
-        strategies={n: checked(c, "strategy", f"strategies.{n}") for n, c in run.strategies.items()},
-        training=dataclasses.replace(
-            run.training, optimizer=checked(run.training.optimizer, "optimizer", "training.optimizer")
-        ),
-    )
-
-
-def merge(base: Any, changes: Any) -> Any:
-    """`base` with `changes` laid over it; another class_path drops the old init_args, null removes a key."""
-    if not (isinstance(base, dict) and isinstance(changes, dict)):
-        return changes
-    other_class = "class_path" in changes and changes["class_path"] != base.get("class_path")
-    result = {} if other_class or (changes.keys() & {"steps", "epochs", "tokens"} and "until" in base) else dict(base)
-    for key, value in changes.items():
-        if value is None and isinstance(base.get(key), dict):
-            result.pop(key, None)
-        else:
-            result[key] = merge(result.get(key), value)
-    return result
 
 
 def plain(value: Any) -> Any:

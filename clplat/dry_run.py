@@ -10,19 +10,22 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from clplat.config import RunConfig, StudyConfig, expand
+from clplat.config import RunConfig, StudyConfig
 from clplat.fitting import fit, task_loader
 from clplat.interruption import Interruption
-from clplat.progress import Silent
 from clplat.loop import Run
+from clplat.progress import Silent
 from clplat.streams.base import Budget
 from clplat.study import worker_count
+from clplat.study_file import expand
 
 
 def estimate(study: StudyConfig, console: Console) -> Table:
     """Time and memory of every variant, measured on two batches a task and one evaluation."""
     runs = expand(study)
-    table = Table("variant", "tasks", "steps", "ms a step", "s an evaluation", "est. minutes", "peak MiB", title="dry run")
+    table = Table(
+        "variant", "tasks", "steps", "ms a step", "s an evaluation", "est. minutes", "peak MiB", title="dry run"
+    )
     total = 0.0
     for run in {run.variant: run for run in runs}.values():
         with console.status(f"trying {run.variant}"), tempfile.TemporaryDirectory() as scratch:
@@ -42,9 +45,7 @@ def estimate(study: StudyConfig, console: Console) -> Table:
 
 def _try(config: RunConfig, folder: Path) -> tuple[int, int, float, float, float, int]:
     """Tasks, steps, seconds a step, seconds an evaluation, seconds in all, peak bytes."""
-    quiet = dataclasses.replace(
-        config, checkpoint=dataclasses.replace(config.checkpoint, every_seconds=1e9)
-    )
+    quiet = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_seconds=1e9))
     run = Run(quiet, folder, journal=None, interruption=Interruption(), progress=Silent())
     start = time.perf_counter()
     run.parts.evaluator.cells([])
@@ -66,4 +67,11 @@ def _try(config: RunConfig, folder: Path) -> tuple[int, int, float, float, float
         seconds += time.perf_counter() - start
     evaluations = len(run.path) + 1 + (steps // config.evaluation.every if config.evaluation.every else 0)
     run.costs.measure_memory()
-    return len(run.path), steps, seconds / max(1, steps), evaluation, seconds + evaluations * evaluation, run.costs.peak_memory_bytes
+    return (
+        len(run.path),
+        steps,
+        seconds / max(1, steps),
+        evaluation,
+        seconds + evaluations * evaluation,
+        run.costs.peak_memory_bytes,
+    )

@@ -49,9 +49,7 @@ def execute(folder: Path, progress: Progress | None = None) -> Outcome:
         processes.leave()
 
 
-def _carry_out(
-    config: RunConfig, folder: Path, interruption: Interruption, progress: Progress, rank: int
-) -> Outcome:
+def _carry_out(config: RunConfig, folder: Path, interruption: Interruption, progress: Progress, rank: int) -> Outcome:
     from clplat.tracking import Feed
 
     journal = Journal(folder) if rank == 0 else None

@@ -145,7 +145,9 @@ def draw_run(table: ResultTable, curve: Curve, folder: Path) -> None:
     for number, task in enumerate(tasks[:8]):
         points = [(step, now[number]) for step, now in whole if np.isfinite(now[number])]
         colour = PALETTE[number % 8]
-        axis.plot(*zip(*points, strict=True) if points else ((), ()), color=colour, marker=MARKERS[number], label=short(task))
+        axis.plot(
+            *zip(*points, strict=True) if points else ((), ()), color=colour, marker=MARKERS[number], label=short(task)
+        )
     axis.set(xlabel="optimizer steps", ylabel="score (higher is better)")
     axis.legend(frameon=False, fontsize=8)
     figure.savefig(folder / "scores.png", dpi=120)

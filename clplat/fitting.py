@@ -152,6 +152,7 @@ class TaskSteps:
     def _stop_when_good(self, seen: list[int]) -> None:
         value = self.run.parts.evaluator.validation(self.task, seen)
         higher = self.task.test.scorer.metrics[self.task.headline].higher_is_better
+        assert self.until is not None
         if (value >= self.until) if higher else (value <= self.until):
             self.run.parts.learner.trainer.should_stop = True
 

@@ -36,7 +36,9 @@ class Hooks:
     def _at_most_one(self, hook: str) -> Strategy | None:
         owners = [name for name, strategy in self.strategies.items() if strategy.overrides(hook)]
         if len(owners) > 1:
-            raise ConfigError(f"strategies: {' and '.join(owners)} both define `{hook}`; only one strategy of a run may")
+            raise ConfigError(
+                f"strategies: {' and '.join(owners)} both define `{hook}`; only one strategy of a run may"
+            )
         return self.strategies[owners[0]] if owners else None
 
     def setup(self, context: Context) -> None:

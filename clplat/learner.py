@@ -24,10 +24,7 @@ from clplat.objective import Objective
 from clplat.strategies.world import World
 from clplat.streams.batch import Batch
 
-
-_REMEDY = (
-    "The last good checkpoint is kept; lower training.optimizer.init_args.lr, or set training.clip_norm."
-)
+_REMEDY = "The last good checkpoint is kept; lower training.optimizer.init_args.lr, or set training.clip_norm."
 
 
 class Learner(LightningModule):
@@ -65,8 +62,9 @@ class Learner(LightningModule):
         self.rows["current"] += rows
         self.rows["replay"] += len(batch) - rows
         if self.hooks.step_owner is not None:
-            loss = self.hooks.step_owner.step(batch, self.optimizers(use_pl_optimizer=False))  # type: ignore[arg-type]
+            loss, output = self.hooks.step_owner.step(batch, self._optimizer())
             self._note({"loss": loss})
+            self._finished.append((batch, output))
             return loss
         output = self._forward[0](batch, self.carried)
         if self.architecture.memory_life != "sequence":
@@ -107,7 +105,7 @@ class Learner(LightningModule):
         config = self.training_config
         if config.schedule == "constant" and not config.warmup:
             return
-        step = (self.global_steps if config.schedule_span == "stream" else self.batches // config.accumulate)
+        step = self.global_steps if config.schedule_span == "stream" else self.batches // config.accumulate
         factor = rate_factor(step, self.total_steps, config.schedule, config.warmup)
         for group in self._optimizer().param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -119,8 +117,7 @@ class Learner(LightningModule):
         if self.batches % self.training_config.accumulate:
             return
         self.global_steps += 1
-        if self.automatic_optimization:
-            self._tell_step_end()
+        self._tell_step_end()
         self.after_step()
 
     def _tell_step_end(self) -> None:

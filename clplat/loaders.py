@@ -63,8 +63,9 @@ class TaskLoader:
     ) -> None:
         self.order, self.start, self.stop, self.workers, self.device = order, start, stop, workers, device
         # Data that lives in memory moves to the device once; what is read from files stays there.
-        self.resident = hasattr(data, "to") and workers == 0
-        self.data = data.to(device) if self.resident else data
+        move = getattr(data, "to", None) if workers == 0 else None
+        self.resident = move is not None
+        self.data: Data = move(device) if move is not None else data
 
     def __len__(self) -> int:
         return self.stop - self.start

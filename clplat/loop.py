@@ -242,5 +242,3 @@ class Run:
         saved = state["random"]
         restore_global(saved[min(self.world.rank, len(saved) - 1)])
         self.parts.context.generator.set_state(state["strategy_random"])
-
-

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.table import Table
 
 from clplat.components import WINGS, catalogue
-from clplat.config import shipped_folder
 from clplat.errors import ConfigError, nearest
+from clplat.study_file import shipped_folder
 
 PLURALS = {"streams": "stream", "architectures": "architecture", "strategies": "strategy", "optimizers": "optimizer"}
 
@@ -53,7 +53,8 @@ def shown(config: str, overrides: Sequence[tuple[str, str]]) -> str:
     """A study with every default filled in, and each variant's full configuration, as YAML."""
     import yaml
 
-    from clplat.config import expand, load_study, plain
+    from clplat.config import plain
+    from clplat.study_file import expand, load_study
 
     study = load_study(config, overrides)
     runs = {run.variant: run for run in expand(study)}

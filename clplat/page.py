@@ -47,7 +47,8 @@ def render(study: StudyResults, baseline: str | None, folder: Path) -> Path:
         _costs(study),
         *_figures(study, folder / "figures"),
         f'<p class="small">From the MLflow run {study.run_id}. Fidelity of the parts to their papers: '
-        f"{html.escape(tags.get('fidelity', '?'))}. Code {html.escape(tags.get('git_sha') or 'not in a repository')}.</p>",
+        f"{html.escape(tags.get('fidelity', '?'))}. "
+        f"Code {html.escape(tags.get('git_sha') or 'not in a repository')}.</p>",
     ]
     page = folder / "report.html"
     page.write_text(

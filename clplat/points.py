@@ -58,8 +58,7 @@ class Translator:
 def cells_of(entry: Mapping[str, Any]) -> list[Cell]:
     """The scores of a results or curve entry."""
     return [
-        Cell(**{**cell, **{name: float(cell[name]) for name in ("value", "total", "count")}})
-        for cell in entry["cells"]
+        Cell(**{**cell, **{name: float(cell[name]) for name in ("value", "total", "count")}}) for cell in entry["cells"]
     ]
 
 

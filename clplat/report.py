@@ -15,7 +15,8 @@ from rich.table import Table
 
 from clplat.errors import ConfigError, nearest
 from clplat.metrics import Interval, ResultTable, Scores, interval, paired, verdict
-from clplat.tracking import STUDY_STATE, client, default_uri
+from clplat.study_record import default_uri
+from clplat.tracking import STUDY_STATE, client
 
 if TYPE_CHECKING:
     import pandas

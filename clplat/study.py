@@ -14,9 +14,10 @@ from typing import Any
 
 from rich.console import Console
 
-from clplat.config import RunConfig, StudyConfig, expand, plain, save
+from clplat.config import RunConfig, StudyConfig, plain, save
 from clplat.execution import Outcome
 from clplat.launch import launch
+from clplat.study_file import expand, load_study, run_folders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +75,10 @@ def lay_out(study: StudyConfig, runs: Sequence[RunConfig]) -> Path:
     return folder
 
 
-def run_folders(folder: Path) -> list[Path]:
-    """The run folders of a study folder, in the order of its variants and seeds."""
-    from clplat.config import load_study
-
-    study = load_study(folder / "study.yaml")
-    names = [f"{variant}-s{seed}" for variant in (study.variants or {study.name: {}}) for seed in study.seeds]
-    return [folder / name for name in names if (folder / name / "config.yaml").is_file()]
-
-
 def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
     """Run what has not finished yet among a study's runs, with the record of the whole study above them."""
     from clplat.journal import last_status
-    from clplat.tracking import finish_study, start_study
+    from clplat.study_record import finish_study, start_study
 
     if study.tracking.enabled:
         start_study(folder)
@@ -114,7 +106,6 @@ def worker_count(study: StudyConfig, runs: int) -> int:
 def conclude(study: Study, console: Console) -> None:
     """The end of a study: the comparison in the terminal, the report, and how to open MLflow on it."""
     from clplat import report
-    from clplat.config import load_study
 
     config = load_study(study.folder / "study.yaml")
     if not config.tracking.enabled:

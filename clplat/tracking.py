@@ -6,20 +6,17 @@ been sent; times come from the journal, so a point that is sent twice is the sam
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import sys
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clplat.config import RunConfig, TrackingConfig, load_run, load_study, parse, parse_yaml
-from clplat.errors import ClplatError, ConfigError
-from clplat.journal import NAME, last_status
-from clplat.metrics import ResultTable
+from clplat.config import TrackingConfig, load_run
+from clplat.errors import ClplatError
+from clplat.journal import NAME
 from clplat.points import Translator
 
 CHUNK = 900
@@ -79,7 +76,7 @@ class Feed:
 
     def __init__(self, folder: Path, tracking: TrackingConfig) -> None:
         self.folder, self.tracking = folder, tracking
-        self._state: dict[str, Any] = _read_json(folder / RUN_STATE) or {"run_id": None, "offset": 0}
+        self._state: dict[str, Any] = read_json(folder / RUN_STATE) or {"run_id": None, "offset": 0}
         self._client: Any = None
         self._translator = Translator()
         self._translated = 0
@@ -127,9 +124,9 @@ class Feed:
             raise
         except Exception as error:  # noqa: BLE001 - a server can fail in any way; the run must not
             if self._trouble is None:
-                print(f"MLflow at {self.tracking.uri} cannot be reached ({_short(error)}); the record stays in "
+                print(f"MLflow at {self.tracking.uri} cannot be reached ({short(error)}); the record stays in "
                       f"{self.folder} and is sent later.", file=sys.stderr)  # fmt: skip
-            self._trouble = _short(error)
+            self._trouble = short(error)
             return False
         self._trouble = None
         return True
@@ -139,7 +136,7 @@ class Feed:
             return
         connection = client(self.tracking.uri)
         if self._state["run_id"] is None:
-            parent = (_read_json(self.folder.parent / STUDY_STATE) or {}).get("run_id")
+            parent = (read_json(self.folder.parent / STUDY_STATE) or {}).get("run_id")
             config = load_run(self.folder / "config.yaml")
             # Also a run that fails before it can describe itself must be found under its variant.
             tags = {"study": config.study, "variant": config.variant, "seed": str(config.seed)}
@@ -147,7 +144,7 @@ class Feed:
                 tags["mlflow.parentRunId"] = parent
             run = connection.create_run(experiment_id(connection, self.tracking), tags=tags, run_name=self.folder.name)
             self._state["run_id"] = run.info.run_id
-            _write_json(self.folder / RUN_STATE, self._state)
+            write_json(self.folder / RUN_STATE, self._state)
         connection.update_run(self._state["run_id"], status="RUNNING")
         self._client = connection
 
@@ -192,7 +189,7 @@ class Feed:
                 raise
         if offset > self._state["offset"]:
             self._state["offset"] = offset
-            _write_json(self.folder / RUN_STATE, self._state)
+            write_json(self.folder / RUN_STATE, self._state)
 
     def _send_entry(self, entry: dict[str, Any]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
@@ -218,108 +215,18 @@ class Feed:
         self._client.set_terminated(self._state["run_id"], status=status)
 
 
-def start_study(folder: Path) -> None:
-    """Make the study's parent run, or take it up again; a server that is away does not stop the study."""
-    study = load_study(folder / "study.yaml")
-    state = _read_json(folder / STUDY_STATE) or {}
-    try:
-        connection = client(study.tracking.uri)
-        if "run_id" not in state:
-            where = experiment_id(connection, study.tracking)
-            tags = {
-                "study": study.name, "kind": "study", "baseline": study.baseline or "",
-                "folder": str(folder.resolve()), "variants": json.dumps(list(study.variants) or [study.name]),
-            }  # fmt: skip
-            run = connection.create_run(where, tags=tags, run_name=folder.name)
-            state = {"run_id": run.info.run_id, "uri": study.tracking.uri}
-            _write_json(folder / STUDY_STATE, state)
-            connection.log_artifact(state["run_id"], str(folder / "study.yaml"))
-        connection.update_run(state["run_id"], status="RUNNING")
-    except Exception as error:  # noqa: BLE001 - as in Feed: the record waits in the folders
-        print(f"MLflow at {study.tracking.uri} cannot be reached ({_short(error)}); the record stays in {folder}; "
-              f"`clplat sync {folder}` sends it later.", file=sys.stderr)  # fmt: skip
-
-
-def finish_study(folder: Path, statuses: list[str]) -> None:
-    """Give the parent run its status: FINISHED, or the worst of its runs."""
-    state = _read_json(folder / STUDY_STATE) or {}
-    if "run_id" in state:
-        status = next((word for word in ("KILLED", "FAILED") if word in statuses), "FINISHED")
-        # A server that is gone by now gets the status with `clplat sync`.
-        with contextlib.suppress(Exception):
-            client(state["uri"]).set_terminated(state["run_id"], status=status)
-
-
-def sync(target: str | Path) -> int:
-    """Send what MLflow lacks of a run or a study; how many runs were sent. Raises when the server is away."""
-    from clplat.study import run_folders
-
-    folder = Path(target)
-    is_study = (folder / "study.yaml").is_file()
-    if not is_study and not (folder / "config.yaml").is_file():
-        raise ConfigError(f"{target}: neither a run folder (config.yaml) nor a study folder (study.yaml)")
-    if is_study:
-        start_study(folder)
-    runs = [run for run in (run_folders(folder) if is_study else [folder]) if (run / NAME).is_file()]
-    for run in runs:
-        feed = Feed(run, load_run(run / "config.yaml").tracking)
-        status = last_status(run)
-        if not feed.finish("KILLED" if status in ("RUNNING", "WAITING") else status):
-            raise ClplatError(f"{run}: MLflow at {feed.tracking.uri} did not take the record ({feed._trouble})")
-    if is_study:
-        finish_study(folder, [last_status(run) for run in runs])
-    return len(runs)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """What MLflow holds of a run: enough to run it again."""
-
-    config: RunConfig
-    table: ResultTable
-
-
-def default_uri() -> str:
-    """Where studies are looked for when nothing else is said."""
-    return os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-
-
-def fetch_run(run: str) -> Record:
-    """A run's configuration and result table out of MLflow, by run id or run folder."""
-    folder = Path(run)
-    state = _read_json(folder / RUN_STATE) if folder.is_dir() else None
-    uri = load_run(folder / "config.yaml").tracking.uri if state else default_uri()
-    run_id = state["run_id"] if state else run
-    try:
-        connection = client(uri)
-        files = Path(connection.download_artifacts(run_id, ""))
-    except Exception as error:  # noqa: BLE001 - missing runs and dead servers raise different types
-        raise ConfigError(f"run {run!r}: MLflow at {uri} does not give it ({_short(error)})") from error
-    if not (files / "config.yaml").is_file() or not (files / "results.csv").is_file():
-        raise ConfigError(f"run {run!r}: MLflow has no config.yaml and results.csv of it; it has not finished")
-    data = parse_yaml((files / "config.yaml").read_text())
-    return Record(config=parse(RunConfig, data), table=ResultTable.from_csv(files / "results.csv"))
-
-
-def folder_of_run(run_id: str) -> Path | None:
-    """The folder of a run or study that MLflow knows by this id; None when it knows none."""
-    try:
-        found = client(default_uri()).get_run(run_id)
-    except Exception:  # noqa: BLE001 - an id that is none is an answer, not a failure
-        return None
-    folder = found.data.tags.get("folder")
-    return Path(folder) if folder else None
-
-
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
+    """An error on one line, cut to what fits into another message."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a small state file; None when it is not there."""
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a small state file, whole or not at all."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps(content))
     part.replace(path)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from clplat.architectures.base import Architecture, Output, StepOutcome
+from clplat.strategies.world import World
 from clplat.streams.base import Data, Spec, Task
 from clplat.streams.batch import Batch
-from clplat.strategies.world import World
 
 
 @dataclass(kw_only=True)
@@ -97,8 +97,8 @@ class Strategy:
     def gradient(self) -> None:
         """Change `.grad` in place: after all-reduce and unscaling, before clipping."""
 
-    def step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Own the whole optimizer step and return its loss; at most one strategy of a run may."""
+    def step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> tuple[Tensor, Output]:
+        """Own the whole optimizer step; its loss, and the output that it was measured on. At most one of a run may."""
         raise TypeError(f"{type(self).__name__} does not own the step")
 
     def step_end(self, outcome: StepOutcome) -> None:

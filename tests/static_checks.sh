@@ -7,5 +7,5 @@ trap 'rm -rf "$copy" build' EXIT
 "$bin/pip" install --quiet --no-deps --no-build-isolation --target "$copy" .
 cp pyproject.toml "$copy/"
 cd "$copy"
-PYTHONPATH="$copy" "$bin/lint-imports" --config pyproject.toml --no-cache
+PYTHONPATH="$copy" "$bin/lint-imports" pyproject.toml --no-cache
 "$bin/mypy" --config-file pyproject.toml --cache-dir "$copy/.mypy" -p clplat

@@ -9,7 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from clplat.config import expand, load_study, shipped_folder
+
+from clplat.study_file import expand, load_study, shipped_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +21,18 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, out = tmp_path_factory.mktemp("source") / "clplat", tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "runs", "tests", "mlflow.db")
     shutil.copytree(ROOT, source, ignore=ignored)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(out),
+        ".",
+    ]
     subprocess.run(command, cwd=source, check=True)
     return next(out.glob("*.whl"))
 
@@ -43,6 +55,8 @@ def test_the_wheel_runs_a_study_from_another_folder(wheel: Path, tmp_path: Path)
     assert list((tmp_path / "runs").glob("quickstart-*/naive-s0/artifacts/results.csv"))
 
 
-@pytest.mark.parametrize("name", sorted(p.relative_to(shipped_folder()).as_posix() for p in shipped_folder().rglob("*.yaml")))
+@pytest.mark.parametrize(
+    "name", sorted(p.relative_to(shipped_folder()).as_posix() for p in shipped_folder().rglob("*.yaml"))
+)
 def test_every_shipped_study_resolves(name: str) -> None:
     assert expand(load_study(name.removesuffix(".yaml")))

@@ -11,7 +11,7 @@ from clplat.strategies.base import Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something measured: every `observe_every` optimizer steps, at each evaluation inside a task, and at each boundary.
+    """Something measured: every `observe_every` optimizer steps, at evaluations inside tasks, and at each boundary.
 
     `forgetting` maps the names of tasks trained so far to how far their headline score now lies below its best
     (`forgetting_max`); `loss` is the mean training loss since the last event of this kind (None at boundaries).

@@ -6,18 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import clplat
 import pytest
 import torch
+from studies import REPLAY, run_folder, study
+
+import clplat
 from clplat.api import resume
 from clplat.checkpoint import Checkpoints
-from clplat.config import expand, load_study
 from clplat.errors import ConfigError, StorageError
 from clplat.execution import execute
 from clplat.journal import last_status, read
 from clplat.learner import Learner
 from clplat.study import preflight
-from studies import REPLAY, run_folder, study
+from clplat.study_file import expand, load_study
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"trainin": {}}, r"trainin: there is no such key; did you mean 'training'"),

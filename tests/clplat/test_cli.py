@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from clplat.cli import main
 from studies import study
+
+from clplat.cli import main
 
 
 def ran(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -28,7 +29,9 @@ def config(tmp_path: Path) -> str:
 
 def test_help_imports_neither_torch_nor_mlflow() -> None:
     heavy = "sorted({'torch', 'mlflow', 'lightning', 'rich', 'numpy', 'yaml'} & sys.modules.keys())"
-    code = f"import sys\ntry:\n    from clplat.cli import main; main(['--help'])\nexcept SystemExit:\n    print({heavy})"
+    code = (
+        f"import sys\ntry:\n    from clplat.cli import main; main(['--help'])\nexcept SystemExit:\n    print({heavy})"
+    )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     for command in ("run", "resume", "compare", "report", "evaluate", "reproduce", "sync", "ui", "list", "show"):

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from studies import REPLAY, run_folder, study
+
 from clplat.assembly import assemble
 from clplat.checkpoint import Checkpoints
-from clplat.config import expand, load_study
 from clplat.execution import execute
 from clplat.journal import evaluation_curve, read
 from clplat.strategies.world import World
-from studies import REPLAY, run_folder, study
+from clplat.study_file import expand, load_study
 
 NOISY = '''
 from contextlib import contextmanager
@@ -92,5 +93,3 @@ def test_a_task_ends_early_once_its_validation_score_is_reached(tmp_path: Path) 
     state = Checkpoints(folder, every_seconds=0).load()
     assert state is not None
     assert 30 <= state["global_steps"] < 600 and state["global_steps"] % 10 == 0
-
-

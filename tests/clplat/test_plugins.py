@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from studies import REPLAY, study
+
 import clplat
 from clplat.components import catalogue
 from clplat.journal import read, table
-from studies import REPLAY, study
 
 STRATEGY = '''
 """Pull weights back to where the last task left them."""
@@ -135,13 +136,15 @@ def test_one_of_each_from_outside_runs_and_is_logged_and_stays_within_the_line_l
 
 def test_decisions_of_one_run_played_back_in_another_give_the_same_results(tmp_path: Path) -> None:
     (tmp_path / "worried_alone.py").write_text(CONTROLLER)
-    first = clplat.run(
-        study(strategies={"replay": REPLAY, "c": {"class_path": "worried_alone.Worried"}}), quiet=True
-    ).outcomes[0].folder
+    first = (
+        clplat.run(study(strategies={"replay": REPLAY, "c": {"class_path": "worried_alone.Worried"}}), quiet=True)
+        .outcomes[0]
+        .folder
+    )
     recorded = str(first / "artifacts" / "decisions.jsonl")
     playback = {"class_path": "Playback", "init_args": {"decisions": recorded}}
     second = clplat.run(study(strategies={"replay": REPLAY, "c": playback}), quiet=True).outcomes[0].folder
-    assert table(first).to_rows() == table(second).to_rows()
+    assert str(table(first).to_rows()) == str(table(second).to_rows())
 
 
 def test_the_catalogue_lists_every_shipped_component_with_one_line() -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from studies import run_folder, study
+
 from clplat.checkpoint import Checkpoints
 from clplat.execution import execute
 from clplat.journal import last_status, read, table
-from studies import run_folder, study
 
 ARMS: dict[str, dict[str, Any]] = {
     "naive": {},

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from studies import EWC, REPLAY, run_folder, study
+
 from clplat.checkpoint import Checkpoints
 from clplat.errors import RunBusyError
 from clplat.execution import execute
@@ -19,7 +21,6 @@ from clplat.journal import last_status, read, table
 from clplat.learner import Learner
 from clplat.strategies.regularization import OnlineEWC
 from clplat.streams.scorers import Scorer
-from studies import EWC, REPLAY, run_folder, study
 
 FORK = multiprocessing.get_context("fork")
 MOMENTS: dict[str, tuple[type, str]] = {
@@ -125,9 +126,7 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(
     assert_same(everything(whole), everything(folder))
 
 
-def test_a_run_killed_three_times_equals_the_uninterrupted_one(
-    uninterrupted: tuple[int, Path], tmp_path: Path
-) -> None:
+def test_a_run_killed_three_times_equals_the_uninterrupted_one(uninterrupted: tuple[int, Path], tmp_path: Path) -> None:
     workers, whole = uninterrupted
     folder = run_folder(tmp_path, config(workers))
     for moment, count in (("training", 5), ("saving", 9), ("after_step", 11)):

@@ -6,7 +6,8 @@ import copy
 from pathlib import Path
 from typing import Any
 
-from clplat.config import expand, load_study, save
+from clplat.config import save
+from clplat.study_file import expand, load_study
 
 DIGITS: dict[str, Any] = {
     "name": "digits",

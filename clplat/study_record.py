@@ -1,0 +1,128 @@
+"""Studies in MLflow: their parent runs, sending what was left behind, and fetching a run to do it again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from clplat.config import RunConfig, load_run, parse, parse_yaml
+from clplat.errors import ClplatError, ConfigError
+from clplat.journal import NAME, last_status
+from clplat.metrics import ResultTable
+from clplat.study_file import load_study, run_folders
+from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, absolute, client, experiment_id, read_json, short, write_json
+
+
+def start_study(folder: Path) -> None:
+    """Make the study's parent run, or take it up again; a server that is away does not stop the study."""
+    study = load_study(folder / "study.yaml")
+    state = read_json(folder / STUDY_STATE) or {}
+    try:
+        connection = client(study.tracking.uri)
+        if "run_id" not in state:
+            where = experiment_id(connection, study.tracking)
+            tags = {
+                "study": study.name, "kind": "study", "baseline": study.baseline or "",
+                "folder": str(folder.resolve()), "variants": json.dumps(list(study.variants) or [study.name]),
+            }  # fmt: skip
+            run = connection.create_run(where, tags=tags, run_name=folder.name)
+            state = {"run_id": run.info.run_id, "uri": study.tracking.uri}
+            write_json(folder / STUDY_STATE, state)
+            connection.log_artifact(state["run_id"], str(folder / "study.yaml"))
+        connection.update_run(state["run_id"], status="RUNNING")
+    except Exception as error:  # noqa: BLE001 - as in Feed: the record waits in the folders
+        print(f"MLflow at {study.tracking.uri} cannot be reached ({short(error)}); the record stays in {folder}; "
+              f"`clplat sync {folder}` sends it later.", file=sys.stderr)  # fmt: skip
+
+
+def finish_study(folder: Path, statuses: list[str]) -> None:
+    """Give the parent run its status: FINISHED, or the worst of its runs."""
+    state = read_json(folder / STUDY_STATE) or {}
+    if "run_id" in state:
+        status = next((word for word in ("KILLED", "FAILED") if word in statuses), "FINISHED")
+        # A server that is gone by now gets the status with `clplat sync`.
+        with contextlib.suppress(Exception):
+            client(state["uri"]).set_terminated(state["run_id"], status=status)
+
+
+def sync(target: str | Path, uri: str | None = None) -> int:
+    """Send what MLflow lacks of a run or a study, to `uri` from now on if given; how many runs were sent.
+
+    Raises when the server is away. A run that is under way is left to the process that works on it.
+    """
+    folder = Path(target)
+    is_study = (folder / "study.yaml").is_file()
+    if not is_study and not (folder / "config.yaml").is_file():
+        raise ConfigError(f"{target}: neither a run folder (config.yaml) nor a study folder (study.yaml)")
+    runs = run_folders(folder) if is_study else [folder]
+    if uri is not None:
+        _send_elsewhere(folder, runs, absolute(uri))
+    if is_study:
+        start_study(folder)
+    runs = [run for run in runs if (run / NAME).is_file()]
+    for run in runs:
+        feed = Feed(run, load_run(run / "config.yaml").tracking)
+        status = last_status(run)
+        if not feed.finish("KILLED" if status in ("RUNNING", "WAITING") else status):
+            raise ClplatError(f"{run}: MLflow at {feed.tracking.uri} did not take the record; try again when it is up")
+    if is_study:
+        finish_study(folder, [last_status(run) for run in runs])
+    return len(runs)
+
+
+def _send_elsewhere(folder: Path, runs: list[Path], uri: str) -> None:
+    """Point a study's files at another server, which starts with nothing."""
+    for place in [folder, *runs]:
+        for name in ("study.yaml", "config.yaml"):
+            if (place / name).is_file():
+                data = parse_yaml((place / name).read_text())
+                data.setdefault("tracking", {})["uri"] = uri
+                (place / name).write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+        for state in (STUDY_STATE, RUN_STATE):
+            (place / state).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What MLflow holds of a run: enough to run it again."""
+
+    config: RunConfig
+    table: ResultTable
+
+
+def default_uri() -> str:
+    """Where studies are looked for when nothing else is said."""
+    return os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+
+
+def fetch_run(run: str) -> Record:
+    """A run's configuration and result table out of MLflow, by run id or run folder."""
+    folder = Path(run)
+    state = read_json(folder / RUN_STATE) if folder.is_dir() else None
+    uri = load_run(folder / "config.yaml").tracking.uri if state else default_uri()
+    run_id = state["run_id"] if state else run
+    try:
+        connection = client(uri)
+        files = Path(connection.download_artifacts(run_id, ""))
+    except Exception as error:  # noqa: BLE001 - missing runs and dead servers raise different types
+        raise ConfigError(f"run {run!r}: MLflow at {uri} does not give it ({short(error)})") from error
+    if not (files / "config.yaml").is_file() or not (files / "results.csv").is_file():
+        raise ConfigError(f"run {run!r}: MLflow has no config.yaml and results.csv of it; it has not finished")
+    data = parse_yaml((files / "config.yaml").read_text())
+    return Record(config=parse(RunConfig, data), table=ResultTable.from_csv(files / "results.csv"))
+
+
+def folder_of_run(run_id: str) -> Path | None:
+    """The folder of a run or study that MLflow knows by this id; None when it knows none."""
+    try:
+        found = client(default_uri()).get_run(run_id)
+    except Exception:  # noqa: BLE001 - an id that is none is an answer, not a failure
+        return None
+    folder = found.data.tags.get("folder")
+    return Path(folder) if folder else None
