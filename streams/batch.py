@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class Batch:
         """The rows that `index` (long or bool tensor, or slice) selects."""
         return Batch.from_tensors({name: tensor[index] for name, tensor in self.tensors().items()})
 
-    def replaced(self, **changes: Tensor | None) -> Batch:
+    def replaced(self, **changes: Any) -> Batch:
         """A copy with some fields changed."""
         return replace(self, **changes)
 

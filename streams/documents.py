@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from glob import glob
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,8 @@ from clplat.streams.base import Budget
 from clplat.streams.tokens import Document
 
 Part = Literal["train", "val", "test"]
+BUILDERS = ("json", "text", "parquet")
+"""Values of `path` that mean local files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +42,19 @@ class Holdout:
 class Domain:
     """One source of text, which becomes one task.
 
-    `path` is a hub id, or "json", "text" or "parquet" with local `data_files` by split (`${VARIABLES}` are
-    expanded). `splits` names the set's own splits for train, val and test; what is missing is held out from train.
-    Text is in `text_field`, or in `prompt_field` and `answer_field` with `prompt_template` around the prompt.
-    `document: heading` joins the lines of WikiText-like files into articles, which begin at ` = Title = `.
-    `max_documents` bounds what is read of each split, `max_train_tokens` what is trained on. `exact_match` makes the
-    model answer test prompts and compares what follows `answer_marker`.
+    `path` is a hub id, at `revision` if given, or "json", "text" or "parquet" with local `data_files` by part
+    (`${VARIABLES}` and wildcards are expanded). `splits` names the set's own splits for train, val and test; what is
+    missing is held out from train. Text is in `text_field`, or in `prompt_field` and `answer_field`, with the prompt
+    put in place of `{prompt}` in `prompt_template`. `document: heading` joins the lines of WikiText-like files into
+    articles, which begin at ` = Title = `. `max_documents` bounds what is read of each split, `max_train_tokens`
+    what is trained on. `exact_match` lets the model answer test prompts and compares what follows `answer_marker`
+    (all of it, where the marker is empty). `answers_only` trains on answers and not on prompts.
     """
 
     name: str
     path: str
     config: str | None = None
+    revision: str | None = None
     data_files: dict[str, str | list[str]] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     text_field: str = "text"
@@ -66,63 +72,60 @@ class Domain:
 
     def own_splits(self) -> dict[str, str]:
         """The set's splits by part: as given, or those that `data_files` name, or train alone."""
-        if self.splits:
-            return self.splits
-        return {part: part for part in self.data_files} or {"train": "train"}
+        return self.splits or {part: part for part in self.data_files} or {"train": "train"}
 
     def files(self) -> dict[str, list[str]]:
-        """Local files by split, with variables expanded; missing ones are named."""
+        """Local files by part, with variables and wildcards expanded; missing ones are named."""
         found: dict[str, list[str]] = {}
-        for split, given in self.data_files.items():
-            paths = [os.path.expandvars(path) for path in ([given] if isinstance(given, str) else given)]
-            for path in paths:
-                unset = re.search(r"\$\{?(\w+)", path)
-                if unset:
-                    raise ValueError(f"domain {self.name!r}, data_files.{split}: set the variable {unset[1]} ({path})")
-                if "://" not in path and not any(c in path for c in "*?[") and not Path(path).is_file():
-                    raise FileNotFoundError(f"domain {self.name!r}, data_files.{split}: there is no file {path}")
-            found[split] = paths
+        for part, given in self.data_files.items():
+            found[part] = []
+            for pattern in [given] if isinstance(given, str) else given:
+                path, key = os.path.expandvars(pattern), f"domain {self.name!r}, data_files.{part}"
+                if unset := re.search(r"\$\{?(\w+)", path):
+                    raise ValueError(f"{key}: {path} needs the environment variable {unset[1]}, which is not set")
+                paths = [path] if "://" in path or Path(path).is_file() else sorted(glob(path, recursive=True))
+                if not paths:
+                    raise FileNotFoundError(f"{key}: there is no file {path}")
+                found[part] += paths
         return found
 
     def check(self) -> None:
         """Everything that can be known without reading: files, parts, and options that need each other."""
+        at = f"domain {self.name!r}"
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError(f"{at}: a name is made of letters, digits, '.', '_' and '-'")
         self.files()
-        unknown = self.own_splits().keys() - {"train", "val", "test"}
-        if unknown:
-            raise ValueError(f"domain {self.name!r}: splits and data_files go by train, val and test, not {sorted(unknown)}")
-        if self.path in ("json", "text", "parquet") and not self.data_files:
-            raise ValueError(f"domain {self.name!r}: path {self.path!r} needs data_files")
+        if unknown := self.own_splits().keys() - {"train", "val", "test"}:
+            raise ValueError(f"{at}: splits and data_files go by train, val and test, not {sorted(unknown)}")
+        if self.path in BUILDERS and not self.data_files:
+            raise ValueError(f"{at}: path {self.path!r} needs data_files")
         if (self.exact_match or self.answers_only) and self.prompt_field is None:
-            raise ValueError(f"domain {self.name!r}: exact_match and answers_only need prompt_field")
+            raise ValueError(f"{at}: exact_match and answers_only need prompt_field")
+        if self.prompt_field is not None and ("{prompt}" not in self.prompt_template or self.document == "heading"):
+            raise ValueError(f"{at}: prompt_field needs {{prompt}} in prompt_template, and document: row")
 
     def source(self) -> str:
         """Identity of the documents (hex): contents of local files, names on the hub, and how they are read."""
-        skipped = ("budget", "max_train_tokens", "exact_match", "answer_marker", "answers_only", "data_files", "name")
-        options = {k: v for k, v in dataclasses.asdict(self).items() if k not in skipped}
-        hashes = {split: [_content(path) for path in paths] for split, paths in self.files().items()}
-        text = json.dumps([options, hashes], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        read = ("path", "config", "revision", "splits", "text_field", "prompt_field", "answer_field",
+                "prompt_template", "document", "holdout", "max_documents")  # fmt: skip
+        options = {name: value for name, value in dataclasses.asdict(self).items() if name in read}
+        contents = {part: [_content(path) for path in paths] for part, paths in self.files().items()}
+        return hashlib.sha256(json.dumps([options, contents], sort_keys=True).encode()).hexdigest()[:16]
 
     def documents(self, part: Part) -> Iterator[Document]:
         """The documents of one part, in the source's order."""
         own = self.own_splits()
-        if part in own:
-            split = own[part]
-        elif "train" in own:
-            split = own["train"]
-        else:
-            return
         if part in own and part != "train":
-            yield from self._read(split)
-        else:
-            yield from self.held_out(self._read(split), part)
+            yield from self._read(own[part])
+        elif "train" in own:
+            yield from self.held_out(self._read(own["train"]), part)
 
-    def held_out(self, documents: Iterator[Document], part: Part) -> Iterator[Document]:
+    def held_out(self, documents: Iterable[Document], part: Part) -> Iterator[Document]:
         """Those of the training documents that belong to `part`."""
         own = self.own_splits()
         return (document for document in documents if self._place(document, own) == part)
 
-    def _place(self, document: Document, own: dict[str, str]) -> Part:
+    def _place(self, document: Document, own: Mapping[str, str]) -> Part:
         """Where a training document belongs, by the hash of its text."""
         digest = hashlib.sha256((document.prompt + document.text).encode()).digest()
         share = int.from_bytes(digest[:8]) / 2**64
@@ -133,47 +136,55 @@ class Domain:
         return "train"
 
     def _read(self, split: str) -> Iterator[Document]:
-        """Documents of one split, streamed: nothing is copied to disk, and a huge set ends at `max_documents`."""
+        """Documents of one split, empty ones left out; a huge set is read up to `max_documents`."""
+        found = map(self._from_row, self._rows(split))
+        if self.document == "heading":
+            found = (Document(text=article) for article in articles(line.text for line in found))
+        return (document for document in islice(found, self.max_documents) if document.text.strip())
+
+    def _rows(self, split: str) -> Iterator[dict[str, Any]]:
+        """Rows as `datasets` streams them: nothing is copied to disk."""
         from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
 
         files = self.files()
-        rows: Any = load_dataset(
-            self.path, self.config, data_files={split: files[split]} if files else None, split=split, streaming=True
-        )
-        texts = _articles(row[self.text_field] for row in rows) if self.document == "heading" else None
-        found = (Document(text=text) for text in texts) if texts is not None else map(self._from_row, rows)
-        for number, document in enumerate(found):
-            if number == self.max_documents:
-                return
-            if document.text.strip():
-                yield document
+        given = {split: files[split]} if files else None
+        try:
+            yield from load_dataset(
+                self.path, self.config, data_files=given, split=split, streaming=True, revision=self.revision
+            )
+        except (OSError, ValueError, DatasetsError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"domain {self.name!r}: {self.path!r}, split {split!r} cannot be read ({reason})"
+            ) from error
 
     def _from_row(self, row: dict[str, Any]) -> Document:
-        wanted = [self.text_field] if self.prompt_field is None else [self.prompt_field, self.answer_field]
-        missing = [name for name in wanted if name not in row]
-        if missing:
-            raise ValueError(f"domain {self.name!r}: rows have no field {missing[0]!r}; they have {sorted(row)}")
-        if self.prompt_field is None:
-            return Document(text=row[self.text_field])
-        return Document(
-            text=row[self.answer_field], prompt=self.prompt_template.format(prompt=row[self.prompt_field])
-        )
+        wanted = [self.text_field] if self.prompt_field is None else [self.answer_field, self.prompt_field]
+        for name in wanted:
+            if not isinstance(row.get(name), str):
+                raise ValueError(
+                    f"domain {self.name!r}: rows have no text in the field {name!r}; they have {sorted(row)}"
+                )
+        text, *prompt = (row[name] for name in wanted)
+        return Document(text=text, prompt=self.prompt_template.replace("{prompt}", prompt[0]) if prompt else "")
 
 
-def _articles(lines: Iterator[str]) -> Iterator[str]:
+def articles(lines: Iterable[str]) -> Iterator[str]:
     """Lines joined into articles; one begins at a top heading ` = Title = `, not at ` = = Section = = `."""
     article: list[str] = []
     for line in lines:
-        if re.fullmatch(r"\s*= [^=].*[^=] =\s*", line) and article:
+        if re.fullmatch(r"\s*= [^=](.*[^=])? =\s*", line) and article:
             yield "\n".join(article)
             article = []
-        article.append(line)
+        article.append(line.removesuffix("\n"))
     if article:
         yield "\n".join(article)
 
 
 def _content(path: str) -> str:
-    if not Path(path).is_file():
+    """Hash of a local file; an address stands for itself."""
+    if "://" in path:
         return path
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,31 +27,33 @@ class ExactMatch(Scorer):
         max_new_tokens: int,
         max_examples: int,
     ) -> None:
-        """Scores the first `max_examples` documents of `cache`; answers are cut at `max_new_tokens`, and of a prompt
-        longer than `max_prompt_tokens` the end is kept, which is where the question stands."""
+        """Scores the first `max_examples` documents of `cache` that have a prompt.
+
+        Answers are cut at `max_new_tokens`, and of a prompt longer than `max_prompt_tokens` the end is kept, which
+        is where the question stands. An empty `marker` compares whole answers.
+        """
         self.cache, self.tokenizer, self.marker, self.max_prompt_tokens = cache, tokenizer, marker, max_prompt_tokens
-        self.max_new_tokens, self.count = max_new_tokens, min(max_examples, len(cache.prompts))
+        self.max_new_tokens = max_new_tokens
+        self.examples = torch.from_numpy(np.flatnonzero(cache.prompts)[:max_examples])
 
     def score(self, model: Answerer, data: Data, rows: Tensor, batch_size: int) -> Sums:
-        """`rows` only says which share of the work this process has; examples are documents, not rows."""
-        first, stride = (int(rows[0]) if len(rows) else self.count), 1
-        if len(rows) > 1:
-            stride = int(rows[1] - rows[0])
-        mine = range(first, self.count, stride)
-        right = 0
-        for start in range(0, len(mine), batch_size):
-            examples = [self.cache.document(number) for number in mine[start : start + batch_size]]
-            written = model.generate(
-                [prompt[-self.max_prompt_tokens :] for prompt, _ in examples],
-                max_new_tokens=self.max_new_tokens,
-                stop=self.tokenizer.end_token,
-            )
-            for (_, answer), answered in zip(examples, written, strict=True):
-                right += self._final(answered) == self._final(answer) != ""
+        """Example e goes with row e (modulo the rows): a process that has the row writes that answer."""
+        mine = self.examples[torch.isin(torch.arange(len(self.examples)) % max(1, len(data)), rows)]
+        right = sum(self._right(model, part.tolist()) for part in mine.split(batch_size) if len(part))
         return {"exact_match": torch.tensor([right, len(mine)], dtype=torch.float64)}
 
-    def _final(self, tokens: list[int]) -> str:
+    def _right(self, model: Answerer, numbers: list[int]) -> int:
+        examples = [self.cache.document(number) for number in numbers]
+        prompts = [prompt[-self.max_prompt_tokens :] for prompt, _ in examples]
+        written = model.generate(prompts, max_new_tokens=self.max_new_tokens, stop=self.tokenizer.end_token)
+        pairs = zip(examples, written, strict=True)
+        return sum(self.final(answered) == self.final(answer) != "" for (_, answer), answered in pairs)
+
+    def final(self, tokens: list[int]) -> str:
+        """What an answer comes to; empty where it has no marker."""
         text = self.tokenizer.decode(tokens)
+        if not self.marker:
+            return text.strip()
         return text.rpartition(self.marker)[2].strip() if self.marker in text else ""
 
 

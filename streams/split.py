@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,23 +15,34 @@ Labelled = tuple[Tensor, Tensor]
 """Inputs (N, ...) and class labels (N,) long."""
 
 
-def class_groups(num_classes: int, num_tasks: int, order: Sequence[int]) -> list[tuple[int, ...]]:
-    """The classes of each task: `order` cut into `num_tasks` equal parts."""
-    if num_tasks < 1 or len(order) % num_tasks:
-        raise ValueError(f"num_tasks: {len(order)} classes cannot be split into {num_tasks} equal tasks")
-    if len(set(order)) != len(order) or not all(0 <= label < num_classes for label in order):
-        raise ValueError(f"class_order: name classes 0 to {num_classes - 1}, each at most once; got {list(order)}")
-    size = len(order) // num_tasks
-    return [tuple(order[start : start + size]) for start in range(0, len(order), size)]
+def class_groups(
+    classes: list[int] | Literal["fixed", "seeded"],
+    *,
+    num_classes: int,
+    num_tasks: int,
+    order: Sequence[int] | None = None,
+    seed: int = 0,
+) -> list[tuple[int, ...]]:
+    """The classes of each task: `classes` cut into `num_tasks` equal parts, which `order` then permutes.
 
-
-def class_order(option: list[int] | str, num_classes: int, seed: int) -> list[int]:
-    """The order in which classes appear: as listed, 0, 1, 2, … (`fixed`), or shuffled by the seed (`seeded`)."""
-    if isinstance(option, list):
-        return option
-    if option == "seeded":
-        return torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed)).tolist()
-    return list(range(num_classes))
+    `classes` is a list (classes that are not named are left out), or 0, 1, 2, … (`fixed`), or these shuffled by the
+    seed (`seeded`).
+    """
+    if classes == "seeded":
+        classes = torch.randperm(num_classes, generator=torch.Generator().manual_seed(seed)).tolist()
+    elif classes == "fixed":
+        classes = list(range(num_classes))
+    if len(set(classes)) != len(classes) or not all(0 <= int(label) < num_classes for label in classes):
+        raise ValueError(f"class_order: name classes 0 to {num_classes - 1}, each at most once; got {classes}")
+    if num_tasks < 1 or not classes or len(classes) % num_tasks:
+        raise ValueError(f"num_tasks: {len(classes)} classes cannot be split into {num_tasks} equal tasks")
+    size = len(classes) // num_tasks
+    groups = [tuple(int(label) for label in classes[start : start + size]) for start in range(0, len(classes), size)]
+    if order is None:
+        return groups
+    if sorted(order) != list(range(num_tasks)):
+        raise ValueError(f"order: name the tasks 0 to {num_tasks - 1}, each once; got {list(order)}")
+    return [groups[number] for number in order]
 
 
 def split_tasks(

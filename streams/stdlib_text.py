@@ -36,7 +36,7 @@ class StdlibText(TextStream):
         cache_dir: str | None = None,
     ) -> None:
         """`order`: any order of reference, source and arithmetic; the rest as in `TextStream`."""
-        held = Holdout(fraction=0.05)
+        held = Holdout(fraction=0.1)
         super().__init__(
             domains=[
                 Domain(name="reference", path="python", holdout=held, max_train_tokens=max_train_tokens),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from clplat.streams.generation_scorers import ExactMatch, Together
 from clplat.streams.scorers import Likelihood, Scorer
 from clplat.streams.tokenizers import ByteTokenizer, Tokenizer
 from clplat.streams.tokens import FORMAT, Document, TokenCache, TokenData, write_cache
+
+TOKENIZER_CHARACTERS = 20_000_000
+"""What a trained tokenizer reads of each domain; merges of a small vocabulary have settled long before."""
 
 
 class TextStream(Stream):
@@ -34,102 +38,141 @@ class TextStream(Stream):
         cache_dir: str | None = None,
     ) -> None:
         """`tokenizer` defaults to bytes; `block_size` is the tokens of a row; `order` names domains (default: as
-        listed); `probes` are domains of which the test part is scored and nothing trained. A task is scored on the
-        first `max_eval_tokens` of its test part, the same for every run; exact match on its first `max_answers`
-        questions. Token caches lie in `cache_dir` (default: $CLPLAT_CACHE, or ~/.cache/clplat)."""
+        listed); `probes` are domains of which the test part is scored and nothing trained. Test and validation parts
+        are scored on `max_eval_tokens`, in rows spread evenly over the part and the same for every run; exact match
+        on the first `max_answers` questions. Caches lie in `cache_dir` (default: $CLPLAT_CACHE, or
+        ~/.cache/clplat)."""
         self.domains, self.probe_domains = domains, probes or []
         self.tokenizer: Tokenizer = tokenizer or ByteTokenizer()
         self.block_size, self.max_eval_tokens = block_size, max_eval_tokens
         self.max_answers, self.max_answer_tokens = max_answers, max_answer_tokens
         default = os.environ.get("CLPLAT_CACHE", str(Path.home() / ".cache" / "clplat"))
         self.cache_dir = Path(cache_dir or default)
-        names = [domain.name for domain in domains]
-        if not names or len(set(names)) != len(names):
-            raise ValueError(f"domains: give at least one, each with its own name; got {names}")
-        if order is not None and (unknown := set(order) - set(names)):
-            raise ValueError(f"order: there is no domain {sorted(unknown)[0]!r}; there are {names}")
-        self.order_names = order or names
-        for domain in [*domains, *self.probe_domains]:
+        self.order_names = order or [domain.name for domain in domains]
+        self._check()
+
+    def _check(self) -> None:
+        names = [domain.name for domain in self.domains]
+        every = names + [domain.name for domain in self.probe_domains]
+        if not names or len(set(every)) != len(every):
+            raise ValueError(f"domains, probes: give at least one domain, and each its own name; got {every}")
+        if unknown := set(self.order_names) - set(names):
+            raise ValueError(f"order: there is no domain {min(unknown)!r}; there are {names}")
+        if len(set(self.order_names)) != len(self.order_names):
+            raise ValueError(f"order: each domain can stand there once; got {self.order_names}")
+        if not 0 < self.block_size <= self.max_eval_tokens:
+            raise ValueError(
+                f"block_size: must be positive and at most max_eval_tokens ({self.max_eval_tokens}), "
+                f"got {self.block_size}"
+            )
+        for domain in [*self.domains, *self.probe_domains]:
             domain.check()
+        for domain in self.domains:
+            if "train" not in domain.own_splits():
+                raise ValueError(
+                    f"domain {domain.name!r}: name a train part in splits or data_files, or make it a probe"
+                )
 
     def prepare(self) -> None:
-        by_name = {domain.name: domain for domain in self.domains}
-        source = hashlib.sha256("".join(sorted(self._source(d) for d in self.domains)).encode()).hexdigest()[:16]
-        self.tokenizer.train(self._training_texts(), self.cache_dir, source)
+        self._sources = {domain.name: self._source(domain) for domain in [*self.domains, *self.probe_domains]}
+        source = hashlib.sha256("".join(sorted(self._sources[d.name] for d in self.domains)).encode()).hexdigest()
+        self.tokenizer.prepare(self._training_texts(), self.cache_dir, source)
         self.spec = Spec(
             kind="language", input_shape=(self.block_size,), num_outputs=self.tokenizer.vocab_size,
             end_token=self.tokenizer.end_token,
         )  # fmt: skip
         self._lengths = self.tokenizer.token_bytes()
+        by_name = {domain.name: domain for domain in self.domains}
         self.tasks = [self._task(index, by_name[name]) for index, name in enumerate(self.order_names)]
-        self.probes = [self._eval_set(domain, "test", -1) for domain in self.probe_domains]
+        self.probes = [self._test_set(domain, -1) for domain in self.probe_domains]
 
     def _source(self, domain: Domain) -> str:
+        """Identity of a domain's documents; a stream with documents of its own overrides this and `_documents`."""
         return domain.source()
 
     def _documents(self, domain: Domain, part: Part) -> Iterator[Document]:
         return domain.documents(part)
 
     def _training_texts(self) -> Iterator[str]:
-        for domain in sorted(self.domains, key=lambda d: d.name):
-            yield from (one.prompt + one.text for one in self._documents(domain, "train"))
+        for domain in sorted(self.domains, key=lambda d: self._sources[d.name]):
+            read = 0
+            for document in self._documents(domain, "train"):
+                if read > TOKENIZER_CHARACTERS:
+                    break
+                read += len(document.prompt) + len(document.text)
+                yield document.prompt + document.text
 
     def _cache(self, domain: Domain, part: Part) -> TokenCache:
         """The token cache of one part, made if it is not there, made again with a warning if it is damaged."""
         limit = domain.max_train_tokens if part == "train" else None
-        key = f"{FORMAT} {self._source(domain)} {part} {limit} {self.tokenizer.identity}"
+        key = f"{FORMAT} {self._sources[domain.name]} {part} {limit} {self.tokenizer.identity}"
         folder = self.cache_dir / "tokens" / f"{domain.name}-{part}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         if folder.is_dir():
             try:
                 return TokenCache(folder)
             except ValueError as error:
-                warnings.warn(f"{error}; it is made again", stacklevel=2)
-                for file in folder.iterdir():
-                    file.unlink()
-                folder.rmdir()
-        folder.parent.mkdir(parents=True, exist_ok=True)
+                warnings.warn(f"{error} (it is made again now)", stacklevel=2)
+                shutil.rmtree(folder, ignore_errors=True)
         write_cache(folder, self._documents(domain, part), self.tokenizer, max_tokens=limit)
         return TokenCache(folder)
 
     def _task(self, index: int, domain: Domain) -> Task:
-        answers = domain.prompt_field is not None
         # Rows of all tasks have the same fields, so that they can stand in one batch and in one buffer.
         marked = any(other.prompt_field is not None for other in self.domains)
         train = TokenData(
             self._cache(domain, "train"), length=self.block_size, task=index, answers=marked,
             answers_only=domain.answers_only,
         )  # fmt: skip
-        val = self._eval_set(domain, "val", index)
+        self._not_empty(train, domain, "train")
+        val_data = self._eval_data(domain, "val", index)
+        val = EvalSet(name=f"{domain.name}/val", data=val_data, scorer=self._likelihood(domain))
         return Task(
-            index=index, name=domain.name, train=train, test=self._eval_set(domain, "test", index),
-            val=val if len(val.data) else None, headline="answer_loss" if answers else "loss", budget=domain.budget,
+            index=index, name=domain.name, train=train, test=self._test_set(domain, index),
+            val=val if len(val_data) else None, budget=domain.budget,
+            headline="loss" if domain.prompt_field is None else "answer_loss",
         )  # fmt: skip
 
-    def _eval_set(self, domain: Domain, part: Part, index: int) -> EvalSet:
-        cache, answers = self._cache(domain, part), domain.prompt_field is not None
-        data = TokenData(
-            cache, length=self.block_size, task=index, answers=answers,
-            max_rows=max(1, self.max_eval_tokens // self.block_size),
-        )  # fmt: skip
-        scorer: Scorer = Likelihood(token_bytes=self._lengths, answers=answers)
-        if domain.exact_match and part == "test":
+    def _test_set(self, domain: Domain, index: int) -> EvalSet:
+        data = self._eval_data(domain, "test", index)
+        self._not_empty(data, domain, "test")
+        scorer: Scorer = self._likelihood(domain)
+        if domain.exact_match:
             exact = ExactMatch(
-                cache=cache, tokenizer=self.tokenizer, marker=domain.answer_marker,
+                cache=data.cache, tokenizer=self.tokenizer, marker=domain.answer_marker,
                 max_prompt_tokens=max(1, 2 * self.block_size - self.max_answer_tokens),
                 max_new_tokens=min(self.max_answer_tokens, 2 * self.block_size - 1), max_examples=self.max_answers,
             )  # fmt: skip
             scorer = Together(scorer, exact)
         return EvalSet(name=domain.name, data=data, scorer=scorer)
 
+    def _likelihood(self, domain: Domain) -> Likelihood:
+        return Likelihood(token_bytes=self._lengths, answers=domain.prompt_field is not None)
+
+    def _eval_data(self, domain: Domain, part: Part, index: int) -> TokenData:
+        return TokenData(
+            self._cache(domain, part), length=self.block_size, task=index, answers=domain.prompt_field is not None,
+            max_rows=self.max_eval_tokens // self.block_size,
+        )  # fmt: skip
+
+    def _not_empty(self, data: TokenData, domain: Domain, part: Part) -> None:
+        if not len(data):
+            raise ValueError(
+                f"domain {domain.name!r}: its {part} part has {len(data.cache.prompts)} documents and "
+                f"{len(data.cache.tokens)} tokens, less than one row of block_size {self.block_size} and one token; "
+                "give it more documents, a larger holdout.fraction or a smaller block_size"
+            )
+
     def facts(self) -> Mapping[str, Any]:
-        """Tokens and documents of every task's training and test sets."""
+        """Sizes of every task's sets: training tokens, documents and bytes, tokens and documents kept from training."""
         found: dict[str, Any] = {"vocab_size": self.tokenizer.vocab_size, "tokenizer": self.tokenizer.identity}
-        sets: Sequence[tuple[str, Any]] = [
-            pair
-            for task in self.tasks
-            for pair in ((f"{task.name}.train", task.train), (f"{task.name}.test", task.test.data))
-        ]
-        for name, data in sets:
-            found[f"{name}.tokens"] = len(data) * self.block_size
-            found[f"{name}.documents"] = len(data.cache.prompts)
+        for task in self.tasks:
+            held = [s.data.cache for s in (task.test, task.val) if s is not None]
+            train = task.train.cache
+            found |= {
+                f"{task.name}.train.tokens": len(task.train) * self.block_size,
+                f"{task.name}.train.documents": len(train.prompts),
+                f"{task.name}.train.bytes": train.bytes,
+                f"{task.name}.held_out.tokens": sum(len(cache.tokens) for cache in held),
+                f"{task.name}.held_out.documents": sum(len(cache.prompts) for cache in held),
+            }
         return found

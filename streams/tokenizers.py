@@ -1,10 +1,13 @@
-"""From text to token ids: bytes, a byte-level BPE trained on the stream, or any tokenizer of transformers."""
+"""From text to token ids: bytes, a byte-level BPE trained on the stream, or any fast tokenizer of transformers."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -12,14 +15,17 @@ from torch import Tensor
 
 
 class Tokenizer:
-    """Base: ids for texts and back. `end_token` ends every document; `identity` names it in cache keys."""
+    """Base: ids for texts and back. `end_token` ends every document; `identity` names it in cache keys.
+
+    All three are known once `prepare` has been called.
+    """
 
     vocab_size: int
     end_token: int
     identity: str
 
-    def train(self, texts: Iterable[str], cache_dir: Path, source: str) -> None:
-        """Learn from the stream's training texts, where the tokenizer does that; `source` names them."""
+    def prepare(self, texts: Iterable[str], cache_dir: Path, source: str) -> None:
+        """Load, or learn from the stream's training texts, which `source` names; called once, before all else."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without an end token."""
@@ -54,48 +60,47 @@ class _LibraryTokenizer(Tokenizer):
 
     _library: Any
 
+    def _use(self, library: Any) -> None:
+        self._library = library
+        # Text that looks like a special token is text: it must not end a document.
+        library.encode_special_tokens = True
+        self.identity = hashlib.sha256(f"{self.end_token} {library.to_str()}".encode()).hexdigest()[:16]
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [one.ids for one in self._library.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._library.decode(list(tokens))
 
+    def token_bytes(self) -> Tensor:
+        return piece_bytes(self._library, self.vocab_size)
+
 
 class BPETokenizer(_LibraryTokenizer):
     """Byte-level BPE of a small vocabulary, trained on the stream's training texts and kept by their content."""
 
     def __init__(self, *, vocab_size: int = 4096) -> None:
-        """`vocab_size` counts the 256 bytes and the end token."""
-        if vocab_size < 300:
-            raise ValueError(f"BPETokenizer.vocab_size: at least 300, got {vocab_size}")
+        """`vocab_size` counts the 256 bytes and the end token; ids that small texts cannot fill stay unused."""
+        if vocab_size < 257:
+            raise ValueError(f"BPETokenizer.vocab_size: at least 257 (256 bytes and an end token), got {vocab_size}")
         self.vocab_size, self.end_token = vocab_size, 0
-        self.identity = f"bpe-{vocab_size}-untrained"
 
-    def train(self, texts: Iterable[str], cache_dir: Path, source: str) -> None:
+    def prepare(self, texts: Iterable[str], cache_dir: Path, source: str) -> None:
         from tokenizers import Tokenizer as Library
-        from tokenizers import decoders, models, pre_tokenizers, trainers
 
-        self.identity = f"bpe-{self.vocab_size}-{source}"
-        path = cache_dir / "tokenizers" / f"{hashlib.sha256(self.identity.encode()).hexdigest()[:16]}.json"
+        key = hashlib.sha256(f"bpe {self.vocab_size} {source}".encode()).hexdigest()[:16]
+        path = cache_dir / "tokenizers" / f"bpe-{key}.json"
         if not path.is_file():
-            library = Library(models.BPE())
-            library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            library.decoder = decoders.ByteLevel()
-            alphabet = pre_tokenizers.ByteLevel.alphabet()
-            trainer = trainers.BpeTrainer(
-                vocab_size=self.vocab_size, special_tokens=["<|end|>"], initial_alphabet=sorted(alphabet),
-                show_progress=False,
-            )  # fmt: skip
-            library.train_from_iterator(_pieces(texts), trainer)
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            library.save(str(part))
-            part.replace(path)
-        self._library = Library.from_file(str(path))
-        self.vocab_size = max(self.vocab_size, self._library.get_vocab_size())
-
-    def token_bytes(self) -> Tensor:
-        return _byte_level_lengths(self._library, self.vocab_size)
+            with NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
+                file.write(_trained(texts, self.vocab_size))
+            Path(file.name).replace(path)
+        text = path.read_text(encoding="utf-8")
+        try:
+            json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"tokenizer {path} is damaged ({error}); delete the file and run again") from error
+        self._use(Library.from_str(text))
 
 
 class PretrainedTokenizer(_LibraryTokenizer):
@@ -103,37 +108,60 @@ class PretrainedTokenizer(_LibraryTokenizer):
 
     def __init__(self, *, name: str) -> None:
         """`name`: hub id, or folder with tokenizer.json."""
+        self.name = name
+
+    def prepare(self, texts: Iterable[str], cache_dir: Path, source: str) -> None:
         from transformers import AutoTokenizer
 
         try:
-            whole = AutoTokenizer.from_pretrained(name)
+            whole = AutoTokenizer.from_pretrained(self.name)
         except (OSError, ValueError) as error:
-            raise ValueError(f"PretrainedTokenizer.name: {name!r} cannot be loaded ({str(error).splitlines()[0]})") from error
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"PretrainedTokenizer.name: {self.name!r} cannot be loaded ({reason})") from error
         if not whole.is_fast or whole.eos_token_id is None:
-            raise ValueError(f"PretrainedTokenizer.name: {name!r} must be a fast tokenizer with an end token")
-        self._library = whole.backend_tokenizer
-        self.vocab_size, self.end_token = len(whole), whole.eos_token_id
-        text = self._library.to_str()
-        self.identity = f"pretrained-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-    def token_bytes(self) -> Tensor:
-        if '"ByteLevel"' in self._library.to_str():
-            return _byte_level_lengths(self._library, self.vocab_size)
-        lengths = torch.zeros(self.vocab_size)
-        for piece, token in self._library.get_vocab().items():
-            lengths[token] = len(piece.replace("▁", " ").encode())
-        lengths[self.end_token] = 0
-        return lengths
+            raise ValueError(f"PretrainedTokenizer.name: {self.name!r} must be a fast tokenizer with an end token")
+        self.vocab_size, self.end_token = 1 + max(whole.get_vocab().values()), whole.eos_token_id
+        self._use(whole.backend_tokenizer)
 
 
-def _byte_level_lengths(library: Any, size: int) -> Tensor:
-    """In byte-level vocabularies every character of a piece stands for one byte."""
-    special = {token.content for token in library.get_added_tokens_decoder().values()}
+def piece_bytes(library: Any, size: int) -> Tensor:
+    """Bytes of text behind each id, (V,) float, for byte-level vocabularies and for those with byte fallback.
+
+    Exact for the former. The latter (SentencePiece style) often put one space before a text, which is counted.
+    Others, which fold case or drop spaces, do not say what their pieces stand for: a `ValueError`.
+    """
+    described = library.to_str()
+    byte_level = '"ByteLevel"' in described
+    if not byte_level and '"byte_fallback":true' not in described.replace(" ", ""):
+        raise ValueError("tokenizer: only byte-level tokenizers and those with byte fallback give bits per byte")
+    added = {token.content: token.special for token in library.get_added_tokens_decoder().values()}
     lengths = torch.zeros(size)
     for piece, token in library.get_vocab().items():
-        if piece not in special:
-            lengths[token] = len(piece)
+        if piece in added:
+            lengths[token] = 0 if added[piece] else len(piece.encode())
+        elif byte_level:
+            lengths[token] = len(piece)  # every character stands for one byte
+        else:
+            lengths[token] = 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else len(piece.replace("▁", " ").encode())
     return lengths
+
+
+def _trained(texts: Iterable[str], vocab_size: int) -> str:
+    """A byte-level BPE as JSON; the same texts give the same."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    library.train_from_iterator(_pieces(texts), trainer)
+    return library.to_str()
 
 
 def _pieces(texts: Iterable[str], size: int = 100_000) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from clplat.streams.base import Scenario, Stream
-from clplat.streams.split import Labelled, class_groups, class_order, split_tasks
+from clplat.streams.split import Labelled, class_groups, split_tasks
 
 
 class SplitDigits(Stream):
@@ -21,6 +21,7 @@ class SplitDigits(Stream):
         scenario: Scenario = "class",
         num_tasks: int = 5,
         class_order: list[int] | Literal["fixed", "seeded"] = "fixed",
+        order: list[int] | None = None,
         test_fraction: float = 0.2,
         val_fraction: float = 0.1,
         seed: int = 0,
@@ -28,16 +29,13 @@ class SplitDigits(Stream):
         """`scenario`: which classes may be answered: those of the row's task, two shared ones, or all seen.
 
         `class_order`: the classes in order of appearance; fewer than ten leave classes out; `seeded` shuffles by
-        the run's seed. Test and validation samples are drawn class by class, the same for every seed.
+        the run's seed. `order` permutes the tasks, numbered from 0. Test and validation samples are drawn class by
+        class, the same for every seed.
         """
         if not 0 < test_fraction < 1 or not 0 <= val_fraction < 1 or test_fraction + val_fraction >= 1:
             raise ValueError("test_fraction, val_fraction: must be shares whose sum leaves samples for training")
-        self.scenario, self.seed = scenario, seed
-        self.order_option, self.fractions = class_order, (test_fraction, val_fraction)
-        self.groups = class_groups(10, num_tasks, self._class_order())
-
-    def _class_order(self) -> list[int]:
-        return class_order(self.order_option, 10, self.seed)
+        self.scenario, self.fractions = scenario, (test_fraction, val_fraction)
+        self.groups = class_groups(class_order, num_classes=10, num_tasks=num_tasks, order=order, seed=seed)
 
     def prepare(self) -> None:
         from sklearn.datasets import load_digits
