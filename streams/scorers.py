@@ -89,9 +89,13 @@ class Likelihood(Scorer):
 
     def batch_sums(self, model: Answerer, batch: Batch) -> Sums:
         logits = model.logits(batch)
-        nats = F.cross_entropy(
-            logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="none", ignore_index=IGNORE
-        ).view_as(batch.targets).double()
+        nats = (
+            F.cross_entropy(
+                logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="none", ignore_index=IGNORE
+            )
+            .view_as(batch.targets)
+            .double()
+        )
         counted = batch.targets != IGNORE
         lengths = self.token_bytes.to(batch.targets.device)[batch.targets.clamp(min=0)]
         size = (lengths * counted).sum().double()
