@@ -43,12 +43,13 @@ class Domain:
     """One source of text, which becomes one task.
 
     `path` is a hub id, at `revision` if given, or "json", "text" or "parquet" with local `data_files` by part
-    (`${VARIABLES}` and wildcards are expanded). `splits` names the set's own splits for train, val and test; what is
-    missing is held out from train. Text is in `text_field`, or in `prompt_field` and `answer_field`, with the prompt
-    put in place of `{prompt}` in `prompt_template`. `document: heading` joins the lines of WikiText-like files into
-    articles, which begin at ` = Title = `. `max_documents` bounds what is read of each split, `max_train_tokens`
-    what is trained on. `exact_match` lets the model answer test prompts and compares what follows `answer_marker`
-    (all of it, where the marker is empty). `answers_only` trains on answers and not on prompts.
+    (`${VARIABLES}` and wildcards are expanded); with a hub id, `data_files` are files of its repository. Without
+    them, `splits` names the set's own splits for train, val and test. What is missing is held out from train. Text
+    is in `text_field`, or in `prompt_field` and `answer_field`, with the prompt put in place of `{prompt}` in
+    `prompt_template`. `document: heading` joins the lines of WikiText-like files into articles, which begin at
+    ` = Title = `. `max_documents` bounds what is read of each split, `max_train_tokens` what is trained on.
+    `exact_match` lets the model answer test prompts and compares what follows `answer_marker` (all of it, where the
+    marker is empty). `answers_only` trains on answers and not on prompts.
     """
 
     name: str
@@ -75,7 +76,7 @@ class Domain:
         return self.splits or {part: part for part in self.data_files} or {"train": "train"}
 
     def files(self) -> dict[str, list[str]]:
-        """Local files by part, with variables and wildcards expanded; missing ones are named."""
+        """Files by part, local ones with variables and wildcards expanded; missing ones are named."""
         found: dict[str, list[str]] = {}
         for part, given in self.data_files.items():
             found[part] = []
@@ -83,7 +84,8 @@ class Domain:
                 path, key = os.path.expandvars(pattern), f"domain {self.name!r}, data_files.{part}"
                 if unset := re.search(r"\$\{?(\w+)", path):
                     raise ValueError(f"{key}: {path} needs the environment variable {unset[1]}, which is not set")
-                paths = [path] if "://" in path or Path(path).is_file() else sorted(glob(path, recursive=True))
+                local = self.path in BUILDERS and "://" not in path and not Path(path).is_file()
+                paths = sorted(glob(path, recursive=True)) if local else [path]
                 if not paths:
                     raise FileNotFoundError(f"{key}: there is no file {path}")
                 found[part] += paths
@@ -97,6 +99,8 @@ class Domain:
         self.files()
         if unknown := self.own_splits().keys() - {"train", "val", "test"}:
             raise ValueError(f"{at}: splits and data_files go by train, val and test, not {sorted(unknown)}")
+        if self.data_files and self.splits:
+            raise ValueError(f"{at}: give data_files by part, or the names of a set's own splits, not both")
         if self.path in BUILDERS and not self.data_files:
             raise ValueError(f"{at}: path {self.path!r} needs data_files")
         if (self.exact_match or self.answers_only) and self.prompt_field is None:
@@ -147,12 +151,15 @@ class Domain:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
 
-        files = self.files()
-        given = {split: files[split]} if files else None
+        files = self.files().get(split)
+        # Local files one by one: they may differ in the columns that nobody asked for.
+        groups = [[path] for path in files] if files and self.path in BUILDERS else [files]
         try:
-            yield from load_dataset(
-                self.path, self.config, data_files=given, split=split, streaming=True, revision=self.revision
-            )
+            for group in groups:
+                yield from load_dataset(
+                    self.path, self.config, data_files={split: group} if group else None, split=split,
+                    streaming=True, revision=self.revision,
+                )  # fmt: skip
         except (OSError, ValueError, DatasetsError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
@@ -183,8 +190,8 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _content(path: str) -> str:
-    """Hash of a local file; an address stands for itself."""
-    if "://" in path:
+    """Hash of a local file; an address or a file on the hub stands for itself."""
+    if not Path(path).is_file():
         return path
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
