@@ -18,7 +18,7 @@ from rich.table import Table
 
 from clplat.config import RunConfig, difference, load_run, parse, plain, save
 from clplat.errors import ConfigError
-from clplat.study import Study, carry_out, run_study
+from clplat.study import Study, carry_out, run_study, settled
 from clplat.study_file import load_study, run_folders, set_key
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ def resume(target: str | Path, overrides: Sequence[tuple[str, str]] = (), consol
     for one in folders:
         _change(one, overrides)
     if (folder / "study.yaml").is_file():
-        return carry_out(folder, load_study(folder / "study.yaml"), console)
+        study = settled(load_study(folder / "study.yaml", overrides))
+        save(study, folder / "study.yaml")
+        return carry_out(folder, study, console)
     return _resume_one(folder, console)
 
 
@@ -82,7 +84,7 @@ def _change(folder: Path, overrides: Sequence[tuple[str, str]]) -> None:
             f"{folder}: a resumed run must stay the same experiment, and this would change {'; '.join(changed)}. "
             "Devices, workers, checkpoint and tracking settings may change; for the rest start a new study."
         )
-    save(new, folder / "config.yaml")
+    save(settled(new), folder / "config.yaml")
 
 
 def folder_of(target: str | Path) -> Path:
@@ -102,10 +104,10 @@ def folder_of(target: str | Path) -> Path:
 
 def results(study: Study | str | Path, uri: str | None = None) -> pandas.DataFrame:
     """All scores of a study, read from MLflow: one row for each variant, seed, row, view, metric and task."""
-    from clplat import report
+    from clplat.study_results import load_study_results, results_frame
 
     name = str(study.folder) if isinstance(study, Study) else str(study)
-    return report.results_frame(report.load_study(name, uri))
+    return results_frame(load_study_results(name, uri))
 
 
 def load_model(run: str | Path) -> Architecture:

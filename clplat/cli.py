@@ -117,12 +117,15 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
             return _conclude(study, console)
         case "compare":
             from clplat import report
+            from clplat.study_results import load_study_results
 
-            console.print(report.compare_table(report.load_study(options.study, options.uri), options.baseline))
+            results = load_study_results(options.study, options.uri)
+            console.print(report.compare_table(results, options.baseline))
         case "report":
             from clplat import report
+            from clplat.study_results import load_study_results
 
-            results = report.load_study(options.study, options.uri)
+            results = load_study_results(options.study, options.uri)
             console.print(f"report: {report.write_report(results, options.out, options.baseline)}", soft_wrap=True)
         case "evaluate":
             from clplat.api import evaluate

@@ -43,7 +43,7 @@ def execute(folder: Path, progress: Progress | None = None) -> Outcome:
     interruption = Interruption()
     rank = int(os.environ.get("RANK", "0"))
     try:
-        with interruption.listening(), _lock(folder, rank):
+        with interruption.listening(), lock(folder, rank):
             return _carry_out(config, folder, interruption, progress or Silent(), rank)
     finally:
         processes.leave()
@@ -107,7 +107,7 @@ def _write_last_words(journal: Journal, folder: Path, outcome: Outcome) -> None:
 
 
 @contextmanager
-def _lock(folder: Path, rank: int) -> Iterator[None]:
+def lock(folder: Path, rank: int = 0) -> Iterator[None]:
     """One process works on a run folder; the kernel frees the lock when its holder dies, however it dies."""
     if rank:
         yield

@@ -69,12 +69,12 @@ def limits_of(tables: Sequence[Scores]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def heat_maps(tables: Mapping[str, Scores], tasks: Sequence[str]) -> Figure:
-    """Mean result tables of all variants on one colour scale."""
+def heat_maps(tables: Mapping[str, Scores], tasks: Mapping[str, Sequence[str]]) -> Figure:
+    """Mean result tables of all variants on one colour scale, each with its own task names."""
     scale = limits_of(list(tables.values()))
     figure, axes = new_figure(1.0 + 2.6 * len(tables), 2.9, len(tables))
     for axis, (variant, table) in zip(axes, tables.items(), strict=True):
-        heat_map(axis, table, tasks, variant, scale)
+        heat_map(axis, table, tasks[variant], variant, scale)
     bar = figure.colorbar(axes[-1].images[0], ax=axes, shrink=0.8)
     bar.set_label("score (higher is better)")
     return figure
@@ -112,16 +112,17 @@ def score_and_cost(points: Mapping[str, tuple[Interval, Interval]], cost: str) -
     return figure
 
 
-def final_scores(scores: Mapping[str, Sequence[Interval]], tasks: Sequence[str]) -> Figure:
-    """Final score of every task, a group of bars a task and a bar a variant."""
+def final_scores(scores: Mapping[str, Mapping[str, Interval]]) -> Figure:
+    """Final score of every task by variant and task: a group of bars a task and a bar a variant."""
+    tasks = list(dict.fromkeys(task for row in scores.values() for task in row))
     figure, (axis,) = new_figure(max(5.4, 1.1 * len(tasks) + 1.5), 3.2)
     width = 0.8 / max(1, len(scores))
-    lowest = min((i.mean for row in scores.values() for i in row if np.isfinite(i.mean)), default=0.0)
+    lowest = min((i.mean for row in scores.values() for i in row.values() if np.isfinite(i.mean)), default=0.0)
     for number, (variant, row) in enumerate(scores.items()):
-        places = np.arange(len(tasks)) + (number - (len(scores) - 1) / 2) * width
-        spread = [0.0 if np.isnan(i.half) else i.half for i in row]
+        places = np.array([tasks.index(task) for task in row]) + (number - (len(scores) - 1) / 2) * width
+        spread = [0.0 if np.isnan(i.half) else i.half for i in row.values()]
         axis.bar(
-            places, [i.mean for i in row], width, yerr=spread, color=PALETTE[number % 8], label=variant,
+            places, [i.mean for i in row.values()], width, yerr=spread, color=PALETTE[number % 8], label=variant,
             error_kw={"elinewidth": 0.8},
         )  # fmt: skip
     axis.set_xticks(range(len(tasks)), [short(task) for task in tasks])

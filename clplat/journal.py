@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -74,11 +75,14 @@ class Journal:
         """Write what has been appended; raises `StorageError` when there is no room."""
         if not self._lines:
             return
+        size = self._path.stat().st_size if self._path.is_file() else 0
         try:
             with self._path.open("a") as file:
                 file.write("".join(self._lines))
         except OSError as error:
-            _cut_torn_line(self._path)
+            # The lines stay here for the next attempt; those that went through would be there twice.
+            if self._path.is_file():
+                os.truncate(self._path, size)
             raise StorageError(
                 f"{self.folder}: the journal could not be written ({error}). Free some space, then continue with "
                 "`clplat resume`."

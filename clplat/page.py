@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clplat import figures
-from clplat.metrics import interval
-from clplat.report import COSTS, SCORES, StudyResults, difference, finding, mean_scores, notes
+from clplat.report import COSTS, SCORES, difference, finding, mean_scores, notes
+from clplat.study_results import StudyResults
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,18 +88,17 @@ def _costs(study: StudyResults) -> str:
 
 
 def _figures(study: StudyResults, folder: Path) -> list[str]:
-    variants, tasks = study.variants(), study.tasks()
-    finished = [variant for variant in variants if study.of(variant)]
+    finished = [variant for variant in study.variants() if study.of(variant)]
     if not finished:
         return []
     several = [v for v in finished if study.by_seed(v, "final_forgetting")]
-    last = {v: np.array([table[-1] for table in study.scores(v)]) for v in finished}
-    bars = {v: [interval(list(column)) for column in rows.T] for v, rows in last.items()}
+    tasks = {variant: study.tasks(variant) for variant in finished}
+    bars = {variant: {task: study.final(variant, task) for task in names} for variant, names in tasks.items()}
     costs = {v: (study.interval(v, "final_score"), study.interval(v, "cost/training_seconds")) for v in finished}
     drawn = {
         "Result tables": ("heat_maps", figures.heat_maps(mean_scores(study, several or finished), tasks)),
         "Forgetting": ("forgetting", figures.forgetting_curves({v: study.scores(v) for v in several})),
-        "Final scores by task": ("final_scores", figures.final_scores(bars, tasks)),
+        "Final scores by task": ("final_scores", figures.final_scores(bars)),
         "Score and cost": ("cost", figures.score_and_cost(costs, "training seconds")),
     }
     parts = []

@@ -29,7 +29,7 @@ class Translator:
         """The metric points of one entry; NaN and infinite values are left out."""
         for key, value, step in self._values(entry):
             if math.isfinite(value):
-                yield metric_key(key), value, int(entry["t"]), step
+                yield safe_key(key), value, int(entry["t"]), step
 
     def _values(self, entry: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
         match entry["kind"]:
@@ -77,9 +77,10 @@ def cell_name(cell: Cell) -> str:
     return f"{view}{'probe/' if cell.index is None else ''}{cell.task}/{cell.metric}"
 
 
-def metric_key(name: str) -> str:
-    """The name with characters that MLflow refuses replaced."""
-    return re.sub(r"[^\w\-. /:]", "_", name)[:250]
+def safe_key(name: str) -> str:
+    """The name with what MLflow refuses replaced: odd characters, and parts that make no plain path."""
+    parts = re.sub(r"[^\w\-. /:]", "_", name)[:250].split("/")
+    return "/".join("_" if part in ("", ".", "..") else part for part in parts)
 
 
 def curve_of(entries: Iterator[Mapping[str, Any]]) -> Curve:

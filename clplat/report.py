@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Group
 from rich.table import Table
 
 from clplat.errors import ConfigError, nearest
-from clplat.metrics import Interval, ResultTable, Scores, interval, paired, verdict
-from clplat.study_record import default_uri
-from clplat.tracking import STUDY_STATE, client
-
-if TYPE_CHECKING:
-    import pandas
+from clplat.metrics import Scores, paired, verdict
+from clplat.study_results import StudyResults
+from clplat.tracking import client
 
 SCORES = {
     "final_score": "final score",
@@ -41,149 +35,6 @@ COSTS = {
     "cost/peak_memory_bytes": ("peak MiB", lambda v: f"{v / 2**20:.0f}"),
     "cost/parameters": ("parameters", lambda v: f"{v:,.0f}"),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """One run as MLflow holds it; `table` is None until it has ended once."""
-
-    run_id: str
-    variant: str
-    seed: int
-    status: str
-    tags: dict[str, str]
-    metrics: dict[str, float]
-    table: ResultTable | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyResults:
-    """All runs of a study, variants in the order in which they were configured."""
-
-    name: str
-    run_id: str
-    uri: str
-    baseline: str | None
-    folder: str
-    runs: list[RunRecord]
-
-    def variants(self) -> list[str]:
-        """Variant names, each once."""
-        return list(dict.fromkeys(run.variant for run in self.runs))
-
-    def of(self, variant: str) -> list[RunRecord]:
-        """The finished runs of a variant, by seed."""
-        found = [run for run in self.runs if run.variant == variant and run.status == "FINISHED" and run.table]
-        return sorted(found, key=lambda run: run.seed)
-
-    def by_seed(self, variant: str, metric: str) -> dict[int, float]:
-        """A metric of every finished run of a variant that has it."""
-        if metric == "intransigence":
-            return self._intransigence(variant)
-        found = {run.seed: _metric(run, metric) for run in self.of(variant)}
-        return {seed: value for seed, value in found.items() if not math.isnan(value)}
-
-    def interval(self, variant: str, metric: str) -> Interval:
-        """Mean and interval of a metric over seeds."""
-        return interval(list(self.by_seed(variant, metric).values()))
-
-    def scores(self, variant: str) -> list[Scores]:
-        """S of every finished run of a variant."""
-        return [run.table.scores() for run in self.of(variant) if run.table]
-
-    def tasks(self) -> list[str]:
-        """Task names of the stream."""
-        return next((run.table.tasks() for run in self.runs if run.table), [])
-
-    def is_reference(self, variant: str) -> bool:
-        """Whether the variant sees more data than a continual learner may."""
-        return any(run.tags.get("reference") == "true" for run in self.runs if run.variant == variant)
-
-    def _intransigence(self, variant: str) -> dict[int, float]:
-        """Mean over tasks of the cumulative arm's score right after a task minus this variant's, same seed."""
-        arms = [run for run in self.runs if run.tags.get("strategy") == "Cumulative" and run.table]
-        best = {run.seed: np.diagonal(run.table.scores(), -1) for run in arms if run.table}
-        mine = {run.seed: np.diagonal(run.table.scores(), -1) for run in self.of(variant) if run.table}
-        gaps = {seed: float(np.mean(best[seed] - mine[seed])) for seed in mine.keys() & best.keys()}
-        return {seed: gap for seed, gap in gaps.items() if not math.isnan(gap)}
-
-
-def _metric(run: RunRecord, name: str) -> float:
-    if name == "rate":
-        rates = [run.metrics[f"cost/{unit}_per_second"] for unit in ("samples", "tokens")
-                 if f"cost/{unit}_per_second" in run.metrics]  # fmt: skip
-        return rates[0] if rates else math.nan
-    return run.metrics.get(name, math.nan)
-
-
-def load_study(study: str, uri: str | None = None) -> StudyResults:
-    """A study out of MLflow: by its folder, its name (the newest of that name), or its run id."""
-    state = Path(study) / STUDY_STATE
-    if Path(study).is_dir() and not state.is_file():
-        raise ConfigError(f"{study}: MLflow does not know this study yet; `clplat sync {study}` sends it")
-    known = json.loads(state.read_text()) if state.is_file() else {}
-    uri = uri or known.get("uri") or default_uri()
-    connection = client(uri)
-    parent = connection.get_run(known["run_id"]) if known else _find(connection, study, uri)
-    children = _children(connection, parent)
-    tags = parent.data.tags
-    order = {name: number for number, name in enumerate(json.loads(tags.get("variants", "[]")))}
-    runs = sorted((_record(connection, run) for run in children), key=lambda r: (order.get(r.variant, 0), r.seed))
-    if not runs:
-        raise ConfigError(f"study {study!r}: MLflow at {uri} has no runs of it yet")
-    return StudyResults(
-        name=tags.get("study", parent.info.run_name), run_id=parent.info.run_id, uri=uri,
-        baseline=tags.get("baseline") or None, folder=tags.get("folder", ""), runs=runs,
-    )  # fmt: skip
-
-
-def _find(connection: Any, study: str, uri: str) -> Any:
-    experiments = [experiment.experiment_id for experiment in connection.search_experiments()]
-    studies = connection.search_runs(experiments, "tags.kind = 'study'", order_by=["attributes.start_time DESC"])
-    for run in studies:
-        if study in (run.info.run_id, run.info.run_name, run.data.tags.get("study")):
-            return run
-    names = {run.info.run_name for run in studies} | {run.data.tags["study"] for run in studies}
-    raise ConfigError(f"study {study!r}: MLflow at {uri} has none of this name or id{nearest(study, names)}")
-
-
-def _children(connection: Any, parent: Any) -> list[Any]:
-    """All runs below a study; MLflow gives them in pages."""
-    found, token = [], None
-    while True:
-        page = connection.search_runs(
-            [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'", page_token=token
-        )
-        found += page
-        token = page.token
-        if not token:
-            return found
-
-
-def _record(connection: Any, run: Any) -> RunRecord:
-    tags = run.data.tags
-    files = {file.path for file in connection.list_artifacts(run.info.run_id)}
-    table = None
-    if "results.csv" in files:
-        table = ResultTable.from_csv(Path(connection.download_artifacts(run.info.run_id, "results.csv")))
-    return RunRecord(
-        run_id=run.info.run_id, variant=tags.get("variant", run.info.run_name), seed=int(tags.get("seed", -1)),
-        status=run.info.status, tags=dict(tags), metrics=dict(run.data.metrics), table=table,
-    )  # fmt: skip
-
-
-def results_frame(study: StudyResults) -> pandas.DataFrame:
-    """Every score of every run, one a row."""
-    import pandas
-
-    rows = [
-        {"variant": run.variant, "seed": run.seed, "status": run.status, **entry}
-        for run in study.runs
-        if run.table
-        for entry in run.table.to_rows()
-    ]
-    return pandas.DataFrame(rows)
-
 
 TERMINAL = ("final_score", "final_forgetting", "cumulative_forgetting")
 TERMINAL_COSTS = ("cost/buffer_share", "cost/replay_ratio", "cost/steps", "rate", "cost/training_seconds")
@@ -232,11 +83,7 @@ def notes(study: StudyResults) -> list[str]:
         for run in study.runs
         if run.status != "FINISHED"
     ]
-    seeds = {run.seed for run in study.runs}
-    for variant in study.variants():
-        missing = seeds - {run.seed for run in study.runs if run.variant == variant}
-        if missing:
-            found.append(f"{variant}: no run for seeds {sorted(missing)}")
+    found += [f"{variant}, seed {seed}: not started" for variant, seed in study.missing()]
     compared = [variant for variant in study.variants() if not study.is_reference(variant)]
     replaying = [v for v in compared if study.interval(v, "cost/buffer_bytes").mean > 0]
     for name, group in (

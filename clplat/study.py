@@ -10,14 +10,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
 from clplat.config import RunConfig, StudyConfig, plain, save
+from clplat.errors import ConfigError
 from clplat.execution import Outcome
 from clplat.launch import launch
 from clplat.study_file import expand, load_study, run_folders
+
+AnyConfig = TypeVar("AnyConfig", RunConfig, StudyConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,6 @@ def run_study(study: StudyConfig, console: Console) -> Study:
 def preflight(runs: Sequence[RunConfig]) -> None:
     """Build every variant once, so that whatever is wrong with one is said before any is trained."""
     from clplat.assembly import assemble, prepared_stream
-    from clplat.errors import ConfigError
     from clplat.strategies.world import World
 
     streams: dict[str, Any] = {}
@@ -60,19 +62,22 @@ def preflight(runs: Sequence[RunConfig]) -> None:
 
 def lay_out(study: StudyConfig, runs: Sequence[RunConfig]) -> Path:
     """Make the study's folder with one folder a run, each with its resolved configuration."""
-    from clplat.tracking import absolute
-
-    tracking = dataclasses.replace(study.tracking, uri=absolute(study.tracking.uri))
-    study = dataclasses.replace(study, tracking=tracking)
-    runs = [dataclasses.replace(run, tracking=dataclasses.replace(run.tracking, uri=tracking.uri)) for run in runs]
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(study.folder) / f"{study.name}-{stamp}-{secrets.token_hex(2)}"
     folder.mkdir(parents=True)
-    save(study, folder / "study.yaml")
+    save(settled(study), folder / "study.yaml")
     for run in runs:
         (folder / f"{run.variant}-s{run.seed}").mkdir()
-        save(run, folder / f"{run.variant}-s{run.seed}" / "config.yaml")
+        save(settled(run), folder / f"{run.variant}-s{run.seed}" / "config.yaml")
     return folder
+
+
+def settled(config: AnyConfig) -> AnyConfig:
+    """The configuration with a tracking URI that means the same from any folder."""
+    from clplat.tracking import absolute
+
+    tracking = dataclasses.replace(config.tracking, uri=absolute(config.tracking.uri))
+    return dataclasses.replace(config, tracking=tracking)
 
 
 def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
@@ -106,12 +111,18 @@ def worker_count(study: StudyConfig, runs: int) -> int:
 def conclude(study: Study, console: Console) -> None:
     """The end of a study: the comparison in the terminal, the report, and how to open MLflow on it."""
     from clplat import report
+    from clplat.study_results import load_study_results
 
     config = load_study(study.folder / "study.yaml")
     if not config.tracking.enabled:
         console.print(f"Runs are in {study.folder}; `clplat sync {study.folder}` sends them to MLflow.")
         return
-    results = report.load_study(str(study.folder))
+    try:
+        results = load_study_results(str(study.folder))
+    except ConfigError as error:
+        # The runs are done and on disk, whatever has become of the server.
+        console.print(str(error), soft_wrap=True)
+        return
     console.print(report.compare_table(results, config.baseline))
     console.print(report.finding(results, config.baseline), soft_wrap=True)
     page = report.write_report(results, str(study.folder), config.baseline)

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from clplat.config import RunConfig, load_run, parse, parse_yaml
-from clplat.errors import ClplatError, ConfigError
+from clplat.errors import ClplatError, ConfigError, RunBusyError
 from clplat.journal import NAME, last_status
 from clplat.metrics import ResultTable
 from clplat.study_file import load_study, run_folders
@@ -25,11 +25,12 @@ def start_study(folder: Path) -> None:
     state = read_json(folder / STUDY_STATE) or {}
     try:
         connection = client(study.tracking.uri)
-        if "run_id" not in state:
+        if state.get("uri") != study.tracking.uri:
             where = experiment_id(connection, study.tracking)
             tags = {
                 "study": study.name, "kind": "study", "baseline": study.baseline or "",
                 "folder": str(folder.resolve()), "variants": json.dumps(list(study.variants) or [study.name]),
+                "seeds": json.dumps(study.seeds),
             }  # fmt: skip
             run = connection.create_run(where, tags=tags, run_name=folder.name)
             state = {"run_id": run.info.run_id, "uri": study.tracking.uri}
@@ -42,10 +43,11 @@ def start_study(folder: Path) -> None:
 
 
 def finish_study(folder: Path, statuses: list[str]) -> None:
-    """Give the parent run its status: FINISHED, or the worst of its runs."""
+    """Give the parent run its status: FINISHED when all runs are, KILLED when some can be resumed, else FAILED."""
     state = read_json(folder / STUDY_STATE) or {}
     if "run_id" in state:
-        status = next((word for word in ("KILLED", "FAILED") if word in statuses), "FINISHED")
+        found = set(statuses)
+        status = "FINISHED" if found == {"FINISHED"} else "FAILED" if found <= {"FINISHED", "FAILED"} else "KILLED"
         # A server that is gone by now gets the status with `clplat sync`.
         with contextlib.suppress(Exception):
             client(state["uri"]).set_terminated(state["run_id"], status=status)
@@ -56,6 +58,8 @@ def sync(target: str | Path, uri: str | None = None) -> int:
 
     Raises when the server is away. A run that is under way is left to the process that works on it.
     """
+    from clplat.execution import lock
+
     folder = Path(target)
     is_study = (folder / "study.yaml").is_file()
     if not is_study and not (folder / "config.yaml").is_file():
@@ -65,27 +69,39 @@ def sync(target: str | Path, uri: str | None = None) -> int:
         _send_elsewhere(folder, runs, absolute(uri))
     if is_study:
         start_study(folder)
-    runs = [run for run in runs if (run / NAME).is_file()]
+    sent = busy = 0
     for run in runs:
-        feed = Feed(run, load_run(run / "config.yaml").tracking)
-        status = last_status(run)
-        if not feed.finish("KILLED" if status in ("RUNNING", "WAITING") else status):
-            raise ClplatError(f"{run}: MLflow at {feed.tracking.uri} did not take the record; try again when it is up")
-    if is_study:
+        if (run / NAME).is_file():
+            try:
+                with lock(run):
+                    _send(run)
+                sent += 1
+            except RunBusyError:
+                busy += 1
+    if is_study and not busy:
         finish_study(folder, [last_status(run) for run in runs])
-    return len(runs)
+    return sent
+
+
+def _send(run: Path) -> None:
+    if not (run / "artifacts" / "results.csv").is_file():
+        # The process died before it could write them.
+        from clplat.record import write_artifacts
+
+        write_artifacts(run)
+    feed, status = Feed(run, load_run(run / "config.yaml").tracking), last_status(run)
+    if not feed.finish("KILLED" if status in ("RUNNING", "WAITING") else status):
+        raise ClplatError(f"{run}: MLflow at {feed.tracking.uri} did not take the record; try again when it is up")
 
 
 def _send_elsewhere(folder: Path, runs: list[Path], uri: str) -> None:
-    """Point a study's files at another server, which starts with nothing."""
+    """Point a study's files at another server; its state files, which name the old one, are void by that."""
     for place in [folder, *runs]:
         for name in ("study.yaml", "config.yaml"):
             if (place / name).is_file():
                 data = parse_yaml((place / name).read_text())
                 data.setdefault("tracking", {})["uri"] = uri
                 (place / name).write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
-        for state in (STUDY_STATE, RUN_STATE):
-            (place / state).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """MLflow's side of the record: each run's journal is sent by a background thread, from where it last stopped.
 
-The journal is the truth. `mlflow.json` in a run folder holds the id of its MLflow run and how far the journal has
-been sent; times come from the journal, so a point that is sent twice is the same point and is kept once.
+The journal is the truth. `mlflow.json` in a run folder holds the server, the id of the MLflow run there and how far
+the journal has been sent; times come from the journal, so a point that is sent twice is the same point and is kept
+once.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 
 from clplat.config import TrackingConfig, load_run
 from clplat.errors import ClplatError
-from clplat.journal import NAME
-from clplat.points import Translator
+from clplat.journal import NAME, read
+from clplat.points import Translator, safe_key
 
 CHUNK = 900
 """Points in one request; MLflow takes 1000."""
@@ -76,10 +77,13 @@ class Feed:
 
     def __init__(self, folder: Path, tracking: TrackingConfig) -> None:
         self.folder, self.tracking = folder, tracking
-        self._state: dict[str, Any] = read_json(folder / RUN_STATE) or {"run_id": None, "offset": 0}
+        state, uri = read_json(folder / RUN_STATE) or {}, absolute(tracking.uri)
+        # Another server than before starts with nothing.
+        fresh = {"uri": uri, "run_id": None, "offset": 0}
+        self._state: dict[str, Any] = state if state.get("uri") == uri else fresh
         self._client: Any = None
         self._translator = Translator()
-        self._translated = 0
+        self._translated = self._last_time = 0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._live, name="mlflow", daemon=True)
         self._trouble: str | None = None
@@ -136,15 +140,19 @@ class Feed:
             return
         connection = client(self.tracking.uri)
         if self._state["run_id"] is None:
-            parent = (read_json(self.folder.parent / STUDY_STATE) or {}).get("run_id")
             config = load_run(self.folder / "config.yaml")
             # Also a run that fails before it can describe itself must be found under its variant.
             tags = {"study": config.study, "variant": config.variant, "seed": str(config.seed)}
-            if parent:
-                tags["mlflow.parentRunId"] = parent
-            run = connection.create_run(experiment_id(connection, self.tracking), tags=tags, run_name=self.folder.name)
+            started = next((int(entry["t"]) for entry in read(self.folder)), None)
+            run = connection.create_run(
+                experiment_id(connection, self.tracking), start_time=started, tags=tags, run_name=self.folder.name
+            )
             self._state["run_id"] = run.info.run_id
             write_json(self.folder / RUN_STATE, self._state)
+        study = read_json(self.folder.parent / STUDY_STATE) or {}
+        if study.get("uri") == self._state["uri"]:
+            # Set at every start: the study's run may have come later than this one, when its server came back.
+            connection.set_tag(self._state["run_id"], "mlflow.parentRunId", study["run_id"])
         connection.update_run(self._state["run_id"], status="RUNNING")
         self._client = connection
 
@@ -158,6 +166,14 @@ class Feed:
     def _send_new(self) -> None:
         """Send the whole lines after the last offset, in chunks; the offset moves with every success."""
         self._connect()
+        try:
+            self._send_lines()
+        except Exception:
+            # What was translated but not sent has to be translated again, rows of the table included.
+            self._translator, self._translated = Translator(), 0
+            raise
+
+    def _send_lines(self) -> None:
         with (self.folder / NAME).open("rb") as file:
             points: list[Any] = []
             while line := file.readline():
@@ -166,7 +182,7 @@ class Feed:
                 entry, place = json.loads(line), file.tell()
                 if place > self._translated:
                     found = list(self._translator.points(entry))
-                    self._translated = place
+                    self._translated, self._last_time = place, int(entry["t"])
                     if place > self._state["offset"]:
                         points += found
                         self._send_entry(entry)
@@ -181,27 +197,21 @@ class Feed:
         for start in range(0, len(points), CHUNK):
             part = points[start : start + CHUNK]
             metrics = [Metric(key, value, moment, step) for key, value, moment, step in part]
-            try:
-                self._client.log_batch(self._state["run_id"], metrics=metrics)
-            except Exception:
-                # What was translated but not sent has to be translated again, rows of the table included.
-                self._translator, self._translated = Translator(), 0
-                raise
+            self._client.log_batch(self._state["run_id"], metrics=metrics)
         if offset > self._state["offset"]:
             self._state["offset"] = offset
             write_json(self.folder / RUN_STATE, self._state)
 
     def _send_entry(self, entry: dict[str, Any]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+        from mlflow.entities import Dataset, DatasetInput, InputTag, RunTag
 
         run_id = self._state["run_id"]
         match entry["kind"]:
             case "params":
-                params = [Param(key, value[:6000]) for key, value in entry["values"].items()]
-                for start in range(0, len(params), 100):
-                    self._client.log_batch(run_id, params=params[start : start + 100])
+                self._send_params({safe_key(key): value[:6000] for key, value in entry["values"].items()})
             case "tags":
-                self._client.log_batch(run_id, tags=[RunTag(key, str(v)[:5000]) for key, v in entry["values"].items()])
+                tags = [RunTag(safe_key(key), str(value)[:5000]) for key, value in entry["values"].items()]
+                self._client.log_batch(run_id, tags=tags)
             case "status" if entry["reason"]:
                 self._client.set_tag(run_id, "status_reason", entry["reason"][:5000])
             case "dataset":
@@ -209,10 +219,23 @@ class Feed:
                 tag = InputTag("mlflow.data.context", entry["context"])
                 self._client.log_inputs(run_id, [DatasetInput(data, [tag])])
 
+    def _send_params(self, values: dict[str, str]) -> None:
+        """MLflow keeps a parameter's first value; what a resumed run may change (devices, …) is told in tags."""
+        from mlflow.entities import Param, RunTag
+
+        run_id = self._state["run_id"]
+        known = self._client.get_run(run_id).data.params
+        params = [Param(key, value) for key, value in values.items() if key not in known]
+        for start in range(0, len(params), 100):
+            self._client.log_batch(run_id, params=params[start : start + 100])
+        changed = [RunTag(f"resumed.{key}", v) for key, v in values.items() if known.get(key, v) != v]
+        self._client.log_batch(run_id, tags=changed)
+
     def _end(self, status: str) -> None:
         if (self.folder / "artifacts").is_dir():
             self._client.log_artifacts(self._state["run_id"], str(self.folder / "artifacts"))
-        self._client.set_terminated(self._state["run_id"], status=status)
+        # The time of the last entry, so that a record sent later does not stretch the run.
+        self._client.set_terminated(self._state["run_id"], status=status, end_time=self._last_time or None)
 
 
 def short(error: Exception) -> str:

@@ -17,6 +17,7 @@ from clplat import report, tracking
 from clplat.execution import execute
 from clplat.journal import read, table
 from clplat.study_record import sync
+from clplat.study_results import load_study_results, results_frame
 from clplat.tracking import RUN_STATE, client
 
 TRACKED = {"enabled": True, "log_every": 5, "system_metrics": False}
@@ -108,7 +109,7 @@ def test_a_dead_server_stops_nothing_and_sync_sends_everything_later(
     assert done.code == 0
     assert "cannot be reached" in capsys.readouterr().err
     assert sync(done.folder, store) == 1
-    results = report.load_study(str(done.folder))
+    results = load_study_results(str(done.folder))
     assert [run.status for run in results.runs] == ["FINISHED"]
     assert results.runs[0].table is not None
     assert str(results.runs[0].table.to_rows()) == str(table(done.folder / "naive-s0").to_rows())
@@ -219,7 +220,7 @@ def test_compare_report_results_and_reproduce_read_mlflow_alone(
     expected = {name: table(done.folder / name) for name in ("er-s0", "er-s1")}
     run_id = json.loads((done.folder / "er-s1" / RUN_STATE).read_text())["run_id"]
     done.folder.rename(tmp_path / "moved-away")
-    results = report.load_study("digits", store)
+    results = load_study_results("digits", store)
     assert results.variants() == ["naive", "er", "cumulative"]
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(report.compare_table(results))
@@ -234,7 +235,7 @@ def test_compare_report_results_and_reproduce_read_mlflow_alone(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "")
     assert {file.name for file in (tmp_path / "out" / "figures").iterdir()} >= {"heat_maps.png", "heat_maps.svg"}
-    frame = report.results_frame(results)
+    frame = results_frame(results)
     assert set(frame["variant"]) == {"naive", "er", "cumulative"} and len(frame) == 6 * 4 * 3 * 2
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     from clplat.api import reproduce

@@ -1,0 +1,188 @@
+"""A study's runs as MLflow holds them: statuses, tags, metrics and result tables."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clplat.errors import ClplatError, ConfigError, nearest
+from clplat.metrics import Interval, ResultTable, Scores, interval
+from clplat.study_record import default_uri
+from clplat.tracking import STUDY_STATE, client, short
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run as MLflow holds it; `table` is None until it has ended once."""
+
+    run_id: str
+    variant: str
+    seed: int
+    status: str
+    tags: dict[str, str]
+    metrics: dict[str, float]
+    table: ResultTable | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResults:
+    """All runs of a study, variants in the order in which they were configured."""
+
+    name: str
+    run_id: str
+    uri: str
+    baseline: str | None
+    folder: str
+    planned: list[tuple[str, int]]
+    runs: list[RunRecord]
+
+    def variants(self) -> list[str]:
+        """Variant names, each once."""
+        return list(dict.fromkeys(run.variant for run in self.runs))
+
+    def missing(self) -> list[tuple[str, int]]:
+        """Variants and seeds that were planned and have no run."""
+        there = {(run.variant, run.seed) for run in self.runs}
+        return [pair for pair in self.planned if pair not in there]
+
+    def of(self, variant: str) -> list[RunRecord]:
+        """The finished runs of a variant, by seed."""
+        found = [run for run in self.runs if run.variant == variant and run.status == "FINISHED" and run.table]
+        return sorted(found, key=lambda run: run.seed)
+
+    def by_seed(self, variant: str, metric: str) -> dict[int, float]:
+        """A metric of every finished run of a variant that has it."""
+        if metric == "intransigence":
+            return self._intransigence(variant)
+        found = {run.seed: _metric(run, metric) for run in self.of(variant)}
+        return {seed: value for seed, value in found.items() if not math.isnan(value)}
+
+    def interval(self, variant: str, metric: str) -> Interval:
+        """Mean and interval of a metric over seeds."""
+        return interval(list(self.by_seed(variant, metric).values()))
+
+    def scores(self, variant: str) -> list[Scores]:
+        """S of every finished run of a variant."""
+        return [run.table.scores() for run in self.of(variant) if run.table]
+
+    def tasks(self, variant: str) -> list[str]:
+        """Task names in the variant's order, or their numbers where its seeds differ in the order."""
+        orders = [run.table.tasks() for run in self.of(variant) if run.table]
+        return orders[0] if all(o == orders[0] for o in orders) else [f"task {n + 1}" for n in range(len(orders[0]))]
+
+    def final(self, variant: str, task: str) -> Interval:
+        """Final score of one of `tasks(variant)` over seeds."""
+        names = self.tasks(variant)
+        return interval([scores[-1, names.index(task)] for scores in self.scores(variant) if task in names])
+
+    def is_reference(self, variant: str) -> bool:
+        """Whether the variant sees more data than a continual learner may."""
+        return any(run.tags.get("reference") == "true" for run in self.runs if run.variant == variant)
+
+    def _intransigence(self, variant: str) -> dict[int, float]:
+        """Mean over tasks of the cumulative arm's score right after a task minus this variant's, same seed."""
+        arms = [run for run in self.runs if run.tags.get("strategy") == "Cumulative" and run.status == "FINISHED"]
+        best = {(run.seed, run.tags.get("task_order")): _learned(run) for run in arms}
+        gaps = {run.seed: best.get((run.seed, run.tags.get("task_order")), math.nan) - _learned(run)
+                for run in self.of(variant)}  # fmt: skip
+        return {seed: gap for seed, gap in gaps.items() if not math.isnan(gap)}
+
+
+def _learned(run: RunRecord) -> float:
+    """Mean over tasks of the score right after training the task; NaN where one is not known."""
+    return float(np.mean(np.diagonal(run.table.scores(), -1))) if run.table else math.nan
+
+
+def _metric(run: RunRecord, name: str) -> float:
+    if name == "rate":
+        rates = [run.metrics[f"cost/{unit}_per_second"] for unit in ("samples", "tokens")
+                 if f"cost/{unit}_per_second" in run.metrics]  # fmt: skip
+        return rates[0] if rates else math.nan
+    return run.metrics.get(name, math.nan)
+
+
+def load_study_results(study: str, uri: str | None = None) -> StudyResults:
+    """A study out of MLflow: by its folder, its name (the newest of that name), or its run id."""
+    state = Path(study) / STUDY_STATE
+    if Path(study).is_dir() and not state.is_file():
+        raise ConfigError(f"{study}: MLflow does not know this study yet; `clplat sync {study}` sends it")
+    known = json.loads(state.read_text()) if state.is_file() else {}
+    uri = uri or known.get("uri") or default_uri()
+    try:
+        connection = client(uri)
+        parent = connection.get_run(known["run_id"]) if known else _find(connection, study, uri)
+        runs = [_record(connection, run) for run in _children(connection, parent)]
+    except ClplatError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"study {study!r}: MLflow at {uri} does not give it ({short(error)})") from error
+    if not runs:
+        raise ConfigError(f"study {study!r}: MLflow at {uri} has no runs of it yet")
+    tags = parent.data.tags
+    planned = list(itertools.product(json.loads(tags["variants"]), json.loads(tags["seeds"])))
+    order = {pair: number for number, pair in enumerate(planned)}
+    return StudyResults(
+        name=tags["study"], run_id=parent.info.run_id, uri=uri, baseline=tags["baseline"] or None,
+        folder=tags["folder"], planned=planned, runs=sorted(runs, key=lambda run: order[run.variant, run.seed]),
+    )  # fmt: skip
+
+
+def _find(connection: Any, study: str, uri: str) -> Any:
+    experiments = [experiment.experiment_id for experiment in connection.search_experiments()]
+    studies = connection.search_runs(experiments, "tags.kind = 'study'", order_by=["attributes.start_time DESC"])
+    for run in studies:
+        if study in (run.info.run_id, run.info.run_name, run.data.tags.get("study")):
+            return run
+    names = {run.info.run_name for run in studies} | {run.data.tags["study"] for run in studies}
+    raise ConfigError(f"study {study!r}: MLflow at {uri} has none of this name or id{nearest(study, names)}")
+
+
+def _children(connection: Any, parent: Any) -> list[Any]:
+    """All runs below a study; MLflow gives them in pages."""
+    found, token = [], None
+    while True:
+        page = connection.search_runs(
+            [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'", page_token=token
+        )
+        found += page
+        token = page.token
+        if not token:
+            return found
+
+
+def _record(connection: Any, run: Any) -> RunRecord:
+    tags = run.data.tags
+    files = {file.path for file in connection.list_artifacts(run.info.run_id)}
+    table = None
+    if "results.csv" in files:
+        with tempfile.TemporaryDirectory() as place:
+            table = ResultTable.from_csv(
+                Path(connection.download_artifacts(run.info.run_id, "results.csv", dst_path=place))
+            )
+    return RunRecord(
+        run_id=run.info.run_id, variant=tags["variant"], seed=int(tags["seed"]), status=run.info.status,
+        tags=dict(tags), metrics=dict(run.data.metrics), table=table,
+    )  # fmt: skip
+
+
+def results_frame(study: StudyResults) -> pandas.DataFrame:
+    """Every score of every run, one a row."""
+    import pandas
+
+    rows = [
+        {"variant": run.variant, "seed": run.seed, "status": run.status, **entry}
+        for run in study.runs
+        if run.table
+        for entry in run.table.to_rows()
+    ]
+    return pandas.DataFrame(rows)
