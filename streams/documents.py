@@ -18,6 +18,7 @@ from clplat.streams.base import Budget
 from clplat.streams.tokens import Document
 
 Part = Literal["train", "val", "test"]
+PARTS: tuple[Part, ...] = ("train", "val", "test")
 BUILDERS = ("json", "text", "parquet")
 """Values of `path` that mean local files."""
 
@@ -97,7 +98,7 @@ class Domain:
         if not re.fullmatch(r"[\w.-]+", self.name):
             raise ValueError(f"{at}: a name is made of letters, digits, '.', '_' and '-'")
         self.files()
-        if unknown := self.own_splits().keys() - {"train", "val", "test"}:
+        if unknown := self.own_splits().keys() - set(PARTS):
             raise ValueError(f"{at}: splits and data_files go by train, val and test, not {sorted(unknown)}")
         if self.data_files and self.splits:
             raise ValueError(f"{at}: give data_files by part, or the names of a set's own splits, not both")
@@ -141,7 +142,7 @@ class Domain:
 
     def _read(self, split: str) -> Iterator[Document]:
         """Documents of one split, empty ones left out; a huge set is read up to `max_documents`."""
-        found = map(self._from_row, self._rows(split))
+        found: Iterator[Document] = map(self._from_row, self._rows(split))
         if self.document == "heading":
             found = (Document(text=article) for article in articles(line.text for line in found))
         return (document for document in islice(found, self.max_documents) if document.text.strip())

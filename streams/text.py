@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clplat.streams.base import EvalSet, Spec, Stream, Task
-from clplat.streams.documents import Domain, Part
+from clplat.streams.documents import PARTS, Domain, Part
 from clplat.streams.generation_scorers import ExactMatch, Together
 from clplat.streams.scorers import Likelihood, Scorer
 from clplat.streams.tokenizers import ByteTokenizer, Tokenizer
@@ -74,6 +74,7 @@ class TextStream(Stream):
                 )
 
     def prepare(self) -> None:
+        self._caches: dict[tuple[str, Part], TokenCache] = {}
         self._sources = {domain.name: self._source(domain) for domain in [*self.domains, *self.probe_domains]}
         source = hashlib.sha256("".join(sorted(self._sources[d.name] for d in self.domains)).encode()).hexdigest()
         self.tokenizer.prepare(self._training_texts(), self.cache_dir, source)
@@ -103,7 +104,12 @@ class TextStream(Stream):
                 yield document.prompt + document.text
 
     def _cache(self, domain: Domain, part: Part) -> TokenCache:
-        """The token cache of one part, made if it is not there, made again with a warning if it is damaged."""
+        """The token cache of one part, opened, or made first where it is not there or damaged."""
+        if (domain.name, part) not in self._caches:
+            self._caches[domain.name, part] = self._opened_or_made(domain, part)
+        return self._caches[domain.name, part]
+
+    def _opened_or_made(self, domain: Domain, part: Part) -> TokenCache:
         limit = domain.max_train_tokens if part == "train" else None
         key = f"{FORMAT} {self._sources[domain.name]} {part} {limit} {self.tokenizer.identity}"
         folder = self.cache_dir / "tokens" / f"{domain.name}-{part}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
@@ -165,9 +171,9 @@ class TextStream(Stream):
     def facts(self) -> Mapping[str, Any]:
         """Sizes of every task's sets: training tokens, documents and bytes, tokens and documents kept from training."""
         found: dict[str, Any] = {"vocab_size": self.tokenizer.vocab_size, "tokenizer": self.tokenizer.identity}
+        by_name = {domain.name: domain for domain in self.domains}
         for task in self.tasks:
-            held = [s.data.cache for s in (task.test, task.val) if s is not None]
-            train = task.train.cache
+            train, *held = (self._cache(by_name[task.name], part) for part in PARTS)
             found |= {
                 f"{task.name}.train.tokens": len(task.train) * self.block_size,
                 f"{task.name}.train.documents": len(train.prompts),
