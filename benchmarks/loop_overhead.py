@@ -4,14 +4,16 @@
 
 Every peer trains the same module on the same rows with plain SGD, one shuffled pass, in this one process. Building
 a Trainer is part of the time for all who have one. Repetitions are interleaved, so that a machine that becomes
-slower does so for everybody; ratios are medians over repetitions of the ratio within one. The rows are random, of
-MNIST's shape for the MLP (784-400-400-10, batch 64) and 64 byte tokens for the Transformer (2 layers of 64, batch
-16, a sixth of the steps). "clplat" is a run as users have it, with its journal and an MLflow feed to a SQLite file.
+slower does so for everybody; ratios are medians over repetitions of the ratio within one, by the clock and by the
+CPU time of the process, which tells more where others use the machine too. The rows are random, of MNIST's shape
+for the MLP (784-400-400-10, batch 64) and 64 byte tokens for the Transformer (2 layers of 64, batch 16, a sixth of
+the steps). "clplat" is a run as users have it, with its journal and an MLflow feed to a SQLite file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import platform
@@ -27,22 +29,23 @@ import lightning
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule, Trainer
+from loop_workloads import RandomRows, Rows, Workload, workloads
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from loop_workloads import RandomRows, Rows, Workload, workloads
 
 from clplat.components import Component
 from clplat.config import RunConfig, TrackingConfig, TrainingConfig, save
 from clplat.fitting import fit
 from clplat.interruption import Interruption
-from clplat.journal import Journal
+from clplat.journal import NAME, Journal
 from clplat.loop import Run
 from clplat.progress import Silent
 from clplat.streams.base import Budget
 from clplat.tracking import RUN_STATE, Feed
 
 LEARNING_RATE = 0.01
+Cost = tuple[float, float]
+"""Wall-clock seconds, and CPU seconds of the whole process."""
 
 
 class LossModule(LightningModule):
@@ -77,13 +80,13 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, targets.ndim - 1), targets.flatten())
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def timed(work: Callable[[], object]) -> Cost:
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def bare(workload: Workload, rows: Rows, scratch: Path) -> float:
+def bare(workload: Workload, rows: Rows, scratch: Path) -> Cost:
     """A loop in five lines, without a framework."""
     module = workload.module()
     optimizer = torch.optim.SGD(module.parameters(), lr=LEARNING_RATE)
@@ -97,22 +100,22 @@ def bare(workload: Workload, rows: Rows, scratch: Path) -> float:
     return timed(train)
 
 
-def lightning_sliced(workload: Workload, rows: Rows, scratch: Path) -> float:
+def lightning_sliced(workload: Workload, rows: Rows, scratch: Path) -> Cost:
     """`Trainer.fit` with everything switched off that can be, over slices."""
     return _lightning(workload, Sliced(*rows, workload.batch_size))
 
 
-def lightning_loader(workload: Workload, rows: Rows, scratch: Path) -> float:
+def lightning_loader(workload: Workload, rows: Rows, scratch: Path) -> Cost:
     """The same over torch's DataLoader, which collates single rows."""
     return _lightning(workload, DataLoader(TensorDataset(*rows), batch_size=workload.batch_size, shuffle=True))
 
 
-def _lightning(workload: Workload, loader: Sliced | DataLoader[tuple[Tensor, ...]]) -> float:
+def _lightning(workload: Workload, loader: Sliced | DataLoader[tuple[Tensor, ...]]) -> Cost:
     module = LossModule(workload.module())
     return timed(lambda: Trainer(accelerator="cpu", max_epochs=1, barebones=True).fit(module, loader))
 
 
-def avalanche_naive(workload: Workload, rows: Rows, scratch: Path) -> float:
+def avalanche_naive(workload: Workload, rows: Rows, scratch: Path) -> Cost:
     """Avalanche's `Naive` without loggers and metrics; training only."""
     from avalanche.benchmarks import benchmark_from_datasets
     from avalanche.benchmarks.utils.data import AvalancheDataset
@@ -134,34 +137,35 @@ def avalanche_naive(workload: Workload, rows: Rows, scratch: Path) -> float:
     return timed(lambda: strategy.train(experience))
 
 
-def clplat(workload: Workload, rows: Rows, scratch: Path) -> float:
+def clplat(workload: Workload, rows: Rows, scratch: Path) -> Cost:
     """A task of a run as users have it: journal on disk, MLflow fed in the background."""
     run = _run(workload, scratch, recorded=True)
     feed = Feed(run.folder, run.config.tracking)
     feed.start()
-    _wait_for(run.folder / RUN_STATE)  # MLflow's side of a run's start, which a longer run would not notice
-    seconds = _fit_seconds(run, workload)
+    _wait_for_start(run.folder)
+    cost = _fit_cost(run, workload)
     feed.close("FINISHED")
-    return seconds
+    return cost
 
 
-def clplat_unrecorded(workload: Workload, rows: Rows, scratch: Path) -> float:
+def clplat_unrecorded(workload: Workload, rows: Rows, scratch: Path) -> Cost:
     """The same without journal and MLflow: the difference is what logging costs."""
-    return _fit_seconds(_run(workload, scratch, recorded=False), workload)
+    return _fit_cost(_run(workload, scratch, recorded=False), workload)
 
 
-def _fit_seconds(run: Run, workload: Workload) -> float:
-    seconds = timed(lambda: fit(run, run.path[0]))
+def _fit_cost(run: Run, workload: Workload) -> Cost:
+    cost = timed(lambda: fit(run, run.path[0]))
     if run.parts.learner.global_steps != workload.steps:
         raise RuntimeError(f"clplat took {run.parts.learner.global_steps} steps, the others {workload.steps}")
-    return seconds
+    return cost
 
 
-def _wait_for(file: Path) -> None:
-    deadline = time.monotonic() + 60
-    while not file.exists():
+def _wait_for_start(folder: Path) -> None:
+    """Until MLflow has the run's parameters and tags: a longer run would not notice that beginning."""
+    deadline, state = time.monotonic() + 60, folder / RUN_STATE
+    while not state.exists() or json.loads(state.read_text())["offset"] < (folder / NAME).stat().st_size:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"{file}: the MLflow feed did not start within a minute")
+            raise RuntimeError(f"{folder}: the MLflow feed did not start within a minute")
         time.sleep(0.05)
 
 
@@ -195,7 +199,7 @@ def _run(workload: Workload, scratch: Path, *, recorded: bool) -> Run:
     return run
 
 
-PEERS: dict[str, Callable[[Workload, Rows, Path], float]] = {
+PEERS: dict[str, Callable[[Workload, Rows, Path], Cost]] = {
     "bare PyTorch loop": bare,
     "Lightning, sliced": lightning_sliced,
     "Lightning, DataLoader": lightning_loader,
@@ -205,32 +209,38 @@ PEERS: dict[str, Callable[[Workload, Rows, Path], float]] = {
 }
 
 
-def measure(workload: Workload, repetitions: int, scratch: Path) -> dict[str, list[float]]:
-    """Samples a second of every peer in every repetition, after one that warms up and is not counted."""
+def measure(workload: Workload, repetitions: int, scratch: Path) -> dict[str, list[Cost]]:
+    """What every peer takes in every repetition, after one that warms up and is not counted."""
     rows, names = workload.rows(), list(PEERS)
-    rates: dict[str, list[float]] = {name: [] for name in names}
+    costs: dict[str, list[Cost]] = {name: [] for name in names}
     for repetition in range(repetitions + 1):
         turn = repetition % len(names)
         for name in names[turn:] + names[:turn]:
-            seconds = PEERS[name](workload, rows, scratch)
+            cost = PEERS[name](workload, rows, scratch)
             if repetition:
-                rates[name].append(len(rows[0]) / seconds)
-    return rates
+                costs[name].append(cost)
+    return costs
 
 
-def report(workload: Workload, rates: dict[str, list[float]]) -> None:
+def report(workload: Workload, costs: dict[str, list[Cost]]) -> None:
     """One table, and the ratios that are goals."""
-    print(f"\n{workload.name}: batch {workload.batch_size}, {workload.steps} steps, samples/s")
-    print(f"{'':24}{'median':>10}{'min':>10}{'max':>10}{'/ Lightning, sliced':>22}")
-    for name, found in rates.items():
-        ratio = paired_ratio(found, rates["Lightning, sliced"])
-        print(f"{name:24}{statistics.median(found):10.0f}{min(found):10.0f}{max(found):10.0f}{ratio:22.3f}")
+    print(
+        f"\n{workload.name}: batch {workload.batch_size}, {workload.steps} steps, samples/s; speed / Lightning, sliced"
+    )
+    print(f"{'':24}{'median':>10}{'min':>10}{'max':>10}{'by clock':>12}{'by CPU time':>14}")
+    for name, found in costs.items():
+        rates = [workload.batch_size * workload.steps / wall for wall, _ in found]
+        clock, cpu = speed_ratios(found, costs["Lightning, sliced"])
+        print(f"{name:24}{statistics.median(rates):10.0f}{min(rates):10.0f}{max(rates):10.0f}{clock:12.3f}{cpu:14.3f}")
     for peer, goal in (("Lightning, sliced", 0.95), ("Avalanche Naive", 1.15), ("clplat, no record", 0.98)):
-        print(f"clplat / {peer}: {paired_ratio(rates['clplat'], rates[peer]):.3f} (goal: at least {goal})")
+        clock, cpu = speed_ratios(costs["clplat"], costs[peer])
+        print(f"clplat / {peer}: {clock:.3f} by clock, {cpu:.3f} by CPU time (goal: at least {goal})")
 
 
-def paired_ratio(ours: list[float], theirs: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+def speed_ratios(ours: list[Cost], theirs: list[Cost]) -> Cost:
+    """How many times as fast we are, by clock and by CPU time: medians over paired repetitions."""
+    clock, cpu = zip(*((b[0] / a[0], b[1] / a[1]) for a, b in zip(ours, theirs, strict=True)), strict=True)
+    return statistics.median(clock), statistics.median(cpu)
 
 
 def processor() -> str:
