@@ -135,9 +135,10 @@ def evaluates_as_it_trains(contract: Contract) -> None:
 def decodes_as_it_reads(contract: Contract) -> None:
     """Prefill and step-by-step decoding give the logits of one full pass, also for prompts of unequal length padded
     on the right; the state that was passed in stays as it was and survives being saved."""
-    model, batch = contract.model().eval(), contract.batch()
+    model, batch = contract.model(), contract.batch()
     if not isinstance(model, Decodes):
         return
+    model.eval()
     tokens, length = batch.inputs, batch.inputs.shape[1]
     full, rows = answers(model, batch), torch.arange(len(batch))
     ragged = torch.tensor([length // 2, 1, length - 3])

@@ -84,7 +84,8 @@ class _Embedded(TorchFunctionMode):
 
     def __init__(self, tokens: Tensor) -> None:
         super().__init__()
-        self.tokens, self.leaves = tokens, []
+        self.tokens = tokens
+        self.leaves: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))

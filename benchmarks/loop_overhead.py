@@ -13,7 +13,6 @@ the steps). "clplat" is a run as users have it, with its journal and an MLflow f
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import platform
@@ -41,7 +40,7 @@ from clplat.journal import NAME, Journal
 from clplat.loop import Run
 from clplat.progress import Silent
 from clplat.streams.base import Budget
-from clplat.tracking import RUN_STATE, Feed
+from clplat.tracking import RUN_STATE, Feed, read_json
 
 LEARNING_RATE = 0.01
 Cost = tuple[float, float]
@@ -162,8 +161,8 @@ def _fit_cost(run: Run, workload: Workload) -> Cost:
 
 def _wait_for_start(folder: Path) -> None:
     """Until MLflow has the run's parameters and tags: a longer run would not notice that beginning."""
-    deadline, state = time.monotonic() + 60, folder / RUN_STATE
-    while not state.exists() or json.loads(state.read_text())["offset"] < (folder / NAME).stat().st_size:
+    deadline = time.monotonic() + 60
+    while (read_json(folder / RUN_STATE) or {"offset": -1})["offset"] < (folder / NAME).stat().st_size:
         if time.monotonic() > deadline:
             raise RuntimeError(f"{folder}: the MLflow feed did not start within a minute")
         time.sleep(0.05)
