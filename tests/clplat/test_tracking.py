@@ -24,20 +24,6 @@ TRACKED = {"enabled": True, "log_every": 5, "system_metrics": False}
 DEAD = "http://127.0.0.1:9"
 
 
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A fresh MLflow database: made once, since its migrations take seconds."""
-    path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    client(f"sqlite:///{path}").search_experiments()
-    return path.read_bytes()
-
-
-@pytest.fixture
-def store(empty_store: bytes, tmp_path: Path) -> str:
-    (tmp_path / "mlflow.db").write_bytes(empty_store)
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
-
-
 def tracked(uri: str, **changes: Any) -> dict[str, Any]:
     return study(tracking=TRACKED | {"uri": uri}, **changes)
 

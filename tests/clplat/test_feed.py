@@ -1,0 +1,197 @@
+"""The feed alone, without training: no failure of a server or a name makes it lose or repeat anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from records import Made, cells
+
+from clplat.config import TrackingConfig
+from clplat.execution import lock
+from clplat.journal import Journal
+from clplat.study_record import finish_study, start_study, sync
+from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, client
+
+
+def journal_of(study: Made, variant: str = "naive", seed: int = 0) -> Journal:
+    return Journal(study.folder / f"{variant}-s{seed}")
+
+
+def feed_of(journal: Journal, uri: str) -> Feed:
+    return Feed(journal.folder, TrackingConfig(uri=uri, system_metrics=False))
+
+
+def mlflow_run(journal: Journal, uri: str) -> Any:
+    return client(uri).get_run(json.loads((journal.folder / RUN_STATE).read_text())["run_id"])
+
+
+@pytest.mark.parametrize("failing", range(7))
+def test_whichever_request_fails_the_next_attempt_sends_everything(
+    failing: int, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = journal_of(Made(store, ["naive"], [0]))
+    journal.metrics(1, {"a": 0.5})
+    journal.tags({"stream": "s"})
+    journal.metrics(2, {"a": 0.25})
+    journal.params({"x.y": 1})
+    journal.dataset("d", "0123", "train")
+    journal.results(0, 0, cells([0.1, 0.2], ["a", "b"]))
+    journal.status("KILLED", "because")
+    journal.flush()
+    calls = 0
+
+    def shaky(name: str) -> Any:
+        original = getattr(mlflow.MlflowClient, name)
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == failing + 1:
+                raise ConnectionError("gone")
+            return original(self, *args, **kwargs)
+
+        return call
+
+    for name in ("log_batch", "log_inputs", "set_tag"):
+        monkeypatch.setattr(mlflow.MlflowClient, name, shaky(name))
+    feed = feed_of(journal, store)
+    assert not feed.finish("KILLED") and feed.finish("KILLED")
+    run = mlflow_run(journal, store)
+    assert run.data.tags["stream"] == "s" and run.data.tags["status_reason"] == "because"
+    assert run.data.params == {"x.y": "1"}
+    assert [point.value for point in client(store).get_metric_history(run.info.run_id, "a")] == [0.5, 0.25]
+    assert run.data.metrics["eval/b/accuracy"] == 0.2
+    assert [item.dataset.digest for item in run.inputs.dataset_inputs] == ["0123"]
+    assert run.info.status == "KILLED"
+
+
+def test_names_that_mlflow_refuses_are_changed_and_block_nothing(store: str) -> None:
+    journal = journal_of(Made(store, ["naive"], [0]))
+    names = ["../x", "a//b", "c/", "what?", "C4 → Wiki", "ü", "", "n" * 300]
+    journal.results(0, 0, cells([0.5] * len(names), names))
+    journal.params({f"init_args.{name}": 1 for name in names})
+    journal.tags({f"stream.{name}": "1" for name in names})
+    journal.flush()
+    assert feed_of(journal, store).finish("FINISHED")
+    run = mlflow_run(journal, store)
+    assert len([key for key in run.data.metrics if key.startswith("eval/")]) == len(names)
+    assert "eval/what_/accuracy" in run.data.metrics and "init_args.what_" in run.data.params
+
+
+def test_settings_that_a_resumed_run_may_change_become_tags(store: str) -> None:
+    journal = journal_of(Made(store, ["naive"], [0]))
+    journal.params({"training.devices": 1, "seed": 0})
+    journal.flush()
+    assert feed_of(journal, store).finish("KILLED")
+    journal.params({"training.devices": 2, "seed": 0, "training.workers": 3})
+    journal.metrics(7, {"a": 1.0})
+    journal.flush()
+    assert feed_of(journal, store).finish("FINISHED")
+    run = mlflow_run(journal, store)
+    assert run.data.params == {"training.devices": "1", "seed": "0", "training.workers": "3"}
+    assert run.data.tags["resumed.training.devices"] == "2" and run.data.metrics["a"] == 1.0
+
+
+def test_another_server_gets_the_whole_record_under_the_study_there(
+    store: str, empty_store: bytes, tmp_path: Path
+) -> None:
+    study = Made(store, ["naive"], [0])
+    study.run("naive", 0, [[0.1, 0.1], [0.9, 0.1], [0.5, 0.8]])
+    (tmp_path / "other.db").write_bytes(empty_store)
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    assert sync(study.folder, other) == 1
+    journal = journal_of(study)
+    run = mlflow_run(journal, other)
+    assert run.data.tags["mlflow.parentRunId"] == json.loads((study.folder / STUDY_STATE).read_text())["run_id"]
+    assert run.data.metrics["final_forgetting"] == pytest.approx(0.4)
+    assert len(client(other).get_metric_history(run.info.run_id, "eval/a/accuracy")) == 3
+
+
+def test_a_run_is_found_under_its_study_when_the_server_came_back_after_it_started(store: str) -> None:
+    study = Made("http://127.0.0.1:9", ["naive"], [0])
+    assert not (study.folder / STUDY_STATE).exists()
+    config = study.folder / "study.yaml"
+    config.write_text(config.read_text().replace("http://127.0.0.1:9", store))
+    journal = journal_of(study)
+    journal.status("RUNNING")
+    journal.flush()
+    feed = feed_of(journal, store)
+    assert feed.finish("FINISHED")
+    assert "mlflow.parentRunId" not in mlflow_run(journal, store).data.tags
+    start_study(study.folder)
+    assert feed_of(journal, store).finish("FINISHED")
+    parent = json.loads((study.folder / STUDY_STATE).read_text())["run_id"]
+    assert mlflow_run(journal, store).data.tags["mlflow.parentRunId"] == parent
+
+
+def test_sync_leaves_a_run_that_is_under_way_alone(store: str) -> None:
+    study = Made(store, ["naive", "er"], [0])
+    study.run("er", 0, [[0.1, 0.1], [0.9, 0.1]])
+    journal = journal_of(study)
+    journal.status("RUNNING")
+    journal.flush()
+    start_study(study.folder)
+    with lock(journal.folder):
+        assert sync(study.folder) == 1
+        assert not (journal.folder / RUN_STATE).exists()
+        parent = json.loads((study.folder / STUDY_STATE).read_text())["run_id"]
+        assert client(store).get_run(parent).info.status == "RUNNING"
+    assert sync(study.folder) == 2
+    assert mlflow_run(journal, store).info.status == "KILLED"
+    assert client(store).get_run(parent).info.status == "KILLED"
+
+
+def test_a_run_that_was_killed_outright_gets_its_files_with_sync(store: str) -> None:
+    study = Made(store, ["naive"], [0])
+    journal = journal_of(study)
+    journal.status("RUNNING")
+    journal.results(0, 0, cells([0.1, 0.2], ["a", "b"]))
+    journal.flush()
+    sync(study.folder)
+    run = mlflow_run(journal, store)
+    assert {"config.yaml", "results.csv"} <= {file.path for file in client(store).list_artifacts(run.info.run_id)}
+
+
+def test_a_record_sent_later_keeps_the_times_of_the_run(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = journal_of(Made(store, ["naive"], [0]))
+    for second, status in ((1000, "RUNNING"), (1060, "FINISHED")):
+        with monkeypatch.context() as patch:
+            patch.setattr("time.time", lambda second=second: second)
+            journal.status(status)
+    journal.flush()
+    assert feed_of(journal, store).finish("FINISHED")
+    info = mlflow_run(journal, store).info
+    assert (info.start_time, info.end_time) == (1_000_000, 1_060_000)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        (["FINISHED", "FINISHED"], "FINISHED"), (["FINISHED", "FAILED"], "FAILED"), (["FINISHED", "WAITING"], "KILLED"),
+        (["FAILED", "KILLED"], "KILLED"), (["RUNNING"], "KILLED"),
+    ],
+)  # fmt: skip
+def test_a_study_is_finished_when_all_its_runs_are(statuses: list[str], expected: str, store: str) -> None:
+    study = Made(store, ["naive"], [0])
+    finish_study(study.folder, statuses)
+    parent = json.loads((study.folder / STUDY_STATE).read_text())["run_id"]
+    assert client(store).get_run(parent).info.status == expected
+
+
+def test_a_relative_database_means_the_same_from_any_folder(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Made("sqlite:///mlflow.db", ["naive"], [0])
+    assert study.configs["naive", 0].tracking.uri == "sqlite:///mlflow.db"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    journal = Journal(tmp_path / study.folder / "naive-s0")
+    journal.status("RUNNING")
+    journal.flush()
+    assert sync(journal.folder) == 1
+    assert mlflow_run(journal, store).info.status == "KILLED"
+    assert not (tmp_path / "elsewhere" / "mlflow.db").exists()

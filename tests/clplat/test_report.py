@@ -1,0 +1,126 @@
+"""Comparisons from MLflow alone: numbers against tables made by hand, and nothing hidden."""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from records import Made
+from rich.console import Console
+
+from clplat.errors import ConfigError
+from clplat.metrics import interval
+from clplat.report import compare_table, finding, notes, write_report
+from clplat.study_results import StudyResults, load_study_results
+
+NAIVE = {0: [[0.1, 0.1], [0.9, 0.1], [0.3, 0.8]], 1: [[0.1, 0.1], [0.8, 0.1], [0.4, 0.9]]}
+ER = {0: [[0.1, 0.1], [0.9, 0.1], [0.8, 0.7]], 1: [[0.1, 0.1], [0.8, 0.1], [0.6, 0.8]]}
+CUMULATIVE = {0: [[0.1, 0.1], [0.95, 0.1], [0.9, 0.9]], 1: [[0.1, 0.1], [0.8, 0.1], [0.8, 0.95]]}
+
+
+def made(store: str) -> Made:
+    study = Made(store, ["naive", "er", "cumulative"], [0, 1], baseline="naive")
+    for seed in (0, 1):
+        study.run("naive", seed, NAIVE[seed])
+        study.run("er", seed, ER[seed], costs={"cost/buffer_bytes": 100.0, "cost/buffer_share": 0.1})
+        study.run(
+            "cumulative", seed, CUMULATIVE[seed], costs={"cost/steps": 99.0},
+            tags={"reference": "true", "strategy": "Cumulative"},
+        )  # fmt: skip
+    return study
+
+
+def printed(study: StudyResults, width: int = 80) -> str:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(compare_table(study))
+    return console.export_text()
+
+
+def test_means_intervals_paired_differences_and_intransigence_are_those_of_the_tables(store: str) -> None:
+    study = made(store)
+    shutil.rmtree(study.folder)
+    results = load_study_results("digits", store)
+    assert results.variants() == ["naive", "er", "cumulative"]
+    assert results.by_seed("naive", "final_forgetting") == pytest.approx({0: 0.6, 1: 0.4})
+    assert results.interval("naive", "final_forgetting").half == pytest.approx(interval([0.6, 0.4]).half)
+    assert results.by_seed("er", "intransigence") == pytest.approx({0: 0.125, 1: 0.075})
+    assert results.by_seed("cumulative", "intransigence") == pytest.approx({0: 0.0, 1: 0.0})
+    assert finding(results) == (
+        "Least forgetting: er, 0.150 ± 0.635 (n = 2); against naive -0.350 ± 1.906 over the same seeds: direction."
+    )
+
+
+def test_the_terminal_table_fits_eighty_columns_and_marks_reference_arms(store: str) -> None:
+    made(store)
+    text = printed(load_study_results("digits", store))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "cumulative †" in text and "naive †" not in text
+    # Reference arms may take more steps than the others; nobody else may.
+    assert "unequal" not in text
+
+
+def test_failed_and_missing_runs_and_unequal_budgets_are_said(store: str) -> None:
+    study = Made(store, ["naive", "er", "der"], [0, 1])
+    study.run("naive", 0, NAIVE[0])
+    study.run("naive", 1, NAIVE[1][:2], status="FAILED", reason="loss is NaN at step 13")
+    study.run("er", 0, ER[0], costs={"cost/buffer_bytes": 100.0, "cost/steps": 20.0})
+    study.run("der", 0, ER[0], costs={"cost/buffer_bytes": 150.0, "cost/steps": 30.0})
+    results = load_study_results("digits", store)
+    said = "\n".join(notes(results))
+    assert "naive, seed 1: FAILED loss is NaN at step 13" in said
+    assert "er, seed 1: not started" in said and "der, seed 1: not started" in said
+    assert re.search(r"unequal buffer_bytes: er 100, der 150", said)
+    assert re.search(r"unequal steps: naive 20, er 20, der 30", said)
+    assert results.interval("naive", "final_score").n == 1
+    page = write_report(results, "out").read_text()
+    assert "loss is NaN at step 13" in page and "unequal steps" in page
+
+
+def test_a_variant_in_another_task_order_keeps_its_own_names(store: str) -> None:
+    study = Made(store, ["ab", "ba", "mixed"], [0, 1])
+    for seed in (0, 1):
+        study.run("ab", seed, NAIVE[seed], tasks=("a", "b"))
+        study.run("ba", seed, NAIVE[seed], tasks=("b", "a"))
+        study.run("mixed", seed, NAIVE[seed], tasks=("a", "b") if seed else ("b", "a"))
+    results = load_study_results("digits", store)
+    assert results.tasks("ab") == ["a", "b"] and results.tasks("ba") == ["b", "a"]
+    assert results.tasks("mixed") == ["task 1", "task 2"]
+    assert results.final("ab", "a").mean == results.final("ba", "b").mean == pytest.approx(0.35)
+    assert results.final("ab", "b").mean == results.final("ba", "a").mean == pytest.approx(0.85)
+
+
+def test_a_study_of_losses_reports_forgetting_in_the_same_direction(store: str) -> None:
+    study = Made(store, ["naive"], [0])
+    study.run("naive", 0, [[5.0, 5.0], [2.0, 5.0], [4.0, 2.5]], higher=False)
+    results = load_study_results("digits", store)
+    assert results.by_seed("naive", "final_forgetting") == pytest.approx({0: 2.0})
+    assert results.by_seed("naive", "final_score") == pytest.approx({0: -3.25})
+
+
+def test_the_page_opens_without_a_network_and_escapes_what_it_shows(store: str, tmp_path: Path) -> None:
+    study = Made(store, ["naive"], [0])
+    study.run("naive", 0, NAIVE[0], tasks=("<script>alert(1)</script>", "b & c"))
+    results = load_study_results(str(study.folder))
+    page = write_report(results, tmp_path / "out").read_text()
+    assert "<script" not in page
+    loaded = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
+    assert all(target.startswith(("#", "data:")) for target in loaded), loaded
+    drawn = {file.name for file in (tmp_path / "out" / "figures").iterdir()}
+    names = ("heat_maps", "forgetting", "final_scores", "cost")
+    assert drawn == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+
+
+def test_what_mlflow_does_not_give_is_an_error_that_names_it(store: str) -> None:
+    study = Made(store, ["naive"], [0])
+    with pytest.raises(ConfigError, match="no runs of it yet"):
+        load_study_results(str(study.folder))
+    study.run("naive", 0, NAIVE[0])
+    with pytest.raises(ConfigError, match="did you mean 'digits'"):
+        load_study_results("digit", store)
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:9"):
+        load_study_results(str(study.folder), "http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match="did you mean 'naive'"):
+        compare_table(load_study_results("digits", store), "naiv")

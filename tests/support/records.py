@@ -1,0 +1,73 @@
+"""Studies made up from numbers: journals and MLflow runs as real studies leave them, without any training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from studies import study
+
+from clplat.journal import Journal
+from clplat.metrics import Cell
+from clplat.record import write_artifacts
+from clplat.study import lay_out
+from clplat.study_file import expand, load_study
+from clplat.study_record import finish_study, start_study
+from clplat.tracking import Feed
+
+Rows = Sequence[Sequence[float]]
+
+
+def cells(scores: Sequence[float], tasks: Sequence[str], *, higher: bool = True) -> list[Cell]:
+    """Headline cells of one row."""
+    return [
+        Cell(view="default", metric="accuracy" if higher else "loss", task=task, index=k, value=value,
+             total=value * 10, count=10.0, higher_is_better=higher, headline=True)
+        for k, (task, value) in enumerate(zip(tasks, scores, strict=True))
+    ]  # fmt: skip
+
+
+class Made:
+    """A study whose runs are written by `run`, in MLflow after `done`."""
+
+    def __init__(self, uri: str, variants: Sequence[str], seeds: Sequence[int], baseline: str | None = None) -> None:
+        data = study(
+            variants={name: {} for name in variants}, seeds=list(seeds), baseline=baseline,
+            tracking={"enabled": True, "uri": uri, "system_metrics": False},
+        )  # fmt: skip
+        config = load_study(data)
+        self.configs = {(run.variant, run.seed): run for run in expand(config)}
+        self.folder: Path = lay_out(config, list(self.configs.values()))
+        start_study(self.folder)
+
+    def run(
+        self,
+        variant: str,
+        seed: int,
+        rows: Rows,
+        *,
+        tasks: Sequence[str] = ("a", "b"),
+        costs: Mapping[str, float] | None = None,
+        tags: Mapping[str, str] | None = None,
+        status: str = "FINISHED",
+        reason: str = "",
+        higher: bool = True,
+    ) -> None:
+        """Write and send one run: `rows` of its result table, from the row before training on."""
+        folder = self.folder / f"{variant}-s{seed}"
+        journal = Journal(folder)
+        known = {"variant": variant, "seed": str(seed), "reference": "false", "task_order": ">".join(tasks)}
+        journal.tags(known | dict(tags or {}))
+        for row, scores in enumerate(rows):
+            journal.results(row, 10 * row, cells(scores, tasks, higher=higher))
+            journal.metrics(10 * row, {"cost/steps": 10.0 * row} | dict(costs or {}))
+        journal.status(status, reason)
+        journal.flush()
+        write_artifacts(folder)
+        feed = Feed(folder, self.configs[variant, seed].tracking)
+        assert feed.finish(status), feed
+        self.done()
+
+    def done(self) -> None:
+        """Give the study its status as of now."""
+        finish_study(self.folder, ["FINISHED"])
