@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clplat.metrics import Curve, Interval, ResultTable, Scores, forgetting_max
+from clplat.metrics import Curve, Interval, ResultTable, Scores, whole_curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,17 +18,22 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vPX*"
 
 
-def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with `columns` panels side by side, drawn without a window and without global state."""
+def look(number: int) -> dict[str, str]:
+    """Colour and marker of the variant at this place; pairs repeat after 64, colours after 8."""
+    return {"color": PALETTE[number % 8], "marker": MARKERS[(number + number // 8) % 8]}
+
+
+def new_figure(width: float, height: float, panels: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of panels in rows of `columns`, drawn without a window and without global state."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": "clplat", "font.size": 9}):
         figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(1, columns, squeeze=False)[0]
+        axes = [figure.add_subplot(-(-panels // columns), columns, number + 1) for number in range(panels)]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes)
+    return figure, axes
 
 
 def heat_map(axis: Axes, scores: Scores, tasks: Sequence[str], title: str, limits: tuple[float, float]) -> None:
@@ -72,7 +77,8 @@ def limits_of(tables: Sequence[Scores]) -> tuple[float, float]:
 def heat_maps(tables: Mapping[str, Scores], tasks: Mapping[str, Sequence[str]]) -> Figure:
     """Mean result tables of all variants on one colour scale, each with its own task names."""
     scale = limits_of(list(tables.values()))
-    figure, axes = new_figure(1.0 + 2.6 * len(tables), 2.9, len(tables))
+    columns = min(5, len(tables))
+    figure, axes = new_figure(1.0 + 2.6 * columns, 2.9 * -(-len(tables) // columns), len(tables), columns)
     for axis, (variant, table) in zip(axes, tables.items(), strict=True):
         heat_map(axis, table, tasks[variant], variant, scale)
     bar = figure.colorbar(axes[-1].images[0], ax=axes, shrink=0.8)
@@ -80,42 +86,44 @@ def heat_maps(tables: Mapping[str, Scores], tasks: Mapping[str, Sequence[str]]) 
     return figure
 
 
-def forgetting_curves(tables: Mapping[str, Sequence[Scores]]) -> Figure:
-    """Mean `forgetting_max` over earlier tasks after each boundary, with the spread over seeds."""
-    figure, (axis,) = new_figure(5.4, 3.2)
-    for number, (variant, seeds) in enumerate(tables.items()):
-        lines = np.array([[np.mean(forgetting_max(s)[i, : i - 1]) for i in range(2, len(s))] for s in seeds])
-        if lines.size == 0 or not np.isfinite(lines).any():
-            continue
-        places, mean = np.arange(2, 2 + lines.shape[1]), lines.mean(0)
-        colour, marker = PALETTE[number % 8], MARKERS[number % 8]
-        axis.plot(places, mean, color=colour, marker=marker, label=variant)
-        axis.fill_between(places, lines.min(0), lines.max(0), color=colour, alpha=0.15, linewidth=0)
+def forgetting_curves(lines: Mapping[str, Sequence[tuple[Scores, Scores]]]) -> Figure:
+    """Mean forgetting of earlier tasks over the stream, by variant and seed: mean line, and the range over seeds."""
+    figure, (axis,) = new_figure(5.4, 3.4)
+    for number, (variant, seeds) in enumerate(lines.items()):
+        # Seeds can have points at other places, where tasks end by a threshold.
+        places = np.unique(np.concatenate([at for at, _ in seeds]))
+        values = np.array([np.interp(places, at, lost) for at, lost in seeds])
+        whole = np.isclose(places, places.round())
+        axis.plot(places, values.mean(0), **look(number), label=variant, markevery=np.flatnonzero(whole).tolist())
+        axis.fill_between(places, values.min(0), values.max(0), color=PALETTE[number % 8], alpha=0.15, linewidth=0)
     axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axis.set(xlabel="tasks trained", ylabel="forgetting (mean over earlier tasks)")
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(frameon=False, fontsize=8)
+    name_above(figure)
     return figure
+
+
+def name_above(figure: Figure) -> None:
+    """The legend above the panels, where it covers nothing."""
+    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=8)
 
 
 def score_and_cost(points: Mapping[str, tuple[Interval, Interval]], cost: str) -> Figure:
     """Final score against a cost, one point a variant with its intervals."""
-    figure, (axis,) = new_figure(5.4, 3.2)
+    figure, (axis,) = new_figure(5.4, 3.4)
     for number, (variant, (score, price)) in enumerate(points.items()):
         spread = [0.0 if np.isnan(i.half) else i.half for i in (score, price)]
-        axis.errorbar(
-            price.mean, score.mean, yerr=spread[0], xerr=spread[1], color=PALETTE[number % 8],
-            marker=MARKERS[number % 8], capsize=2, label=variant, linestyle="none",
-        )  # fmt: skip
+        axis.errorbar(price.mean, score.mean, yerr=spread[0], xerr=spread[1], color=PALETTE[number % 8], capsize=2)
+        axis.plot(price.mean, score.mean, **look(number), label=variant, linestyle="none")
     axis.set(xlabel=cost, ylabel="final score (higher is better)")
-    axis.legend(frameon=False, fontsize=8)
+    name_above(figure)
     return figure
 
 
 def final_scores(scores: Mapping[str, Mapping[str, Interval]]) -> Figure:
     """Final score of every task by variant and task: a group of bars a task and a bar a variant."""
     tasks = list(dict.fromkeys(task for row in scores.values() for task in row))
-    figure, (axis,) = new_figure(max(5.4, 1.1 * len(tasks) + 1.5), 3.2)
+    figure, (axis,) = new_figure(min(20.0, max(5.4, 1.1 * len(tasks) + 1.5)), 3.4)
     width = 0.8 / max(1, len(scores))
     lowest = min((i.mean for row in scores.values() for i in row.values() if np.isfinite(i.mean)), default=0.0)
     for number, (variant, row) in enumerate(scores.items()):
@@ -125,13 +133,14 @@ def final_scores(scores: Mapping[str, Mapping[str, Interval]]) -> Figure:
             places, [i.mean for i in row.values()], width, yerr=spread, color=PALETTE[number % 8], label=variant,
             error_kw={"elinewidth": 0.8},
         )  # fmt: skip
-    axis.set_xticks(range(len(tasks)), [short(task) for task in tasks])
+    slant = {"rotation": 40, "ha": "right"} if len(tasks) > 5 else {}
+    axis.set_xticks(range(len(tasks)), [short(task) for task in tasks], **slant)
     axis.set(ylabel="final score (higher is better)")
     if lowest < 0:
         axis.invert_yaxis()
         axis.set(ylabel="final loss (nats; lower is better)")
-        axis.yaxis.set_major_formatter(lambda value, _: f"{-value:g}")
-    axis.legend(frameon=False, fontsize=8, ncols=3)
+        axis.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+    name_above(figure)
     return figure
 
 
@@ -142,13 +151,11 @@ def draw_run(table: ResultTable, curve: Curve, folder: Path) -> None:
     heat_map(axis, scores, tasks, "result table", limits_of([scores]))
     figure.savefig(folder / "heatmap.png", dpi=120)
     figure, (axis,) = new_figure(5.4, 3.2)
-    whole = sorted([*curve, *zip(table.steps(), scores[table.rows()], strict=True)], key=lambda point: point[0])
+    whole = whole_curve(table, curve)
     for number, task in enumerate(tasks[:8]):
         points = [(step, now[number]) for step, now in whole if np.isfinite(now[number])]
-        colour = PALETTE[number % 8]
-        axis.plot(
-            *zip(*points, strict=True) if points else ((), ()), color=colour, marker=MARKERS[number], label=short(task)
-        )
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        axis.plot(steps, values, **look(number), markersize=4, label=short(task))
     axis.set(xlabel="optimizer steps", ylabel="score (higher is better)")
-    axis.legend(frameon=False, fontsize=8)
+    name_above(figure)
     figure.savefig(folder / "scores.png", dpi=120)

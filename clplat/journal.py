@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from clplat.errors import StorageError
-from clplat.metrics import Cell, Curve, ResultTable
-from clplat.points import cells_of, curve_of
+from clplat.metrics import Cell, ResultTable
+from clplat.points import cells_of
 
 NAME = "journal.jsonl"
 
@@ -153,9 +153,13 @@ def table(folder: Path) -> ResultTable:
     return found
 
 
-def evaluation_curve(folder: Path) -> Curve:
-    """Signed headline scores measured inside tasks."""
-    return curve_of(read(folder))
+def curve_table(folder: Path) -> ResultTable:
+    """The scores measured inside tasks, a row for each optimizer step."""
+    found = ResultTable()
+    for entry in read(folder):
+        if entry["kind"] == "curve":
+            found.add(entry["step"], entry["step"], cells_of(entry))
+    return found
 
 
 def last_status(folder: Path) -> str:

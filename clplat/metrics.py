@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Scores = NDArray[np.float64]
+Curve = Sequence[tuple[int, Scores]]
+"""The scores S of all tasks at optimizer steps on a grid, boundaries included, in order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,16 +88,17 @@ class ResultTable:
             return {}
         last = rows[-1]
         if now is not None:
-            current = np.full(scores.shape[1], np.nan)
-            for cell in now:
-                if cell.index is not None and cell.headline:
-                    current[cell.index] = cell.value if cell.higher_is_better else -cell.value
+            current = headline_scores(now)
             trained = range(last)
         else:
             current, trained = scores[last], range(last - 1)
         best = {k: np.nanmax(scores[k + 1 : last + (now is not None), k], initial=-np.inf) for k in trained}
         names = self.tasks()
         return {names[k]: float(best[k] - current[k]) for k in trained if np.isfinite(best[k] - current[k])}
+
+    def as_curve(self) -> Curve:
+        """The rows as points of a curve."""
+        return [(self._rows[row][0], headline_scores(self.cells(row))) for row in self.rows()]
 
     def to_rows(self) -> list[dict[str, Any]]:
         """The table as plain data: one mapping a score."""
@@ -124,6 +127,15 @@ class ResultTable:
         """The inverse of `to_csv`."""
         with path.open(newline="") as file:
             return cls.from_rows([_typed(entry) for entry in csv.DictReader(file)])
+
+
+def headline_scores(cells: Sequence[Cell]) -> Scores:
+    """S of every task (T,), signed so that higher is better; NaN where not measured."""
+    found = np.full(1 + max((c.index for c in cells if c.index is not None), default=-1), np.nan)
+    for cell in cells:
+        if cell.headline and cell.index is not None:
+            found[cell.index] = cell.value if cell.higher_is_better else -cell.value
+    return found
 
 
 def _typed(entry: Mapping[str, str]) -> dict[str, Any]:
@@ -157,10 +169,6 @@ def cumulative_forgetting(scores: Scores) -> float:
     return float(sum(np.mean(table[i, : i - 1]) for i in range(2, len(table))))
 
 
-Curve = Sequence[tuple[int, Scores]]
-"""The scores S of all tasks at optimizer steps on a grid, boundaries included, in order."""
-
-
 def cumulative_forgetting_curve(curve: Curve, ends: Sequence[int], *, window: Literal["own", "first"] = "own") -> float:
     """Area under the clipped forgetting curve as a fraction of the stream, mean over the tasks that have ended.
 
@@ -178,6 +186,22 @@ def cumulative_forgetting_curve(curve: Curve, ends: Sequence[int], *, window: Li
         span = last - (end if window == "own" else ends[0])
         areas.append(float(np.trapezoid(lost, places)) / span if span > 0 else math.nan)
     return _mean(areas)
+
+
+def forgetting_over_time(curve: Curve, ends: Sequence[int]) -> tuple[Scores, Scores]:
+    """Mean forgetting of the tasks that ended before each point of the curve: places in tasks trained, and values.
+
+    A task's forgetting is its best score since its own end minus its score now, as in `forgetting_max`; a place of 2.5
+    is half way through the third task.
+    """
+    later = [(step, now) for step, now in curve if step > ends[0]]
+    values = []
+    for step, now in later:
+        ended = [task for task, end in enumerate(ends) if end < step]
+        best = [max(then[task] for at, then in curve if ends[task] <= at < step) for task in ended]
+        values.append(_mean(np.array(best) - now[ended]))
+    places = np.interp([step for step, _ in later], [0, *ends], range(len(ends) + 1))
+    return places, np.array(values)
 
 
 def summary(table: ResultTable, curve: Curve = ()) -> dict[str, float]:
@@ -202,10 +226,16 @@ def summary(table: ResultTable, curve: Curve = ()) -> dict[str, float]:
         found["cumulative_forgetting"] = cumulative_forgetting(part)
         ends = table.steps()[1:]
         if len(ends) == last:
-            whole = sorted([*curve, *zip(ends, part[1:], strict=True)], key=lambda point: point[0])
+            whole = whole_curve(table, curve)
             found["cumulative_forgetting_curve"] = cumulative_forgetting_curve(whole, ends)
             found["cumulative_forgetting_curve_first"] = cumulative_forgetting_curve(whole, ends, window="first")
     return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def whole_curve(table: ResultTable, curve: Curve) -> Curve:
+    """Scores measured inside tasks and those of the table's rows, in order."""
+    points = zip(table.steps(), table.scores()[table.rows()], strict=True)
+    return sorted([*curve, *points], key=lambda point: point[0])
 
 
 def _mean(values: Any) -> float:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clplat import figures
-from clplat.report import COSTS, SCORES, difference, finding, mean_scores, notes
+from clplat.report import COSTS, SCORES, TRANSFER, difference, finding, mean_scores, notes
 from clplat.study_results import StudyResults
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { font-weight: 600; border-bottom: 2px solid #888 }
 .finding { font-size: 1.05rem; background: #f2f6fa; padding: .8rem 1rem; border-left: 4px solid #0072B2 }
+.figures { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem } .figures > div { flex: 1 1 26rem; max-width: 40rem }
 .note { color: #8a3b00 } .wide { overflow-x: auto } svg { max-width: 100%; height: auto } .small { color: #555 }
 """
 
@@ -30,12 +31,10 @@ th:first-child, td:first-child { text-align: left } th { font-weight: 600; borde
 def render(study: StudyResults, baseline: str | None, folder: Path) -> Path:
     """Write report.html into `folder`, and every figure as PNG and SVG into its `figures`."""
     (folder / "figures").mkdir(exist_ok=True)
-    tags = study.runs[0].tags
     parts = [
         f"<h1>{html.escape(study.name)}</h1>",
-        f'<p class="small">stream {html.escape(tags.get("stream", "?"))}: {html.escape(tags.get("task_order", "?"))}'
-        f" · architecture {html.escape(tags.get('architecture', '?'))}"
-        f" · budget {html.escape(tags.get('budget', '?'))} a task"
+        f'<p class="small">stream {_tag(study, "stream")}: {_tag(study, "task_order")}'
+        f" · architecture {_tag(study, 'architecture')} · budget {_tag(study, 'budget')} a task"
         f" · seeds {', '.join(str(seed) for seed in sorted({run.seed for run in study.runs}))}</p>",
         f'<p class="finding">{html.escape(finding(study, baseline))}</p>',
         *(f'<p class="note">{html.escape(note)}</p>' for note in notes(study)),
@@ -43,12 +42,13 @@ def render(study: StudyResults, baseline: str | None, folder: Path) -> Path:
         '<p class="small">Mean ± 95 % Student t interval over seeds. Scores are signed so that higher is better '
         "(a loss of 2 nats is −2). Forgetting: best score since training minus score now; lower is better.</p>",
         _scores(study, baseline),
+        "<h2>Transfer</h2>",
+        _transfer(study),
         "<h2>Costs</h2>",
         _costs(study),
         *_figures(study, folder / "figures"),
         f'<p class="small">From the MLflow run {study.run_id}. Fidelity of the parts to their papers: '
-        f"{html.escape(tags.get('fidelity', '?'))}. "
-        f"Code {html.escape(tags.get('git_sha') or 'not in a repository')}.</p>",
+        f"{_tag(study, 'fidelity')}. Code {_tag(study, 'git_sha')}.</p>",
     ]
     page = folder / "report.html"
     page.write_text(
@@ -56,6 +56,12 @@ def render(study: StudyResults, baseline: str | None, folder: Path) -> Path:
         f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
     return page
+
+
+def _tag(study: StudyResults, name: str) -> str:
+    """The values that a tag has among the runs."""
+    values = dict.fromkeys(run.tags.get(name) or "unknown" for run in study.runs)
+    return html.escape(" or ".join(values))
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -69,14 +75,18 @@ def _name(study: StudyResults, variant: str) -> str:
 
 
 def _scores(study: StudyResults, baseline: str | None) -> str:
-    shown = [m for m in [*SCORES, "intransigence"] if any(study.by_seed(v, m) for v in study.variants())]
     rows = []
     for variant in study.variants():
         row = [_name(study, variant), str(len(study.of(variant)))]
-        row += [str(study.interval(variant, metric)) for metric in shown]
+        row += [str(study.interval(variant, metric)) for metric in SCORES]
         rows.append(row + ([difference(study, variant, baseline)] if baseline else []))
-    head = ["variant", "n", *(SCORES.get(m, m) for m in shown), *([f"final − {baseline}"] if baseline else [])]
-    return _table(head, rows)
+    return _table(["variant", "n", *SCORES.values(), *([f"final − {baseline}"] if baseline else [])], rows)
+
+
+def _transfer(study: StudyResults) -> str:
+    shown = {m: head for m, head in TRANSFER.items() if any(study.by_seed(v, m) for v in study.variants())}
+    rows = [[_name(study, v), *(str(study.interval(v, metric)) for metric in shown)] for v in study.variants()]
+    return _table(["variant", *shown.values()], rows)
 
 
 def _costs(study: StudyResults) -> str:
@@ -91,21 +101,21 @@ def _figures(study: StudyResults, folder: Path) -> list[str]:
     finished = [variant for variant in study.variants() if study.of(variant)]
     if not finished:
         return []
-    several = [v for v in finished if study.by_seed(v, "final_forgetting")]
+    several = [v for v in finished if study.forgetting(v)]
     tasks = {variant: study.tasks(variant) for variant in finished}
     bars = {variant: {task: study.final(variant, task) for task in names} for variant, names in tasks.items()}
     costs = {v: (study.interval(v, "final_score"), study.interval(v, "cost/training_seconds")) for v in finished}
     drawn = {
         "Result tables": ("heat_maps", figures.heat_maps(mean_scores(study, several or finished), tasks)),
-        "Forgetting": ("forgetting", figures.forgetting_curves({v: study.scores(v) for v in several})),
+        "Forgetting": ("forgetting", figures.forgetting_curves({v: study.forgetting(v) for v in several})),
         "Final scores by task": ("final_scores", figures.final_scores(bars)),
         "Score and cost": ("cost", figures.score_and_cost(costs, "training seconds")),
     }
     parts = []
     for title, (name, figure) in drawn.items():
         figure.savefig(folder / f"{name}.png", dpi=150)
-        parts += [f"<h2>{title}</h2>", _inline(figure, folder / f"{name}.svg")]
-    return parts
+        parts.append(f"<div><h2>{title}</h2>{_inline(figure, folder / f'{name}.svg')}</div>")
+    return [parts[0], '<div class="figures">', *parts[1:], "</div>"]
 
 
 def _inline(figure: Figure, path: Path) -> str:

@@ -7,9 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
-from clplat.metrics import Cell, Curve, ResultTable, summary
+from clplat.metrics import Cell, ResultTable, headline_scores, summary
 
 TASK_LIMIT = 50
 """Streams of more tasks than this record aggregates alone; the rest stands in results.csv."""
@@ -62,15 +60,6 @@ def cells_of(entry: Mapping[str, Any]) -> list[Cell]:
     ]
 
 
-def headline_scores(cells: list[Cell]) -> Any:
-    """S of every task (T,), signed so that higher is better; NaN where not measured."""
-    found = np.full(1 + max((c.index for c in cells if c.index is not None), default=-1), np.nan)
-    for cell in cells:
-        if cell.headline and cell.index is not None:
-            found[cell.index] = cell.value if cell.higher_is_better else -cell.value
-    return found
-
-
 def cell_name(cell: Cell) -> str:
     """`task/metric`, with the view in front where it is not the default, and `probe/` for probes."""
     view = "" if cell.view == "default" else f"{cell.view}/"
@@ -81,8 +70,3 @@ def safe_key(name: str) -> str:
     """The name with what MLflow refuses replaced: odd characters, and parts that make no plain path."""
     parts = re.sub(r"[^\w\-. /:]", "_", name)[:250].split("/")
     return "/".join("_" if part in ("", ".", "..") else part for part in parts)
-
-
-def curve_of(entries: Iterator[Mapping[str, Any]]) -> Curve:
-    """Signed headline scores measured inside tasks."""
-    return [(int(e["step"]), headline_scores(cells_of(e))) for e in entries if e["kind"] == "curve"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from clplat.assembly import Parts
 from clplat.config import RunConfig, config_hash, flat, plain
-from clplat.journal import Journal, evaluation_curve, read, table
+from clplat.journal import Journal, curve_table, read, table
 
 PACKAGES = ("clplat", "torch", "triton", "lightning", "mlflow", "avalanche-lib", "datasets", "transformers", "numpy")
 
@@ -97,9 +97,12 @@ def write_artifacts(folder: Path) -> None:
     if decisions:
         rows = [{**{k: v for k, v in d.items() if k not in ("t", "kind")}, "kind": d["event"]} for d in decisions]
         (target / "decisions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curve = curve_table(folder)
+    if curve.rows():
+        curve.to_csv(target / "curve.csv")
     results = table(folder)
     if results.rows():
         results.to_csv(target / "results.csv")
         from clplat.figures import draw_run
 
-        draw_run(results, evaluation_curve(folder), target)
+        draw_run(results, curve.as_curve(), target)

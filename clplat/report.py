@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
@@ -21,8 +22,11 @@ SCORES = {
     "final_forgetting": "final forgetting",
     "cumulative_forgetting": "cumulative forgetting",
     "cumulative_forgetting_curve": "… over time",
-    "backward_transfer": "BWT",
-    "forward_transfer": "FWT",
+}
+TRANSFER = {
+    "backward_transfer": "backward transfer",
+    "forward_transfer": "forward transfer",
+    "intransigence": "intransigence",
 }
 COSTS = {
     "cost/buffer_share": ("replay memory", lambda v: f"{v:.1%}"),
@@ -43,10 +47,10 @@ TERMINAL_COSTS = ("cost/buffer_share", "cost/replay_ratio", "cost/steps", "rate"
 def compare_table(study: StudyResults, baseline: str | None = None) -> Group:
     """What a study says, for a terminal of 80 columns: scores, costs, and what to know before comparing."""
     base = _baseline(study, baseline)
-    scores = Table("variant", "n", *(SCORES[m] for m in TERMINAL), *([f"score − {base}"] if base else []))
-    scores.title = f"{study.name}: mean ± 95 % interval over seeds"
-    scores.caption = "scores: higher is better; forgetting: lower; † reference arm: sees more data than a learner may"
-    costs = Table("variant", *(COSTS[name][0] for name in TERMINAL_COSTS), title="costs (means over seeds)")
+    heads = ["n", *(SCORES[m] for m in TERMINAL), *([f"score − {base}"] if base else [])]
+    scores = _numbers(f"{study.name}: mean ± 95 % interval over seeds", heads)
+    scores.caption = "Score: higher is better; forgetting: lower. † sees more data than a learner may."
+    costs = _numbers("costs: means over seeds", [COSTS[name][0] for name in TERMINAL_COSTS])
     for variant in study.variants():
         name = f"{variant} †" if study.is_reference(variant) else variant
         gap = paired(study.by_seed(variant, "final_score"), study.by_seed(base, "final_score")) if base else None
@@ -54,6 +58,15 @@ def compare_table(study: StudyResults, baseline: str | None = None) -> Group:
         scores.add_row(*row, *([str(gap) if variant != base else ""] if gap is not None else []))
         costs.add_row(name, *(_cost(study, variant, cost, COSTS[cost][1]) for cost in TERMINAL_COSTS))
     return Group(scores, costs, *(f"note: {note}" for note in notes(study)))
+
+
+def _numbers(title: str, heads: Sequence[str]) -> Table:
+    """A table of numbers by variant, narrow enough that an interval stands on one line of a terminal."""
+    table = Table("variant", title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
+    table.caption_justify = "left"
+    for head in heads:
+        table.add_column(head, justify="right")
+    return table
 
 
 def _cost(study: StudyResults, variant: str, name: str, show: Callable[[float], str]) -> str:
@@ -108,8 +121,16 @@ def finding(study: StudyResults, baseline: str | None = None) -> str:
     text = f"Least forgetting: {best}, {lost} (n = {lost.n})"
     if base is None or base == best:
         return text + "."
-    gap = paired(study.by_seed(best, "final_forgetting"), study.by_seed(base, "final_forgetting"))
-    return f"{text}; against {base} {gap} over the same seeds: {verdict(gap)}."
+    gap = paired(study.by_seed(base, "final_forgetting"), study.by_seed(best, "final_forgetting"))
+    return f"{text}; {base} forgets {gap} more over the same {gap.n} seeds: {MEANING[verdict(gap)]}."
+
+
+MEANING = {
+    "single seed": "no interval can be given for it",
+    "direction": "with fewer than 5 seeds a direction, not a finding",
+    "difference": "a difference at 95 %",
+    "no difference shown": "no difference shown",
+}
 
 
 def write_report(study: StudyResults, out: str | Path | None = None, baseline: str | None = None) -> Path:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clplat.errors import ClplatError, ConfigError, nearest
-from clplat.metrics import Interval, ResultTable, Scores, interval
+from clplat.metrics import Curve, Interval, ResultTable, Scores, forgetting_over_time, interval, whole_curve
 from clplat.study_record import default_uri
 from clplat.tracking import STUDY_STATE, client, short
 
@@ -32,6 +32,8 @@ class RunRecord:
     tags: dict[str, str]
     metrics: dict[str, float]
     table: ResultTable | None
+    curve: Curve
+    """Scores measured inside tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,15 @@ class StudyResults:
         """Final score of one of `tasks(variant)` over seeds."""
         names = self.tasks(variant)
         return interval([scores[-1, names.index(task)] for scores in self.scores(variant) if task in names])
+
+    def forgetting(self, variant: str) -> list[tuple[Scores, Scores]]:
+        """Forgetting over the stream of each finished run that went through it task by task."""
+        walked = [(run.table, run.curve) for run in self.of(variant) if run.table and len(run.table.rows()) > 2]
+        return [
+            forgetting_over_time(whole_curve(table, curve), table.steps()[1:])
+            for table, curve in walked
+            if len(table.rows()) == len(table.tasks()) + 1
+        ]
 
     def is_reference(self, variant: str) -> bool:
         """Whether the variant sees more data than a continual learner may."""
@@ -163,15 +174,15 @@ def _children(connection: Any, parent: Any) -> list[Any]:
 def _record(connection: Any, run: Any) -> RunRecord:
     tags = run.data.tags
     files = {file.path for file in connection.list_artifacts(run.info.run_id)}
-    table = None
-    if "results.csv" in files:
+    tables = []
+    for name in ("results.csv", "curve.csv"):
         with tempfile.TemporaryDirectory() as place:
-            table = ResultTable.from_csv(
-                Path(connection.download_artifacts(run.info.run_id, "results.csv", dst_path=place))
-            )
+            file = connection.download_artifacts(run.info.run_id, name, dst_path=place) if name in files else None
+            tables.append(ResultTable.from_csv(Path(file)) if file else None)
+    table, inside = tables
     return RunRecord(
         run_id=run.info.run_id, variant=tags["variant"], seed=int(tags["seed"]), status=run.info.status,
-        tags=dict(tags), metrics=dict(run.data.metrics), table=table,
+        tags=dict(tags), metrics=dict(run.data.metrics), table=table, curve=inside.as_curve() if inside else (),
     )  # fmt: skip
 
 

@@ -15,10 +15,12 @@ from clplat.metrics import (
     cumulative_forgetting_curve,
     forgetting_first,
     forgetting_max,
+    forgetting_over_time,
     interval,
     paired,
     summary,
     verdict,
+    whole_curve,
 )
 
 ACCURACY = np.array([[0.1, 0.1, 0.2], [0.9, 0.2, 0.1], [0.5, 0.8, 0.3], [0.6, 0.4, 0.9]])
@@ -100,6 +102,17 @@ def test_the_forgetting_curve_is_an_area_over_each_tasks_own_time_or_over_the_ti
     assert own == pytest.approx((areas[0] / 20 + areas[1] / 10) / 2)
     assert first == pytest.approx((areas[0] / 20 + areas[1] / 20) / 2)
     assert math.isnan(cumulative_forgetting_curve(points, [10]))
+
+
+def test_forgetting_over_time_is_forgetting_max_at_boundaries_and_in_between_it_counts_tasks_that_ended() -> None:
+    found = as_table(ACCURACY)
+    places, values = forgetting_over_time(whole_curve(found, ()), [10, 20, 30])
+    lost = forgetting_max(ACCURACY)
+    assert places.tolist() == [2, 3] and values == pytest.approx([lost[2, 0], (lost[3, 0] + lost[3, 1]) / 2])
+    inside = [(15, np.array([0.95, 0.4, 0.3])), (25, np.array([0.45, 0.7, 0.5]))]
+    places, values = forgetting_over_time(whole_curve(found, inside), [10, 20, 30])
+    assert places.tolist() == [1.5, 2, 2.5, 3]
+    assert values == pytest.approx([-0.05, 0.45, (0.5 + 0.1) / 2, (0.35 + 0.4) / 2])
 
 
 def test_probes_and_other_views_stand_beside_the_table_and_do_not_enter_it() -> None:

@@ -8,10 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from records import Made
+from records import Made, cells
 from rich.console import Console
 
 from clplat.errors import ConfigError
+from clplat.journal import Journal
 from clplat.metrics import interval
 from clplat.report import compare_table, finding, notes, write_report
 from clplat.study_results import StudyResults, load_study_results
@@ -49,7 +50,8 @@ def test_means_intervals_paired_differences_and_intransigence_are_those_of_the_t
     assert results.by_seed("er", "intransigence") == pytest.approx({0: 0.125, 1: 0.075})
     assert results.by_seed("cumulative", "intransigence") == pytest.approx({0: 0.0, 1: 0.0})
     assert finding(results) == (
-        "Least forgetting: er, 0.150 ± 0.635 (n = 2); against naive -0.350 ± 1.906 over the same seeds: direction."
+        "Least forgetting: er, 0.150 ± 0.635 (n = 2); naive forgets 0.350 ± 1.906 more over the same 2 seeds: "
+        "with fewer than 5 seeds a direction, not a finding."
     )
 
 
@@ -98,6 +100,20 @@ def test_a_study_of_losses_reports_forgetting_in_the_same_direction(store: str) 
     results = load_study_results("digits", store)
     assert results.by_seed("naive", "final_forgetting") == pytest.approx({0: 2.0})
     assert results.by_seed("naive", "final_score") == pytest.approx({0: -3.25})
+
+
+def test_curves_measured_inside_tasks_and_runs_without_rows_of_their_own_tasks_reach_the_report(store: str) -> None:
+    study = Made(store, ["naive", "joint"], [0])
+    journal = Journal(study.folder / "naive-s0")
+    journal.curve(15, 1, cells([0.5, 0.4], ["a", "b"]))
+    journal.flush()
+    study.run("naive", 0, NAIVE[0])
+    study.run("joint", 0, [[0.1, 0.1], None, [0.9, 0.9]], tags={"reference": "true"})
+    results = load_study_results("digits", store)
+    ((places, values),) = results.forgetting("naive")
+    assert places.tolist() == [1.5, 2] and values == pytest.approx([0.4, 0.6])
+    assert results.forgetting("joint") == [] and results.by_seed("joint", "final_score") == pytest.approx({0: 0.9})
+    assert "joint †" in printed(results) and write_report(results, "out").is_file()
 
 
 def test_the_page_opens_without_a_network_and_escapes_what_it_shows(store: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from clplat.study_file import expand, load_study
 from clplat.study_record import finish_study, start_study
 from clplat.tracking import Feed
 
-Rows = Sequence[Sequence[float]]
+Rows = Sequence[Sequence[float] | None]
 
 
 def cells(scores: Sequence[float], tasks: Sequence[str], *, higher: bool = True) -> list[Cell]:
@@ -53,12 +53,14 @@ class Made:
         reason: str = "",
         higher: bool = True,
     ) -> None:
-        """Write and send one run: `rows` of its result table, from the row before training on."""
+        """Write and send one run: `rows` of its result table from the row before training on, None for one left out."""
         folder = self.folder / f"{variant}-s{seed}"
         journal = Journal(folder)
         known = {"variant": variant, "seed": str(seed), "reference": "false", "task_order": ">".join(tasks)}
         journal.tags(known | dict(tags or {}))
         for row, scores in enumerate(rows):
+            if scores is None:
+                continue
             journal.results(row, 10 * row, cells(scores, tasks, higher=higher))
             journal.metrics(10 * row, {"cost/steps": 10.0 * row} | dict(costs or {}))
         journal.status(status, reason)
