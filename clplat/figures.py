@@ -90,6 +90,8 @@ def forgetting_curves(lines: Mapping[str, Sequence[tuple[Scores, Scores]]]) -> F
     """Mean forgetting of earlier tasks over the stream, by variant and seed: mean line, and the range over seeds."""
     figure, (axis,) = new_figure(5.4, 3.4)
     for number, (variant, seeds) in enumerate(lines.items()):
+        if not seeds:
+            continue
         # Seeds can have points at other places, where tasks end by a threshold.
         places = np.unique(np.concatenate([at for at, _ in seeds]))
         values = np.array([np.interp(places, at, lost) for at, lost in seeds])

@@ -107,10 +107,12 @@ def _figures(study: StudyResults, folder: Path) -> list[str]:
     costs = {v: (study.interval(v, "final_score"), study.interval(v, "cost/training_seconds")) for v in finished}
     drawn = {
         "Result tables": ("heat_maps", figures.heat_maps(mean_scores(study, several or finished), tasks)),
-        "Forgetting": ("forgetting", figures.forgetting_curves({v: study.forgetting(v) for v in several})),
         "Final scores by task": ("final_scores", figures.final_scores(bars)),
         "Score and cost": ("cost", figures.score_and_cost(costs, "training seconds")),
     }
+    if several:
+        # All variants are passed, so that each has one colour throughout the page.
+        drawn["Forgetting"] = ("forgetting", figures.forgetting_curves({v: study.forgetting(v) for v in finished}))
     parts = []
     for title, (name, figure) in drawn.items():
         figure.savefig(folder / f"{name}.png", dpi=150)

@@ -140,3 +140,12 @@ def test_what_mlflow_does_not_give_is_an_error_that_names_it(store: str) -> None
         load_study_results(str(study.folder), "http://127.0.0.1:9")
     with pytest.raises(ConfigError, match="did you mean 'naive'"):
         compare_table(load_study_results("digits", store), "naiv")
+
+
+def test_a_study_of_one_task_has_a_report_without_forgetting(store: str, tmp_path: Path) -> None:
+    study = Made(store, ["naive"], [0])
+    study.run("naive", 0, [[0.1], [0.9]], tasks=("a",))
+    results = load_study_results("digits", store)
+    assert finding(results) == "No variant has finished with a final forgetting to compare."
+    assert "0.900" in write_report(results, tmp_path / "out").read_text()
+    assert not (tmp_path / "out" / "figures" / "forgetting.png").exists()

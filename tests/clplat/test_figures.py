@@ -1,0 +1,57 @@
+"""Figures: every value is drawn where it belongs, and every variant can be told from the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from records import cells
+
+from clplat.figures import draw_run, final_scores, forgetting_curves, heat_maps, limits_of, look, score_and_cost
+from clplat.metrics import Interval, ResultTable
+
+SCORES = np.array([[np.nan, np.nan], [0.9, np.nan], [0.3, 0.8]])
+
+
+def test_a_heat_map_shows_every_measured_score_once_on_one_scale_for_all_variants() -> None:
+    figure = heat_maps({"a": SCORES, "b": SCORES / 3}, {"a": ["x", "y"], "b": ["y", "x"]})
+    first, second = figure.axes[:2]
+    assert [text.get_text() for text in first.texts] == ["0.90", "0.30", "0.80"]
+    assert [label.get_text() for label in second.get_xticklabels()] == ["y", "x"]
+    assert first.images[0].get_clim() == second.images[0].get_clim() == pytest.approx((0.1, 0.9))
+    assert limits_of([np.full((2, 2), np.nan)]) == (0.0, 1.0) and limits_of([np.ones((2, 1))]) == (0.5, 1.5)
+
+
+def test_the_forgetting_line_is_the_mean_over_seeds_also_where_their_points_differ() -> None:
+    one = np.array([1.5, 2.0]), np.array([0.2, 0.4])
+    two = np.array([2.0]), np.array([0.8])
+    (axis,) = forgetting_curves({"joint": [], "naive": [one, two]}).axes
+    (line, *_) = axis.lines
+    assert line.get_xdata().tolist() == [1.5, 2.0] and line.get_ydata() == pytest.approx([0.5, 0.6])
+    assert line.get_color() == look(1)["color"]
+
+
+def test_sixty_four_variants_can_be_told_apart() -> None:
+    assert len({tuple(look(number).values()) for number in range(64)}) == 64
+
+
+def test_bars_of_losses_grow_upwards_from_zero() -> None:
+    (axis,) = final_scores({"naive": {"x": Interval(mean=-2.0, half=float("nan"), n=1)}}).axes
+    assert axis.yaxis_inverted() and "loss" in axis.get_ylabel()
+    assert [bar.get_height() for bar in axis.patches] == [-2.0]
+
+
+def test_a_point_of_one_seed_has_no_interval_and_still_stands() -> None:
+    point = Interval(mean=0.5, half=float("nan"), n=1)
+    (axis,) = score_and_cost({"naive": (point, point)}, "seconds").axes
+    assert axis.lines[-1].get_xdata() == [0.5]
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 60])
+def test_a_run_of_any_length_draws_its_own_pictures(tasks: int, tmp_path: Path) -> None:
+    table = ResultTable()
+    for row in range(tasks + 1):
+        table.add(row, row, cells([0.5] * tasks, [f"a task with a long name {k}" for k in range(tasks)]))
+    draw_run(table, [(1, np.full(tasks, np.nan))], tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} >= {"heatmap.png", "scores.png"}
