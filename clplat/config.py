@@ -99,12 +99,9 @@ class LauncherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """One run: one variant with one seed, everything resolved."""
+class Experiment:
+    """What a study and each of its runs are made of."""
 
-    study: str
-    variant: str
-    seed: int
     stream: Component
     architecture: Component
     strategies: dict[str, Component] = field(default_factory=dict)
@@ -115,17 +112,19 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyConfig:
+class RunConfig(Experiment):
+    """One run: one variant with one seed, everything resolved."""
+
+    study: str
+    variant: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig(Experiment):
     """A study: what all runs share, and what varies."""
 
     name: str
-    stream: Component
-    architecture: Component
-    strategies: dict[str, Component] = field(default_factory=dict)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     launcher: LauncherConfig = field(default_factory=LauncherConfig)
     seeds: list[int] = field(default_factory=lambda: [0])
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)

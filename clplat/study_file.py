@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from clplat.components import checked
-from clplat.config import RunConfig, StudyConfig, parse, parse_yaml, plain
+from clplat.config import Experiment, RunConfig, StudyConfig, parse, parse_yaml, plain
 from clplat.errors import ConfigError, nearest
 
 
@@ -79,7 +79,7 @@ def set_key(data: dict[str, Any], key: str, value: Any) -> None:
 
 def expand(study: StudyConfig) -> list[RunConfig]:
     """The runs of a study in the order variant, seed; every component checked."""
-    shared = {f.name: plain(getattr(study, f.name)) for f in dataclasses.fields(RunConfig) if hasattr(study, f.name)}
+    shared = {f.name: plain(getattr(study, f.name)) for f in dataclasses.fields(Experiment)}
     runs = []
     for variant, changes in (study.variants or {study.name: {}}).items():
         if not re.fullmatch(r"[\w.+-]+", variant):

@@ -58,7 +58,7 @@ class TensorData:
         return len(self.inputs)
 
     def batch(self, rows: Tensor) -> Batch:
-        return Batch(inputs=self.inputs[rows], targets=self.targets[rows], task=self.task[rows])
+        return Batch(inputs=self.inputs[rows], targets=self.targets[rows], task=self.task[:1].expand(len(rows)))
 
     def to(self, device: torch.device | str) -> TensorData:
         """The same rows on another device."""

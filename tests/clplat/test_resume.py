@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from studies import EWC, REPLAY, run_folder, study
+from studies import EWC, REPLAY, assert_same, everything, run_folder, study
 
 from clplat.checkpoint import Checkpoints
 from clplat.errors import RunBusyError
 from clplat.execution import execute
-from clplat.journal import last_status, read, table
+from clplat.journal import last_status, table
 from clplat.learner import Learner
 from clplat.strategies.regularization import OnlineEWC
 from clplat.streams.scorers import Scorer
@@ -37,7 +37,7 @@ def in_child(action: Callable[[], Any]) -> int:
     """The exit code of a forked process that carries out `action`; negative when a signal ended it."""
     child = FORK.Process(target=action)
     child.start()
-    child.join(timeout=120)
+    child.join(timeout=600)
     assert child.exitcode is not None, "the child hangs"
     return child.exitcode
 
@@ -60,38 +60,6 @@ def killed_at(folder: Path, moment: str, count: int, *, halfway: bool) -> None:
 
     setattr(owner, name, counting)
     execute(folder)
-
-
-def everything(folder: Path) -> dict[str, Any]:
-    """All of a run that must not depend on interruptions."""
-    state = Checkpoints(folder, every_seconds=0).load()
-    assert state is not None
-    timed = ("cost/", "system/")
-    points = [
-        (key, entry["step"], value)
-        for entry in read(folder)
-        if entry["kind"] == "metric"
-        for key, value in entry["values"].items()
-        if not key.startswith(timed)
-    ]
-    kept = {key: state[key] for key in ("architecture", "strategies", "table", "global_steps", "strategy_random")}
-    return kept | {"points": sorted(points), "steps": state["costs"]["steps"], "rows": state["costs"]["rows_replay"]}
-
-
-def assert_same(left: Any, right: Any, place: str = "") -> None:
-    """Bitwise equality of nested tensors and plain data; NaN equals NaN."""
-    if isinstance(left, dict):
-        assert left.keys() == right.keys(), place
-        for key in left:
-            assert_same(left[key], right[key], f"{place}.{key}")
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right), place
-        for number, (a, b) in enumerate(zip(left, right, strict=True)):
-            assert_same(a, b, f"{place}[{number}]")
-    elif isinstance(left, torch.Tensor):
-        assert torch.equal(left, right), place
-    else:
-        assert left == right or (left != left and right != right), f"{place}: {left} != {right}"
 
 
 def config(workers: int) -> dict[str, Any]:
@@ -158,7 +126,7 @@ def test_the_second_of_two_resumers_is_refused(tmp_path: Path) -> None:
 
         def waiting(self: Learner, *args: Any) -> Any:
             started.set()
-            assert go_on.wait(60)
+            assert go_on.wait(300)
             return original(self, *args)
 
         Learner.training_step = waiting
@@ -166,11 +134,11 @@ def test_the_second_of_two_resumers_is_refused(tmp_path: Path) -> None:
 
     first = FORK.Process(target=slow)
     first.start()
-    assert started.wait(60)
+    assert started.wait(300)
     with pytest.raises(RunBusyError, match=f"process {first.pid} works on this run"):
         execute(folder)
     go_on.set()
-    first.join(60)
+    first.join(300)
     assert last_status(folder) == "FINISHED"
 
 

@@ -6,7 +6,11 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from clplat.checkpoint import Checkpoints
 from clplat.config import save
+from clplat.journal import read
 from clplat.study_file import expand, load_study
 
 DIGITS: dict[str, Any] = {
@@ -44,3 +48,35 @@ def run_folder(parent: Path, data: dict[str, Any], name: str = "run") -> Path:
     folder.mkdir(parents=True)
     save(expand(load_study(data))[0], folder / "config.yaml")
     return folder
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """All of a run that must not depend on interruptions."""
+    state = Checkpoints(folder, every_seconds=0).load()
+    assert state is not None
+    timed = ("cost/", "system/")
+    points = [
+        (key, entry["step"], value)
+        for entry in read(folder)
+        if entry["kind"] == "metric"
+        for key, value in entry["values"].items()
+        if not key.startswith(timed)
+    ]
+    kept = {key: state[key] for key in ("architecture", "strategies", "table", "global_steps", "strategy_random")}
+    return kept | {"points": sorted(points), "steps": state["costs"]["steps"], "rows": state["costs"]["rows_replay"]}
+
+
+def assert_same(left: Any, right: Any, place: str = "") -> None:
+    """Bitwise equality of nested tensors and plain data; NaN equals NaN."""
+    if isinstance(left, dict):
+        assert left.keys() == right.keys(), place
+        for key in left:
+            assert_same(left[key], right[key], f"{place}.{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), place
+        for number, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same(a, b, f"{place}[{number}]")
+    elif isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), place
+    else:
+        assert left == right or (left != left and right != right), f"{place}: {left} != {right}"
