@@ -1,0 +1,122 @@
+"""The tables and figures of a results page, out of MLflow alone, as Markdown.
+
+    python -P benchmarks/results_page.py STUDY docs/results/NAME.md [--uri URI]
+
+Prints the page's generated part between two marker lines into the file, and puts its figures into a folder beside it;
+what stands outside the markers is written by hand and kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+from pathlib import Path
+
+from clplat.metrics import Interval, interval
+from clplat.report import COSTS, difference, finding, notes, write_report
+from clplat.study_results import RunRecord, StudyResults, load_study_results
+from clplat.tracking import client
+
+BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+SCORES = ("final_score", "learning_score", "final_forgetting", "cumulative_forgetting", "cumulative_forgetting_curve")
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def named(study: StudyResults, variant: str) -> str:
+    return f"{variant} (reference)" if study.is_reference(variant) else variant
+
+
+def scores(study: StudyResults) -> str:
+    base = study.baseline
+    rows = []
+    for variant in study.variants():
+        row = [named(study, variant), str(len(study.of(variant))), *(str(study.interval(variant, m)) for m in SCORES)]
+        rows.append(row + ([difference(study, variant, base)] if base else []))
+    heads = ["variant", "n", *(name.replace("_", " ") for name in SCORES), *([f"final score − {base}"] if base else [])]
+    return markdown(heads, rows)
+
+
+def costs(study: StudyResults) -> str:
+    rows = []
+    for variant in study.variants():
+        means = [(study.interval(variant, name).mean, show) for name, (_, show) in COSTS.items()]
+        rows.append([named(study, variant), *("–" if math.isnan(mean) else show(mean) for mean, show in means)])
+    return markdown(["variant", *(head for head, _ in COSTS.values())], rows)
+
+
+def value(run: RunRecord, row: int, task: str, metric: str) -> float:
+    cells = run.table.cells(row) if run.table and row in run.table.rows() else []
+    return next((c.value for c in cells if c.task == task and c.metric == metric and c.view == "default"), math.nan)
+
+
+def last_row(study: StudyResults) -> str:
+    """Every metric of every task and probe at the end of the stream."""
+    shown = {}
+    for run in (run for variant in study.variants() for run in study.of(variant)):
+        assert run.table is not None
+        shown |= {(c.task, c.metric): None for c in run.table.cells(run.table.rows()[-1]) if c.view == "default"}
+    rows = []
+    for task, metric in shown:
+        found = [interval([value(run, run.table.rows()[-1], task, metric) for run in study.of(v) if run.table])
+                 for v in study.variants()]  # fmt: skip
+        rows.append([f"{task} {metric.replace('_', ' ')}", *map(str, found)])
+    return markdown(["", *(named(study, variant) for variant in study.variants())], rows)
+
+
+def train_and_held_out(study: StudyResults) -> str:
+    """Training loss over the last logged steps of each task, beside the loss on its test set right after it."""
+    connection, rows = client(study.uri), []
+    for variant in study.variants():
+        pairs: dict[str, list[tuple[float, float]]] = {}
+        for run in study.of(variant):
+            history = sorted((p.step, p.value) for p in connection.get_metric_history(run.run_id, "train/loss"))
+            assert run.table is not None
+            for row, step in zip(run.table.rows(), run.table.steps(), strict=True):
+                if row:
+                    task = run.table.tasks()[row - 1]
+                    trained = [loss for at, loss in history if at <= step][-1]
+                    pairs.setdefault(task, []).append((trained, value(run, row, task, "loss")))
+        for task, found in pairs.items():
+            columns: list[Interval] = [interval(list(column)) for column in zip(*found, strict=True)]
+            gap = interval([held - trained for trained, held in found])
+            rows.append([named(study, variant), task, *map(str, columns), str(gap)])
+    return markdown(["variant", "after training", "train loss", "held-out loss", "gap"], rows)
+
+
+def page(study: StudyResults, figures: Path) -> str:
+    parts = [
+        BEGIN, f"**{finding(study)}**", *(f"Note: {note}." for note in notes(study)),
+        "### Scores", "Mean ± 95 % Student t interval over seeds; losses in nats with their sign turned, so higher is "
+        "better. Forgetting: lower is better.", scores(study),
+        "### Every metric at the end of the stream", last_row(study),
+        "### Train loss beside held-out loss", train_and_held_out(study),
+        "### Costs", costs(study), "### Figures",
+        *(f"![{file.stem.replace('_', ' ')}]({figures.name}/{file.name})" for file in sorted(figures.glob("*.png"))),
+        END,
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study")
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--uri")
+    options = parser.parse_args()
+    study = load_study_results(options.study, options.uri)
+    folder = options.page.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    for drawn in (write_report(study).parent / "figures").glob("*.png"):
+        shutil.copyfile(drawn, folder / drawn.name)
+    old = options.page.read_text() if options.page.is_file() else f"{BEGIN}\n{END}\n"
+    before, _, rest = old.partition(BEGIN)
+    options.page.write_text(before + page(study, folder).rstrip("\n") + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main()
