@@ -83,7 +83,7 @@ def settled(config: AnyConfig) -> AnyConfig:
 def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
     """Run what has not finished yet among a study's runs, with the record of the whole study above them."""
     from clplat.journal import last_status
-    from clplat.study_record import finish_study, start_study
+    from clplat.study_record import finish_study, send_unsent, start_study
 
     if study.tracking.enabled:
         start_study(folder)
@@ -92,6 +92,7 @@ def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
     workers = worker_count(study, len(open_runs))
     outcomes = launch(open_runs, workers=workers, threads=study.training.threads, console=console)
     if study.tracking.enabled:
+        send_unsent(folders)
         finish_study(folder, [last_status(run) for run in folders])
     return Study(name=folder.name, folder=folder, outcomes=outcomes)
 

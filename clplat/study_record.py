@@ -53,6 +53,21 @@ def finish_study(folder: Path, statuses: list[str]) -> None:
             client(state["uri"]).set_terminated(state["run_id"], status=status)
 
 
+def send_unsent(runs: list[Path]) -> None:
+    """Send what runs could not send themselves because their process died or the server was away for a while.
+
+    A server that is still away gets it with `clplat sync`.
+    """
+    from clplat.execution import lock
+
+    with contextlib.suppress(ClplatError):
+        for run in runs:
+            written = (run / NAME).stat().st_size if (run / NAME).is_file() else 0
+            if written > (read_json(run / RUN_STATE) or {"offset": 0})["offset"]:
+                with lock(run):
+                    _send(run)
+
+
 def sync(target: str | Path, uri: str | None = None) -> int:
     """Send what MLflow lacks of a run or a study, to `uri` from now on if given; how many runs were sent.
 

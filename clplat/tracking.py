@@ -7,6 +7,7 @@ once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -91,6 +92,10 @@ class Feed:
 
     def start(self) -> None:
         """Begin sending in the background."""
+        # MLflow imports this package, which hooks into every look-up of a version before it is whole: were it first
+        # imported in the other thread, a look-up here at that moment would fail. Later MLflows may do without it.
+        with contextlib.suppress(ImportError):
+            import importlib_metadata  # noqa: F401
         self._thread.start()
 
     def close(self, status: str) -> None:

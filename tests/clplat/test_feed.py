@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ from records import Made, cells
 
 from clplat.config import TrackingConfig
 from clplat.execution import lock
-from clplat.journal import Journal
-from clplat.study_record import finish_study, start_study, sync
+from clplat.journal import Journal, record_lost
+from clplat.study_record import finish_study, send_unsent, start_study, sync
 from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, client
 
 
@@ -154,6 +156,36 @@ def test_a_run_that_was_killed_outright_gets_its_files_with_sync(store: str) -> 
     sync(study.folder)
     run = mlflow_run(journal, store)
     assert {"config.yaml", "results.csv"} <= {file.path for file in client(store).list_artifacts(run.info.run_id)}
+
+
+def test_a_run_whose_process_died_is_not_left_running(store: str) -> None:
+    study = Made(store, ["naive", "er"], [0])
+    journal = journal_of(study)
+    journal.status("RUNNING")
+    journal.flush()
+    feed = feed_of(journal, store)
+    feed._send_new()
+    assert mlflow_run(journal, store).info.status == "RUNNING"
+    record_lost(journal.folder, "its process died")
+    send_unsent([journal.folder, study.folder / "er-s0"])
+    run = mlflow_run(journal, store)
+    assert run.info.status == "FAILED" and run.data.tags["status_reason"] == "its process died"
+    assert not (study.folder / "er-s0" / RUN_STATE).exists()
+
+
+def test_looking_up_versions_is_safe_while_mlflow_is_imported_in_the_background(store: str) -> None:
+    journal = journal_of(Made(store, ["naive"], [0]))
+    code = (
+        "import sys; from importlib.metadata import version; from pathlib import Path\n"
+        "from clplat.config import TrackingConfig; from clplat.tracking import Feed\n"
+        "folder, uri = Path(sys.argv[1]), sys.argv[2]\n"
+        "feed = Feed(folder, TrackingConfig(uri=uri, system_metrics=False))\n"
+        "feed.start()\n"
+        "assert 'importlib_metadata' in sys.modules and 'mlflow' not in sys.modules\n"
+        "assert hasattr(sys.modules['importlib_metadata'], 'PathDistribution')\n"
+        "feed._closing.set()\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code, str(journal.folder), store], check=True)
 
 
 def test_a_record_sent_later_keeps_the_times_of_the_run(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
