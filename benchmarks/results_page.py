@@ -74,7 +74,13 @@ def train_and_held_out(study: StudyResults) -> str:
     for variant in study.variants():
         pairs: dict[str, list[tuple[float, float]]] = {}
         for run in study.of(variant):
-            history = sorted((p.step, p.value) for p in connection.get_metric_history(run.run_id, "train/loss"))
+            # Of mixed batches the part of the current rows, where the record has it.
+            points = {
+                point.step: point.value
+                for name in ("train/loss", "train/loss_current")
+                for point in connection.get_metric_history(run.run_id, name)
+            }
+            history = sorted(points.items())
             assert run.table is not None
             for row, step in zip(run.table.rows(), run.table.steps(), strict=True):
                 if row:

@@ -22,7 +22,7 @@ from clplat.errors import NotFiniteError
 from clplat.hooks import Hooks
 from clplat.objective import Objective
 from clplat.strategies.world import World
-from clplat.streams.batch import Batch
+from clplat.streams.batch import CURRENT, REPLAY, Batch
 
 _REMEDY = "The last good checkpoint is kept; lower training.optimizer.init_args.lr, or set training.clip_norm."
 
@@ -69,8 +69,7 @@ class Learner(LightningModule):
         output = self._forward[0](batch, self.carried)
         if self.architecture.memory_life != "sequence":
             self.carried = pytree.tree_map(lambda leaf: leaf.detach(), output.state)
-        owner = self.hooks.objective
-        loss = owner.objective(output, batch) if owner is not None else self.objective(output, batch)
+        loss = self._objective(output, batch)
         terms = {"loss": loss}
         if output.losses:
             terms |= {f"loss_{name}": value for name, value in output.losses.items()}
@@ -80,11 +79,22 @@ class Learner(LightningModule):
         self._finished.append((batch, output))
         return torch.stack(list(terms.values())).sum() if len(terms) > 1 else loss
 
+    def _objective(self, output: Output, batch: Batch) -> Tensor:
+        """The loss without auxiliary losses and penalties; of a mixed batch its two parts are logged too."""
+        if self.hooks.objective is not None:
+            return self.hooks.objective.objective(output, batch)
+        if batch.origin is None:
+            return self.objective(output, batch)
+        parts = self.objective.by_origin(output, batch)
+        loss = parts.sum()
+        self._note({"loss_current": parts[CURRENT], "loss_replay": parts[REPLAY]})
+        return loss
+
     def _note(self, terms: Mapping[str, Tensor]) -> None:
         """Keep loss terms on the device until somebody logs them: no synchronisation in a step."""
         for name, value in terms.items():
             self.window.setdefault(name, []).append(value.detach())
-        if self.observed is not None:
+        if self.observed is not None and "loss" in terms:
             self.observed.append(terms["loss"].detach())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

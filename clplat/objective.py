@@ -57,6 +57,11 @@ class Objective(nn.Module):
         if batch.origin is None:
             logits, targets = self.masked(output, batch), batch.targets
             return F.cross_entropy(logits.flatten(0, targets.ndim - 1), targets.flatten(), ignore_index=IGNORE)
+        return self.by_origin(output, batch).sum()
+
+    def by_origin(self, output: Output, batch: Batch) -> Tensor:
+        """Weight × mean over the current and over the replayed rows, (2,)."""
+        assert batch.origin is not None
         loss = self.row_loss(output, batch)
         weight = batch.weight if batch.weight is not None else torch.ones_like(batch.origin, dtype=loss.dtype)
         counted = (batch.targets != IGNORE).to(loss.dtype)
@@ -64,4 +69,4 @@ class Objective(nn.Module):
             loss, counted = loss.sum(1), counted.sum(1)
         sums = loss.new_zeros(AUXILIARY + 1).index_add(0, batch.origin, loss * weight)
         counts = loss.new_zeros(AUXILIARY + 1).index_add(0, batch.origin, counted)
-        return (sums / counts.clamp(min=1))[:AUXILIARY].sum()
+        return (sums / counts.clamp(min=1))[:AUXILIARY]
