@@ -74,7 +74,6 @@ def new_trainer(training: TrainingConfig, device: Any, processes: int) -> Traine
         strategy=strategy,
         precision=training.precision,
         max_epochs=1,
-        accumulate_grad_batches=training.accumulate,
         use_distributed_sampler=False,
         barebones=True,
     )

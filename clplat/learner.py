@@ -38,7 +38,8 @@ class Learner(LightningModule):
     ) -> None:
         super().__init__()
         self.architecture, self.objective, self.hooks, self.training_config = architecture, objective, hooks, training
-        self.automatic_optimization = hooks.step_owner is None
+        # The step is written out in `_step`: Lightning's automatic one costs more than a small model's forward.
+        self.automatic_optimization = False
         # Compiled forward and plain module share their weights; state_dict and strategies use the plain one.
         self._forward = [torch.compile(architecture) if training.compile else architecture]
         self.carried: State = None
@@ -51,11 +52,19 @@ class Learner(LightningModule):
         self.optimizer_state: dict[str, Any] | None = None
         self.scaler_state: Mapping[str, Any] | None = None
         self._fitting = False
+        self._current_optimizer: list[Any] = []
         self._finished: list[tuple[Batch, Output]] = []
         self.after_step: Callable[[], None] = lambda: None
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of one batch: objective + auxiliary losses + penalties, each logged under its name."""
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Plain values take the short way past torch's bookkeeping; Lightning sets one at every hook."""
+        if isinstance(value, str | int) or value is None:
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One batch: mix in replay, forward, and the loss as a sum of named terms; then the optimizer's part."""
         rows = len(batch)
         if self.hooks.with_batch:
             batch = self.hooks.batch(batch)
@@ -64,20 +73,45 @@ class Learner(LightningModule):
         if self.hooks.step_owner is not None:
             loss, output = self.hooks.step_owner.step(batch, self._optimizer())
             self._note({"loss": loss})
-            self._finished.append((batch, output))
-            return loss
-        output = self._forward[0](batch, self.carried)
+        else:
+            output = self._forward[0](batch, self.carried)
+            self._step(self._loss(output, batch))
         if self.architecture.memory_life != "sequence":
             self.carried = pytree.tree_map(lambda leaf: leaf.detach(), output.state)
-        loss = self._objective(output, batch)
-        terms = {"loss": loss}
+        self._finished.append((batch, output))
+
+    def _loss(self, output: Output, batch: Batch) -> Tensor:
+        """Objective + auxiliary losses + penalties, each logged under its name."""
+        terms = {"loss": self._objective(output, batch)}
         if output.losses:
             terms |= {f"loss_{name}": value for name, value in output.losses.items()}
         if self.hooks.with_penalty:
             terms |= {f"penalty_{name}": value for name, value in self.hooks.penalties(output, batch).items()}
         self._note(terms)
-        self._finished.append((batch, output))
-        return torch.stack(list(terms.values())).sum() if len(terms) > 1 else loss
+        return torch.stack(list(terms.values())).sum() if len(terms) > 1 else terms["loss"]
+
+    def _step(self, loss: Tensor) -> None:
+        """Backward, and after `accumulate` batches: strategies change the gradient, clip, step."""
+        config, optimizer = self.training_config, self._optimizer()
+        if config.accumulate > 1:
+            loss = loss / config.accumulate
+        # Through Lightning, which scales 16-bit losses and has processes exchange gradients.
+        self.manual_backward(loss)
+        if (self.batches + 1) % config.accumulate:
+            return
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        for strategy in self.hooks.with_gradient:
+            strategy.gradient()
+        if config.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.architecture.parameters(), config.clip_norm)
+        if scaler is not None:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
 
     def _objective(self, output: Output, batch: Batch) -> Tensor:
         """The loss without auxiliary losses and penalties; of a mixed batch its two parts are logged too."""
@@ -97,14 +131,10 @@ class Learner(LightningModule):
         if self.observed is not None and "loss" in terms:
             self.observed.append(terms["loss"].detach())
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Strategies change the gradient after all-reduce and unscaling, before clipping."""
-        for strategy in self.hooks.with_gradient:
-            strategy.gradient()
-
     def on_train_start(self) -> None:
         """Continue with the optimizer of the interrupted, or of the last, task where there is one."""
         self._fitting = True
+        self._current_optimizer = [self.optimizers(use_pl_optimizer=False)]
         if self.optimizer_state is not None:
             self._optimizer().load_state_dict(self.optimizer_state)
         if self.scaler_state:
@@ -167,17 +197,11 @@ class Learner(LightningModule):
         trainable = [p for p in self.architecture.parameters() if p.requires_grad]
         return found(trainable, **component.init_args)
 
-    def configure_gradient_clipping(
-        self, optimizer: torch.optim.Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
-    ) -> None:
-        if self.training_config.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.architecture.parameters(), self.training_config.clip_norm)
-
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device, non_blocking=True)
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        return self.optimizers(use_pl_optimizer=False)  # type: ignore[return-value]
+        return self._current_optimizer[0]
 
     def live_optimizer_state(self) -> dict[str, Any] | None:
         """The optimizer's state now, or the one kept for the next task."""

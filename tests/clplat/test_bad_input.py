@@ -82,7 +82,7 @@ def test_a_loss_that_is_not_a_number_fails_the_run_and_never_overwrites_a_good_c
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = run_folder(tmp_path, study())
-    original = Learner.training_step
+    original = Learner._loss
 
     def poisoned(self: Learner, *args: Any) -> torch.Tensor:
         loss = original(self, *args)
@@ -91,7 +91,7 @@ def test_a_loss_that_is_not_a_number_fails_the_run_and_never_overwrites_a_good_c
             return loss * float("nan")
         return loss
 
-    monkeypatch.setattr(Learner, "training_step", poisoned)
+    monkeypatch.setattr(Learner, "_loss", poisoned)
     outcome = execute(folder)
     assert outcome.status == last_status(folder) == "FAILED"
     assert "step" in outcome.reason and "lower training.optimizer.init_args.lr" in outcome.reason
