@@ -134,7 +134,7 @@ def test_a_server_that_goes_away_mid_run_loses_no_point(
 
 
 def test_failed_and_killed_runs_are_never_left_running(store: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "endings.py").write_text(
         "import os, signal\n"
         "from clplat.strategies.base import Strategy\n"
         "class Broken(Strategy):\n"
@@ -145,7 +145,7 @@ def test_failed_and_killed_runs_are_never_left_running(store: str, tmp_path: Pat
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
     )
     for name, status in (("Broken", "FAILED"), ("Stopped", "KILLED")):
-        folder = run_folder(tmp_path, tracked(store, strategies={"s": {"class_path": f"mine.{name}"}}), name)
+        folder = run_folder(tmp_path, tracked(store, strategies={"s": {"class_path": f"endings.{name}"}}), name)
         assert execute(folder).status == status
         run = run_of(folder)
         assert run.info.status == status and run.data.tags["status_reason"]
