@@ -14,7 +14,8 @@ import shutil
 from pathlib import Path
 
 from clplat.metrics import Interval, interval
-from clplat.report import COSTS, difference, finding, notes, write_report
+from clplat.page import write_report
+from clplat.report import COSTS, difference, finding, notes
 from clplat.study_results import RunRecord, StudyResults, load_study_results
 from clplat.tracking import client
 

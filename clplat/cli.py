@@ -122,11 +122,11 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
             results = load_study_results(options.study, options.uri)
             console.print(report.compare_table(results, options.baseline))
         case "report":
-            from clplat import report
+            from clplat import page
             from clplat.study_results import load_study_results
 
             results = load_study_results(options.study, options.uri)
-            console.print(f"report: {report.write_report(results, options.out, options.baseline)}", soft_wrap=True)
+            console.print(f"report: {page.write_report(results, options.out, options.baseline)}", soft_wrap=True)
         case "evaluate":
             from clplat.api import evaluate
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clplat import figures
-from clplat.report import COSTS, SCORES, TRANSFER, difference, finding, mean_scores, notes
+from clplat.report import COSTS, SCORES, TRANSFER, baseline_of, difference, finding, mean_scores, notes
 from clplat.study_results import StudyResults
+from clplat.tracking import client
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +27,17 @@ th:first-child, td:first-child { text-align: left } th { font-weight: 600; borde
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem } .figures > div { flex: 1 1 26rem; max-width: 40rem }
 .note { color: #8a3b00 } .wide { overflow-x: auto } svg { max-width: 100%; height: auto } .small { color: #555 }
 """
+
+
+def write_report(study: StudyResults, out: str | Path | None = None, baseline: str | None = None) -> Path:
+    """Write report.html and its figures, and attach them to the study's run in MLflow."""
+    folder = Path(out) if out is not None else Path(study.folder if Path(study.folder).is_dir() else ".")
+    folder.mkdir(parents=True, exist_ok=True)
+    page = render(study, baseline_of(study, baseline), folder)
+    connection = client(study.uri)
+    connection.log_artifact(study.run_id, str(page))
+    connection.log_artifacts(study.run_id, str(folder / "figures"), "figures")
+    return page
 
 
 def render(study: StudyResults, baseline: str | None, folder: Path) -> Path:

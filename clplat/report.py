@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -14,7 +13,6 @@ from rich.table import Table
 from clplat.errors import ConfigError, nearest
 from clplat.metrics import Scores, paired, verdict
 from clplat.study_results import StudyResults
-from clplat.tracking import client
 
 SCORES = {
     "final_score": "final score",
@@ -46,7 +44,7 @@ TERMINAL_COSTS = ("cost/buffer_share", "cost/replay_ratio", "cost/steps", "rate"
 
 def compare_table(study: StudyResults, baseline: str | None = None) -> Group:
     """What a study says, for a terminal of 80 columns: scores, costs, and what to know before comparing."""
-    base = _baseline(study, baseline)
+    base = baseline_of(study, baseline)
     heads = ["n", *(SCORES[m] for m in TERMINAL), *([f"score − {base}"] if base else [])]
     scores = _numbers(f"{study.name}: mean ± 95 % interval over seeds", heads)
     scores.caption = "Score: higher is better; forgetting: lower. † sees more data than a learner may."
@@ -74,7 +72,8 @@ def _cost(study: StudyResults, variant: str, name: str, show: Callable[[float], 
     return "–" if math.isnan(mean) else show(mean)
 
 
-def _baseline(study: StudyResults, baseline: str | None) -> str | None:
+def baseline_of(study: StudyResults, baseline: str | None) -> str | None:
+    """The variant to compare with: the one asked for, or the study's own; an unknown one is named."""
     base = baseline or study.baseline
     if base is not None and base not in study.variants():
         raise ConfigError(f"baseline: study {study.name!r} has no variant {base!r}{nearest(base, study.variants())}")
@@ -112,7 +111,7 @@ def notes(study: StudyResults) -> list[str]:
 
 def finding(study: StudyResults, baseline: str | None = None) -> str:
     """The study's result in a sentence, with its interval and how far it may be trusted."""
-    base = _baseline(study, baseline)
+    base = baseline_of(study, baseline)
     arms = [v for v in study.variants() if not study.is_reference(v) and study.by_seed(v, "final_forgetting")]
     if not arms:
         return "No variant has finished with a final forgetting to compare."
@@ -131,19 +130,6 @@ MEANING = {
     "difference": "a difference at 95 %",
     "no difference shown": "no difference shown",
 }
-
-
-def write_report(study: StudyResults, out: str | Path | None = None, baseline: str | None = None) -> Path:
-    """Write report.html and its figures, and attach them to the study's run in MLflow."""
-    from clplat.page import render
-
-    folder = Path(out) if out is not None else Path(study.folder if Path(study.folder).is_dir() else ".")
-    folder.mkdir(parents=True, exist_ok=True)
-    page = render(study, _baseline(study, baseline), folder)
-    connection = client(study.uri)
-    connection.log_artifact(study.run_id, str(page))
-    connection.log_artifacts(study.run_id, str(folder / "figures"), "figures")
-    return page
 
 
 def mean_scores(study: StudyResults, variants: Sequence[str]) -> dict[str, Scores]:

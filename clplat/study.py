@@ -112,6 +112,7 @@ def worker_count(study: StudyConfig, runs: int) -> int:
 def conclude(study: Study, console: Console) -> None:
     """The end of a study: the comparison in the terminal, the report, and how to open MLflow on it."""
     from clplat import report
+    from clplat.page import write_report
     from clplat.study_results import load_study_results
 
     config = load_study(study.folder / "study.yaml")
@@ -126,7 +127,7 @@ def conclude(study: Study, console: Console) -> None:
         return
     console.print(report.compare_table(results, config.baseline))
     console.print(report.finding(results, config.baseline), soft_wrap=True)
-    page = report.write_report(results, str(study.folder), config.baseline)
+    page = write_report(results, str(study.folder), config.baseline)
     console.print(f"report: {page}", soft_wrap=True)
     console.print(f"MLflow: clplat ui --uri {config.tracking.uri}", soft_wrap=True)
     if study.code:

@@ -14,7 +14,8 @@ from rich.console import Console
 from clplat.errors import ConfigError
 from clplat.journal import Journal
 from clplat.metrics import interval
-from clplat.report import compare_table, finding, notes, write_report
+from clplat.page import write_report
+from clplat.report import compare_table, finding, notes
 from clplat.study_results import StudyResults, load_study_results
 
 NAIVE = {0: [[0.1, 0.1], [0.9, 0.1], [0.3, 0.8]], 1: [[0.1, 0.1], [0.8, 0.1], [0.4, 0.9]]}

@@ -13,7 +13,7 @@ from studies import REPLAY, run_folder, study
 
 import clplat
 import clplat.metrics
-from clplat import report, tracking
+from clplat import page, report, tracking
 from clplat.execution import execute
 from clplat.journal import read, table
 from clplat.study_record import sync
@@ -215,8 +215,7 @@ def test_compare_report_results_and_reproduce_read_mlflow_alone(
     finals = [clplat.metrics.summary(expected[f"er-s{seed}"])["final_score"] for seed in (0, 1)]
     assert results.interval("er", "final_score").mean == pytest.approx(sum(finals) / 2)
     assert "direction" in report.finding(results)
-    page = report.write_report(results, tmp_path / "out")
-    html = page.read_text()
+    html = page.write_report(results, tmp_path / "out").read_text()
     assert html.count("<svg") == 4 and "http://" not in html.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "")
