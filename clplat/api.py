@@ -110,12 +110,21 @@ def results(study: Study | str | Path, uri: str | None = None) -> pandas.DataFra
     return results_frame(load_study_results(name, uri))
 
 
+def run_folder_of(run: str | Path) -> Path:
+    """The folder of one run; a study's folder is refused with the runs to choose from."""
+    folder = folder_of(run)
+    if not (folder / "config.yaml").is_file():
+        names = ", ".join(one.name for one in run_folders(folder))
+        raise ConfigError(f"{run}: is a study; name one of its runs: {names}")
+    return folder
+
+
 def load_model(run: str | Path) -> Architecture:
     """The architecture of a run with its last saved weights, in evaluation mode, on the CPU."""
     from clplat.assembly import built_architecture, load_weights, prepared_stream
     from clplat.checkpoint import Checkpoints
 
-    folder = folder_of(run)
+    folder = run_folder_of(run)
     config = load_run(folder / "config.yaml")
     state = Checkpoints(folder, every_seconds=0).load()
     if state is None:
@@ -135,7 +144,7 @@ def evaluate(run: str | Path, stream: str | None = None) -> Table:
     from clplat.config import parse_yaml
     from clplat.strategies.world import World
 
-    folder = folder_of(run)
+    folder = run_folder_of(run)
     config = load_run(folder / "config.yaml")
     if stream is not None:
         given = parse_yaml(stream)

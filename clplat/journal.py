@@ -139,9 +139,14 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         return
     with path.open() as file:
-        for line in file:
+        for number, line in enumerate(file, start=1):
             if line.endswith("\n"):
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise StorageError(
+                        f"{path}, line {number}: damaged ({error}); remove that line and go on"
+                    ) from error
 
 
 def table(folder: Path) -> ResultTable:

@@ -6,6 +6,7 @@ socket pair. A worker that dies takes only its present run with it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -181,7 +182,9 @@ class _Link:
         self._link, self._sent = link, 0.0
 
     def send(self, kind: str, content: Any) -> None:
-        self._link.sendall((json.dumps([kind, content]) + "\n").encode())
+        # A launcher that is gone (a closed terminal, a kill) is no reason to lose a healthy run.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self._link.sendall((json.dumps([kind, content]) + "\n").encode())
 
     def step(self, task: str, done: int, total: int, loss: float | None) -> None:
         import time

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from clplat.architectures.base import Architecture, Output, State, StepOutcome
 from clplat.components import resolve
 from clplat.config import TrainingConfig
-from clplat.errors import NotFiniteError
+from clplat.errors import ConfigError, NotFiniteError
 from clplat.hooks import Hooks
 from clplat.objective import Objective
 from clplat.strategies.world import World
@@ -195,7 +195,10 @@ class Learner(LightningModule):
         if hasattr(found, "for_module"):
             return found.for_module(self.architecture, **component.init_args)
         trainable = [p for p in self.architecture.parameters() if p.requires_grad]
-        return found(trainable, **component.init_args)
+        try:
+            return found(trainable, **component.init_args)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"training.optimizer.init_args: {error}") from error
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device, non_blocking=True)

@@ -55,7 +55,7 @@ def preflight(runs: Sequence[RunConfig]) -> None:
         key = json.dumps(plain(run.stream), sort_keys=True)
         streams[key] = streams.get(key) or prepared_stream(run)
         try:
-            assemble(run, World(), streams[key])
+            assemble(run, World(), streams[key]).learner.configure_optimizers()
         except ConfigError as error:
             raise ConfigError(f"variant {run.variant}: {error}") from error
 
@@ -64,7 +64,12 @@ def lay_out(study: StudyConfig, runs: Sequence[RunConfig]) -> Path:
     """Make the study's folder with one folder a run, each with its resolved configuration."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(study.folder) / f"{study.name}-{stamp}-{secrets.token_hex(2)}"
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"folder: {folder} cannot be made ({error.strerror}); name a folder that can be written"
+        ) from error
     save(settled(study), folder / "study.yaml")
     for run in runs:
         (folder / f"{run.variant}-s{run.seed}").mkdir()
@@ -131,4 +136,8 @@ def conclude(study: Study, console: Console) -> None:
     console.print(f"report: {page}", soft_wrap=True)
     console.print(f"MLflow: clplat ui --uri {config.tracking.uri}", soft_wrap=True)
     if study.code:
-        console.print(f"Not all runs finished; `clplat resume {study.folder}` goes on with those.", soft_wrap=True)
+        console.print(
+            f"Not all runs finished; `clplat resume {study.folder}` goes on with those that were stopped. A run that "
+            "failed of itself will fail again: it needs a new study with the change that its message names.",
+            soft_wrap=True,
+        )

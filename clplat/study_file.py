@@ -58,6 +58,20 @@ def load_study(config: str | Path | Mapping[str, Any], overrides: Sequence[tuple
     for number in ("batch_size", "accumulate", "threads", "devices"):
         if getattr(study.training, number) < 1:
             raise ConfigError(f"training.{number}: must be at least 1, got {getattr(study.training, number)}")
+    for key, value, lowest in (
+        ("training.workers", study.training.workers, 0),
+        ("training.warmup", study.training.warmup, 0),
+        ("launcher.workers", 1 if study.launcher.workers == "auto" else study.launcher.workers, 1),
+        ("evaluation.batch_size", study.evaluation.batch_size, 1),
+        ("tracking.log_every", study.tracking.log_every, 1),
+        ("seeds", min(study.seeds, default=0), 0),
+    ):
+        if value < lowest:
+            raise ConfigError(f"{key}: must be at least {lowest}, got {value}")
+    if study.training.warmup > 1:
+        raise ConfigError(f"training.warmup: is a share of the schedule's span, at most 1; got {study.training.warmup}")
+    if not re.fullmatch(r"\w[\w.+-]*", study.name):
+        raise ConfigError(f"name: use letters, digits, '_', '-', '+' and '.'; got {study.name!r}")
     if not study.seeds or len(set(study.seeds)) != len(study.seeds):
         raise ConfigError(f"seeds: give at least one, each once; got {study.seeds}")
     if study.baseline is not None and study.baseline not in study.variants:

@@ -128,8 +128,12 @@ class Record:
 
 
 def default_uri() -> str:
-    """Where studies are looked for when nothing else is said."""
-    return os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    """Where studies are looked for when nothing else is said; looking for one makes no database."""
+    if "MLFLOW_TRACKING_URI" in os.environ:
+        return os.environ["MLFLOW_TRACKING_URI"]
+    if not Path("mlflow.db").is_file():
+        raise ConfigError("there is no mlflow.db in this folder; go to the one of the study, or name it with --uri")
+    return "sqlite:///mlflow.db"
 
 
 def fetch_run(run: str) -> Record:

@@ -133,7 +133,7 @@ class Feed:
             raise
         except Exception as error:  # noqa: BLE001 - a server can fail in any way; the run must not
             if self._trouble is None:
-                print(f"MLflow at {self.tracking.uri} cannot be reached ({short(error)}); the record stays in "
+                print(f"MLflow at {self.tracking.uri} does not take the record just now ({short(error)}); it stays in "
                       f"{self.folder} and is sent later.", file=sys.stderr)  # fmt: skip
             self._trouble = short(error)
             return False
@@ -222,7 +222,13 @@ class Feed:
             case "dataset":
                 data = Dataset(name=entry["name"], digest=entry["digest"], source_type="clplat", source=entry["name"])
                 tag = InputTag("mlflow.data.context", entry["context"])
-                self._client.log_inputs(run_id, [DatasetInput(data, [tag])])
+                try:
+                    self._client.log_inputs(run_id, [DatasetInput(data, [tag])])
+                except Exception as error:
+                    # Two runs that register one data set at the same time collide in the store, once.
+                    if "UNIQUE" not in str(error):
+                        raise
+                    self._client.log_inputs(run_id, [DatasetInput(data, [tag])])
 
     def _send_params(self, values: dict[str, str]) -> None:
         """MLflow keeps a parameter's first value; what a resumed run may change (devices, …) is told in tags."""

@@ -98,9 +98,10 @@ class BPETokenizer(_LibraryTokenizer):
         text = path.read_text(encoding="utf-8")
         try:
             json.loads(text)
-        except ValueError as error:
+            library = Library.from_str(text)
+        except Exception as error:  # the tokenizers library raises bare exceptions for what it cannot read
             raise ValueError(f"tokenizer {path} is damaged ({error}); delete the file and run again") from error
-        self._use(Library.from_str(text))
+        self._use(library)
 
 
 class PretrainedTokenizer(_LibraryTokenizer):

@@ -196,3 +196,39 @@ def test_the_journal_of_a_failed_run_is_standard_json_and_ends_with_its_status(
     for line in (folder / "journal.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not standard JSON"))
     assert [entry["status"] for entry in read(folder) if entry["kind"] == "status"] == ["RUNNING", "FAILED"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training__workers": -2}, r"training\.workers: must be at least 0, got -2"),
+        ({"training__warmup": 7}, r"training\.warmup: .*at most 1"),
+        ({"launcher": {"workers": -3}}, r"launcher\.workers: must be at least 1"),
+        ({"name": "../evil"}, r"name: use letters"),
+        (
+            {"training__optimizer": {"class_path": "SGD", "init_args": {"lr": -1}}},
+            r"optimizer.*learning rate",
+        ),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name_before_training(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preflight(expand(load_study(study(**changes))))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="folder: .*file"):
+        clplat.run(study(folder=str(tmp_path / "file")), quiet=True)
+
+
+def test_a_damaged_line_of_the_journal_is_named(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_text('{"kind": "status", "status": "RUNNING", "reason": ""}\nrubbish\n')
+    with pytest.raises(StorageError, match=r"journal\.jsonl, line 2: damaged"):
+        list(read(tmp_path))
+
+
+def test_a_study_in_the_place_of_a_run_is_refused_with_its_runs(tmp_path: Path) -> None:
+    done = clplat.run(study(), quiet=True)
+    with pytest.raises(ConfigError, match="is a study; name one of its runs: digits-s0"):
+        clplat.load_model(done.folder)

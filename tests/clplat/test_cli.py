@@ -70,7 +70,7 @@ def test_a_dry_run_estimates_and_leaves_nothing_behind(
         (["resume", "."], 1, "neither a run folder"),
         (["list", "stream"], 1, "did you mean 'streams'"),
         (["compare", "quickstart", "--wrong"], 2, "unrecognized argument"),
-        (["report", "unheard-of"], 1, "unheard-of"),
+        (["report", "unheard-of"], 1, "there is no mlflow.db in this folder"),
     ],
 )
 def test_errors_are_one_line_with_the_fix_and_the_right_exit_code(
