@@ -102,13 +102,6 @@ class Decodes(Protocol):
         ...
 
 
-@runtime_checkable
-class HasEpisodicStore(Protocol):
-    """Capability: an episodic memory whose stored bytes count against a budget."""
-
-    def episodic_bytes(self) -> int: ...
-
-
 def device_of(module: nn.Module) -> torch.device:
     """The device of the module's first parameter."""
     return next(module.parameters()).device
