@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from clplat.config import RunConfig, difference, load_run, parse, plain, save
 from clplat.errors import ConfigError
@@ -45,14 +44,23 @@ def resume(target: str | Path, overrides: Sequence[tuple[str, str]] = (), consol
     """
     console = console or Console(highlight=False)
     folder = folder_of(target)
-    folders = run_folders(folder) if (folder / "study.yaml").is_file() else [folder]
-    for one in folders:
-        _change(one, overrides)
     if (folder / "study.yaml").is_file():
+        _change_runs(folder, overrides)
         study = settled(load_study(folder / "study.yaml", overrides))
         save(study, folder / "study.yaml")
         return carry_out(folder, study, console)
+    _change(folder, overrides)
     return _resume_one(folder, console)
+
+
+def _change_runs(folder: Path, overrides: Sequence[tuple[str, str]]) -> None:
+    """Lay overrides over all runs of a study; what only the study has is checked here."""
+    for key, _ in overrides:
+        if key.split(".")[0] in ("name", "seeds", "variants", "folder"):
+            raise ConfigError(f"--{key}: a resumed study keeps its runs; start a new study with the change")
+    shared = [pair for pair in overrides if pair[0].split(".")[0] not in ("launcher", "baseline")]
+    for run in run_folders(folder):
+        _change(run, shared)
 
 
 def _resume_one(folder: Path, console: Console) -> Study:
@@ -134,8 +142,11 @@ def load_model(run: str | Path) -> Architecture:
     return architecture.eval()
 
 
-def evaluate(run: str | Path, stream: str | None = None) -> Table:
-    """Score a run's last weights on a stream: its own, or a class name or YAML of class_path and init_args."""
+def evaluate(run: str | Path, stream: str | None = None) -> pandas.DataFrame:
+    """Score a run's last weights on a stream: its own, or a class name or YAML of class_path and init_args.
+
+    Returns one row for each task, view and metric, with the `count` of what was averaged.
+    """
     import dataclasses
 
     from clplat.assembly import assemble, load_weights
@@ -161,21 +172,26 @@ def evaluate(run: str | Path, stream: str | None = None) -> Table:
             f"--stream: this model does not fit the stream ({str(error).splitlines()[-1].strip()})"
         ) from error
     parts.hooks.load_state_dict(state["strategies"])
-    table = Table("task", "view", "metric", "value", "count", title=f"{folder.name} on {type(parts.stream).__name__}")
-    for cell in parts.evaluator.cells([task.index for task in parts.stream.tasks]):
-        table.add_row(cell.task, cell.view, cell.metric, f"{cell.value:.4f}", f"{cell.count:.0f}")
-    return table
+    import pandas
+
+    cells = parts.evaluator.cells([task.index for task in parts.stream.tasks])
+    return pandas.DataFrame([dataclasses.asdict(c) for c in cells])[["task", "view", "metric", "value", "count"]]
 
 
-def reproduce(run: str, console: Console) -> tuple[bool, Table]:
-    """Run again what MLflow holds of a run; whether all scores came out the same, and a table of differences."""
+def reproduce(run: str | Path, console: Console | None = None) -> pandas.DataFrame:
+    """Run again what MLflow holds of a run; one row for each score, `recorded` then and `now`.
+
+    The run is reproduced when the two columns are equal; on one machine's CPU they are, bit for bit.
+    """
     import tempfile
+
+    import pandas
 
     from clplat.execution import execute
     from clplat.journal import table as journal_table
     from clplat.study_record import fetch_run
 
-    record = fetch_run(run)
+    record, console = fetch_run(str(run)), console or Console(highlight=False)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "again"
         folder.mkdir()
@@ -187,16 +203,8 @@ def reproduce(run: str, console: Console) -> tuple[bool, Table]:
         if outcome.status != "FINISHED":
             raise ConfigError(f"the repetition did not finish: {outcome.reason}")
         again = journal_table(folder)
-    return _differences(record.table, again)
-
-
-def _differences(old: Any, new: Any) -> tuple[bool, Table]:
-    table = Table("task", "metric", "recorded", "now", title="last row of the result table")
-    pairs = list(zip(old.to_rows(), new.to_rows(), strict=True))
-    last = max(row["row"] for row, _ in pairs)
-    for before, after in pairs:
-        if before["row"] == last:
-            table.add_row(before["task"], before["metric"], f"{before['value']:.6f}", f"{after['value']:.6f}")
-    same = all(b["value"] == a["value"] or (b["value"] != b["value"] and a["value"] != a["value"]) for b, a in pairs)
-    table.caption = "every score of the whole table is the same, bit for bit" if same else "the tables differ"
-    return same, table
+    pairs = zip(record.table.to_rows(), again.to_rows(), strict=True)
+    names = ("row", "task", "view", "metric")
+    return pandas.DataFrame(
+        [{name: old[name] for name in names} | {"recorded": old["value"], "now": new["value"]} for old, new in pairs]
+    )

@@ -47,12 +47,24 @@ class Checkpoints:
         return path
 
     def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint that is whole, or None; damaged ones are skipped with a warning."""
+        """The newest checkpoint that is whole, or None when there is none; damaged ones are skipped with a warning.
+
+        Raises `StorageError` when all are damaged: to begin again is for a person to decide.
+        """
+        damaged: list[Path] = []
         for path, match in reversed(self._files()):
             if file_hash(path) == match[3]:
+                for bad in damaged:
+                    warnings.warn(f"{bad}: damaged or cut short; going back to {path.name}", stacklevel=2)
+                    bad.unlink()
                 return torch.load(path, map_location="cpu", weights_only=True)
-            warnings.warn(f"{path}: damaged or cut short; falling back to the one before", stacklevel=2)
-            path.unlink()
+            damaged.append(path)
+        if damaged:
+            names = ", ".join(path.name for path in damaged)
+            raise StorageError(
+                f"{self.folder}: every checkpoint is damaged or cut short ({names}). "
+                "Put good copies back, or remove this folder and resume: the run then begins again."
+            )
         return None
 
     def _files(self) -> list[tuple[Path, re.Match[str]]]:

@@ -129,13 +129,18 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
             console.print(f"report: {page.write_report(results, options.out, options.baseline)}", soft_wrap=True)
         case "evaluate":
             from clplat.api import evaluate
+            from clplat.overview import shown_frame
 
-            console.print(evaluate(options.run, options.stream))
+            console.print(shown_frame(evaluate(options.run, options.stream), f"{options.run} now"))
         case "reproduce":
             from clplat.api import reproduce
+            from clplat.overview import shown_frame
 
-            same, table = reproduce(options.run, console)
-            console.print(table)
+            scores = reproduce(options.run, console)
+            same = scores["recorded"].equals(scores["now"])
+            last = scores[scores["row"] == scores["row"].max()]
+            console.print(shown_frame(last, "the last row of the result table"))
+            console.print("Every score of the whole table is the same, bit for bit." if same else "The tables differ.")
             return 0 if same else 1
         case "sync":
             from clplat.study_record import sync

@@ -150,7 +150,8 @@ def checked(component: Component, wing: str, key: str) -> Component:
     options = _options(found, wing)
     for name in component.init_args:
         if name not in options:
-            known = [option for option in options if options[option].kind is not inspect.Parameter.VAR_KEYWORD]
+            kinds = {option: options[option].kind for option in options if option not in WINGS[wing].supplied}
+            known = [option for option, kind in kinds.items() if kind is not inspect.Parameter.VAR_KEYWORD]
             raise ConfigError(f"{key}.init_args.{name}: {found.__name__} has no such option{nearest(name, known)}")
     given = _given(component, wing)
     parser = _parser(found, wing)
@@ -213,6 +214,27 @@ def _options(found: type, wing: str) -> dict[str, inspect.Parameter]:
 def _reason(error: Exception) -> str:
     """jsonargparse's message as `.key: expected …`, on one line and without its Python types' dress."""
     text = re.sub(r"\s+", " ", str(error)).strip()
-    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
     match = re.match(r'Parser key "([\w.]+)": (.*)', text)
-    return f".{match[1]}: {match[2]}" if match else f": {text}"
+    place, text = (f".{match[1]}", match[2]) if match else ("", text)
+    return f"{place}: {_said_plainly(text)}"
+
+
+def _said_plainly(text: str) -> str:
+    text = re.sub(r"<class '([\w.]+)'>|\btyping\.", lambda m: m[1] or "", text)
+    if match := re.search(r"class_path '([\w.]+)': Option '(\w+)' is not accepted", text):
+        module, _, name = match[1].rpartition(".")
+        known = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+        return f"{name} has no option {match[2]!r}{nearest(match[2], known)}"
+    if match := re.search(r"Subtypes: \[(.*?)\] Errors: .*Given value: (.*)", text):
+        kinds = [kind for kind in re.split(r", (?![^\[]*\])", match[1]) if kind != "NoneType"]
+        return f"expected {' or '.join(map(_kind, kinds))}, got {match[2]}"
+    if match := re.match(r"Expected an? (.*?)\. Got value: (.*)", text):
+        return f"expected {_kind(match[1])}, got {match[2]}"
+    return text
+
+
+def _kind(annotation: str) -> str:
+    """A type as a person says it."""
+    choices = re.fullmatch(r"Literal\[(.*)\]", annotation)
+    words = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
+    return choices[1].replace(", ", " or ") if choices else words.get(annotation, annotation)

@@ -28,7 +28,8 @@ class TrainingConfig:
     budget: Budget = field(default_factory=lambda: Budget(epochs=1))
     """How long, each task: exactly one of steps, epochs, tokens; and `until`, see `streams.base.Budget`."""
     batch_size: int = 32
-    """Current rows of one forward pass over all processes; replay rows are added to them."""
+    """Current rows of one forward pass over all processes (all of a task's, where it has fewer); replay rows are added
+    to them."""
     accumulate: int = 1
     """Forward passes an optimizer step."""
     optimizer: Component = field(
@@ -165,7 +166,9 @@ def parse(cls: type, data: Mapping[str, Any]) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{place}: {first['msg']}, got {first['input']!r}") from error
+        said = re.sub("^Value error, |^Input ", "", first["msg"])
+        got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+        raise ConfigError(f"{place}: {said}{got}") from error
 
 
 def _check_keys(cls: type, data: Any, path: str) -> None:
@@ -175,7 +178,10 @@ def _check_keys(cls: type, data: Any, path: str) -> None:
     for key, value in data.items():
         if key not in known:
             raise ConfigError(f"{path}{key}: there is no such key{nearest(str(key), known)}")
-        nested = _NESTED.get(str(known[key].type))
+        kind = str(known[key].type)
+        if isinstance(value, bool) and ("int" in kind or "float" in kind):
+            raise ConfigError(f"{path}{key}: should be a number, got {str(value).lower()}")
+        nested = _NESTED.get(kind)
         if nested is not None and value is not None:
             _check_keys(nested, value, f"{path}{key}.")
         elif key == "strategies" and isinstance(value, Mapping):

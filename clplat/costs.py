@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 
@@ -40,13 +43,16 @@ class Costs:
             spent = time.perf_counter() - start
             setattr(self, f"{kind}_seconds", getattr(self, f"{kind}_seconds") + spent)
 
-    def measure_memory(self) -> None:
-        """Peak of device memory where there is a GPU, else of the process."""
+    def start_memory(self) -> None:
+        """Forget the peak of what this process did before the run, where the system can (Linux, CUDA)."""
         if torch.cuda.is_available():
-            now = torch.cuda.max_memory_allocated()
-        else:
-            # Linux counts in KiB, macOS in bytes.
-            now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            torch.cuda.reset_peak_memory_stats()
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def measure_memory(self) -> None:
+        """Peak of device memory where there is a GPU, else of the process since the run began."""
+        now = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_of_process()
         self.peak_memory_bytes = max(self.peak_memory_bytes, now)
 
     def metrics(self, *, tokens_per_row: int) -> dict[str, float]:
@@ -63,3 +69,12 @@ class Costs:
         """Continue from totals saved with a checkpoint."""
         for item in fields(self):
             setattr(self, item.name, state[item.name])
+
+
+def _peak_of_process() -> int:
+    """Largest resident bytes; only Linux's own account can be set back, and macOS counts in bytes instead of KiB."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.is_file() else None
+    if found:
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

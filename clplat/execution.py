@@ -24,7 +24,7 @@ from clplat.progress import Progress, Silent
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended: FINISHED, FAILED or KILLED, and why."""
+    """How a run ended: FINISHED, FAILED or KILLED, and why; BUSY when another process has it in hand."""
 
     folder: Path
     status: str
@@ -125,6 +125,15 @@ def lock(folder: Path, rank: int = 0) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def is_busy(folder: Path) -> bool:
+    """Whether a process works on this run at this moment."""
+    try:
+        with lock(folder):
+            return False
+    except RunBusyError:
+        return True
 
 
 def _outcome_of_group(folder: Path, code: int) -> Outcome:

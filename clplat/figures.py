@@ -112,14 +112,33 @@ def name_above(figure: Figure) -> None:
 
 def score_and_cost(points: Mapping[str, tuple[Interval, Interval]], cost: str) -> Figure:
     """Final score against a cost, one point a variant with its intervals."""
+    limits = possible([score for score, _ in points.values()])
     figure, (axis,) = new_figure(5.4, 3.4)
     for number, (variant, (score, price)) in enumerate(points.items()):
-        spread = [0.0 if np.isnan(i.half) else i.half for i in (score, price)]
-        axis.errorbar(price.mean, score.mean, yerr=spread[0], xerr=spread[1], color=PALETTE[number % 8], capsize=2)
+        axis.errorbar(
+            price.mean, score.mean, yerr=arms(score, limits), xerr=arms(price, (0.0, np.inf)),
+            color=PALETTE[number % 8], capsize=2,
+        )  # fmt: skip
         axis.plot(price.mean, score.mean, **look(number), label=variant, linestyle="none")
     axis.set(xlabel=cost, ylabel="final score (higher is better)")
     name_above(figure)
     return figure
+
+
+def possible(scores: Sequence[Interval]) -> tuple[float, float]:
+    """The values that scores like these can take: shares between 0 and 1, negated losses below 0."""
+    means = np.array([score.mean for score in scores])
+    means = means[np.isfinite(means)]
+    if np.all(means <= 0):
+        return -np.inf, 0.0
+    return (0.0, 1.0) if np.all((means >= 0) & (means <= 1)) else (-np.inf, np.inf)
+
+
+def arms(found: Interval, limits: tuple[float, float]) -> Scores:
+    """Lengths (2, 1) of an error bar below and above the mean, cut where no value can be."""
+    half = 0.0 if np.isnan(found.half) else found.half
+    below, above = min(half, found.mean - limits[0]), min(half, limits[1] - found.mean)
+    return np.array([[max(0.0, below)], [max(0.0, above)]])
 
 
 def final_scores(scores: Mapping[str, Mapping[str, Interval]]) -> Figure:
@@ -127,10 +146,11 @@ def final_scores(scores: Mapping[str, Mapping[str, Interval]]) -> Figure:
     tasks = list(dict.fromkeys(task for row in scores.values() for task in row))
     figure, (axis,) = new_figure(min(20.0, max(5.4, 1.1 * len(tasks) + 1.5)), 3.4)
     width = 0.8 / max(1, len(scores))
+    limits = possible([i for row in scores.values() for i in row.values()])
     lowest = min((i.mean for row in scores.values() for i in row.values() if np.isfinite(i.mean)), default=0.0)
     for number, (variant, row) in enumerate(scores.items()):
         places = np.array([tasks.index(task) for task in row]) + (number - (len(scores) - 1) / 2) * width
-        spread = [0.0 if np.isnan(i.half) else i.half for i in row.values()]
+        spread = np.hstack([arms(i, limits) for i in row.values()])
         axis.bar(
             places, [i.mean for i in row.values()], width, yerr=spread, color=PALETTE[number % 8], label=variant,
             error_kw={"elinewidth": 0.8},

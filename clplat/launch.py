@@ -22,8 +22,9 @@ from typing import Any
 
 from rich.console import Console
 
+from clplat.errors import ClplatError, RunBusyError
 from clplat.execution import Outcome, execute
-from clplat.progress import Board, RunBar
+from clplat.progress import Board, Progress, RunBar
 
 
 def launch(folders: Sequence[Path], *, workers: int, threads: int, console: Console) -> list[Outcome]:
@@ -47,7 +48,7 @@ def _one_by_one(folders: Sequence[Path], board: Board) -> list[Outcome]:
             outcomes.append(Outcome(folder=folder, status="KILLED", reason="not started", code=outcomes[-1].code))
             continue
         bar = board.opened(folder.name)
-        outcomes.append(execute(folder, bar))
+        outcomes.append(execute_safely(folder, bar))
         board.closed(bar)
         announce(board, outcomes[-1])
     return outcomes
@@ -210,12 +211,12 @@ def work(descriptor: int) -> None:
             messages.send("ended", {"status": outcome.status, "reason": outcome.reason, "code": outcome.code})
 
 
-def execute_safely(folder: Path, progress: _Link) -> Outcome:
+def execute_safely(folder: Path, progress: Progress) -> Outcome:
     """A run that cannot even be started (busy, unreadable) is an outcome too."""
-    from clplat.errors import ClplatError
-
     try:
         return execute(folder, progress)
+    except RunBusyError as error:
+        return Outcome(folder=folder, status="BUSY", reason=str(error), code=1)
     except ClplatError as error:
         return Outcome(folder=folder, status="FAILED", reason=str(error), code=1)
 

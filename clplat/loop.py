@@ -15,7 +15,7 @@ import torch
 
 from clplat.assembly import Parts, assemble, load_weights
 from clplat.checkpoint import Checkpoints, write
-from clplat.config import RunConfig, config_hash
+from clplat.config import RunConfig, difference, parse, plain
 from clplat.costs import Costs
 from clplat.errors import ConfigError, Interrupted
 from clplat.fitting import fit
@@ -52,6 +52,7 @@ class Run:
         self.parts: Parts = assemble(config, self.world)
         self.checkpoints = Checkpoints(folder, every_seconds=config.checkpoint.every_seconds)
         self.table, self.costs = ResultTable(), Costs()
+        self.costs.start_memory()
         self.path: Sequence[Task] = self.parts.hooks.select_tasks(self.parts.stream.tasks)
         self.phase, self.position = "before", 0
         self.seen: list[int] = []
@@ -187,7 +188,7 @@ class Run:
         """Everything that a resumed run needs, as tensors and plain data."""
         learner = self.parts.learner
         return self.weights() | {
-            "config_hash": config_hash(self.config),
+            "config": plain(self.config),
             "phase": self.phase,
             "position": self.position,
             "seen": list(self.seen),
@@ -220,10 +221,11 @@ class Run:
         state = self.checkpoints.load()
         if state is None:
             return
-        if state["config_hash"] != config_hash(self.config):
+        changed = difference(parse(RunConfig, state["config"]), self.config)
+        if changed:
             raise ConfigError(
-                f"{self.folder}: its checkpoint was made under another configuration (hash {state['config_hash']}, "
-                f"now {config_hash(self.config)}); undo the change to config.yaml or start a new run"
+                f"{self.folder}: its checkpoint was made under another configuration ({'; '.join(changed)}); "
+                "undo the change to config.yaml or start a new run"
             )
         learner, hooks = self.parts.learner, self.parts.hooks
         load_weights(self.parts.architecture, state)

@@ -8,12 +8,16 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from clplat.components import WINGS, catalogue
 from clplat.errors import ConfigError, nearest
 from clplat.study_file import shipped_folder
+
+if TYPE_CHECKING:
+    import pandas
 
 PLURALS = {"streams": "stream", "architectures": "architecture", "strategies": "strategy", "optimizers": "optimizer"}
 
@@ -47,6 +51,14 @@ def _studies() -> list[tuple[str, str, str]]:
         first = file.read_text().splitlines()[0]
         rows.append((name, first.lstrip("# ") if first.startswith("#") else "", f"clplat run {name}"))
     return rows
+
+
+def shown_frame(frame: pandas.DataFrame, title: str) -> Table:
+    """A data frame for the terminal."""
+    table = Table(*frame.columns, title=title, title_justify="left")
+    for row in frame.itertuples(index=False):
+        table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row))
+    return table
 
 
 def shown(config: str, overrides: Sequence[tuple[str, str]]) -> str:

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clplat import figures
-from clplat.report import COSTS, SCORES, TRANSFER, baseline_of, difference, finding, mean_scores, notes
+from clplat.report import (
+    COSTS,
+    SCORES,
+    TRANSFER,
+    baseline_of,
+    difference,
+    finding,
+    known_costs,
+    mean_scores,
+    notes,
+)  # fmt: skip
 from clplat.study_results import StudyResults
 from clplat.tracking import client
 
@@ -30,10 +40,12 @@ th:first-child, td:first-child { text-align: left } th { font-weight: 600; borde
 
 
 def write_report(study: StudyResults, out: str | Path | None = None, baseline: str | None = None) -> Path:
-    """Write report.html and its figures, and attach them to the study's run in MLflow."""
+    """Write report.html and its figures, and attach them to the study's run where MLflow has one."""
     folder = Path(out) if out is not None else Path(study.folder if Path(study.folder).is_dir() else ".")
     folder.mkdir(parents=True, exist_ok=True)
     page = render(study, baseline_of(study, baseline), folder)
+    if not study.run_id:
+        return page
     connection = client(study.uri)
     connection.log_artifact(study.run_id, str(page))
     connection.log_artifacts(study.run_id, str(folder / "figures"), "figures")
@@ -57,10 +69,12 @@ def render(study: StudyResults, baseline: str | None, folder: Path) -> Path:
         "<h2>Transfer</h2>",
         _transfer(study),
         "<h2>Costs</h2>",
+        '<p class="small">Means over seeds. Fidelity: how close the parts of a run are to their papers, the least '
+        "close one (exact, mechanism, interpretation; standard where there is no paper to follow).</p>",
         _costs(study),
         *_figures(study, folder / "figures"),
-        f'<p class="small">From the MLflow run {study.run_id}. Fidelity of the parts to their papers: '
-        f"{_tag(study, 'fidelity')}. Code {_tag(study, 'git_sha')}.</p>",
+        f'<p class="small">From {f"the MLflow run {study.run_id}" if study.run_id else html.escape(study.folder)}. '
+        f"Code {_tag(study, 'git_sha')}.</p>",
     ]
     page = folder / "report.html"
     page.write_text(
@@ -71,9 +85,13 @@ def render(study: StudyResults, baseline: str | None, folder: Path) -> Path:
 
 
 def _tag(study: StudyResults, name: str) -> str:
-    """The values that a tag has among the runs."""
-    values = dict.fromkeys(run.tags.get(name) or "unknown" for run in study.runs)
-    return html.escape(" or ".join(values))
+    return html.escape(" or ".join(tag_values(study, name)))
+
+
+def tag_values(study: StudyResults, name: str, variant: str | None = None) -> list[str]:
+    """The values that a tag has among the runs, of one variant or of all."""
+    runs = [run for run in study.runs if variant in (None, run.variant)]
+    return list(dict.fromkeys(run.tags.get(name) or "unknown" for run in runs))
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -102,11 +120,13 @@ def _transfer(study: StudyResults) -> str:
 
 
 def _costs(study: StudyResults) -> str:
-    rows = []
+    rows, shown = [], {name: COSTS[name] for name in known_costs(study)}
+    words = {variant: " or ".join(tag_values(study, "fidelity", variant)) for variant in study.variants()}
     for variant in study.variants():
-        means = [(study.interval(variant, name).mean, show) for name, (_, show) in COSTS.items()]
-        rows.append([_name(study, variant), *("–" if np.isnan(mean) else show(mean) for mean, show in means)])
-    return _table(["variant", *(head for head, _ in COSTS.values())], rows)
+        means = [(study.interval(variant, name).mean, show) for name, (_, show) in shown.items()]
+        costs = ["–" if np.isnan(mean) else show(mean) for mean, show in means]
+        rows.append([_name(study, variant), *costs, words[variant]])
+    return _table(["variant", *(head for head, _ in shown.values()), "fidelity"], rows)
 
 
 def _figures(study: StudyResults, folder: Path) -> list[str]:

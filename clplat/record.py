@@ -20,7 +20,6 @@ PACKAGES = ("clplat", "torch", "triton", "lightning", "mlflow", "avalanche-lib",
 def describe(journal: Journal, config: RunConfig, parts: Parts, folder: Path) -> None:
     """Write the facts of a run that stay the same; on resume they are there already and nothing is added."""
     strategies = list(parts.hooks.strategies.values())
-    budget = {name: value for name, value in plain(config.training.budget).items() if value is not None}
     order = parts.stream.order()
     journal.tags(
         {
@@ -33,7 +32,7 @@ def describe(journal: Journal, config: RunConfig, parts: Parts, folder: Path) ->
             "task_order": order if len(order) <= 500 else f"{len(parts.stream.tasks)} tasks",
             "fidelity": fidelity(parts),
             "reference": str(any(s.reference for s in strategies)).lower(),
-            "budget": json.dumps(budget),
+            "budget": str(config.training.budget),
             "git_sha": git_sha(),
             "config_hash": config_hash(config),
             "folder": str(folder.resolve()),

@@ -19,7 +19,7 @@ SCORES = {
     "learning_score": "learning score",
     "final_forgetting": "final forgetting",
     "cumulative_forgetting": "cumulative forgetting",
-    "cumulative_forgetting_curve": "… over time",
+    "cumulative_forgetting_curve": "forgetting over time",
 }
 TRANSFER = {
     "backward_transfer": "backward transfer",
@@ -30,7 +30,8 @@ COSTS = {
     "cost/buffer_share": ("replay memory", lambda v: f"{v:.1%}"),
     "cost/replay_ratio": ("replay ratio", lambda v: f"{v:.2f}"),
     "cost/steps": ("steps", lambda v: f"{v:.0f}"),
-    "rate": ("per second", lambda v: f"{v:,.0f}"),
+    "cost/samples_per_second": ("samples/s", lambda v: f"{v:,.0f}"),
+    "cost/tokens_per_second": ("tokens/s", lambda v: f"{v:,.0f}"),
     "cost/training_seconds": ("train s", lambda v: f"{v:.1f}"),
     "cost/evaluation_seconds": ("eval s", lambda v: f"{v:.1f}"),
     "cost/training_flops": ("FLOPs", lambda v: f"{v:.1e}"),
@@ -39,7 +40,10 @@ COSTS = {
 }
 
 TERMINAL = ("final_score", "final_forgetting", "cumulative_forgetting")
-TERMINAL_COSTS = ("cost/buffer_share", "cost/replay_ratio", "cost/steps", "rate", "cost/training_seconds")
+TERMINAL_COSTS = (
+    "cost/buffer_share", "cost/replay_ratio", "cost/steps", "cost/samples_per_second", "cost/tokens_per_second",
+    "cost/training_seconds",
+)  # fmt: skip
 
 
 def compare_table(study: StudyResults, baseline: str | None = None) -> Group:
@@ -48,13 +52,14 @@ def compare_table(study: StudyResults, baseline: str | None = None) -> Group:
     heads = ["n", *(SCORES[m] for m in TERMINAL), *([f"score − {base}"] if base else [])]
     scores = _numbers(f"{study.name}: mean ± 95 % interval over seeds", heads)
     scores.caption = "Score: higher is better; forgetting: lower. † sees more data than a learner may."
-    costs = _numbers("costs: means over seeds", [COSTS[name][0] for name in TERMINAL_COSTS])
+    shown = [name for name in known_costs(study) if name in TERMINAL_COSTS]
+    costs = _numbers("costs: means over seeds", [COSTS[name][0] for name in shown])
     for variant in study.variants():
         name = f"{variant} †" if study.is_reference(variant) else variant
         gap = paired(study.by_seed(variant, "final_score"), study.by_seed(base, "final_score")) if base else None
         row = [name, str(len(study.of(variant))), *(str(study.interval(variant, m)) for m in TERMINAL)]
         scores.add_row(*row, *([str(gap) if variant != base else ""] if gap is not None else []))
-        costs.add_row(name, *(_cost(study, variant, cost, COSTS[cost][1]) for cost in TERMINAL_COSTS))
+        costs.add_row(name, *(_cost(study, variant, cost, COSTS[cost][1]) for cost in shown))
     return Group(scores, costs, *(f"note: {note}" for note in notes(study)))
 
 
@@ -65,6 +70,11 @@ def _numbers(title: str, heads: Sequence[str]) -> Table:
     for head in heads:
         table.add_column(head, justify="right")
     return table
+
+
+def known_costs(study: StudyResults) -> list[str]:
+    """The costs that any run of the study has; a language stream counts tokens, others samples."""
+    return [cost for cost in COSTS if any(study.by_seed(variant, cost) for variant in study.variants())]
 
 
 def _cost(study: StudyResults, variant: str, name: str, show: Callable[[float], str]) -> str:
@@ -117,7 +127,8 @@ def finding(study: StudyResults, baseline: str | None = None) -> str:
         return "No variant has finished with a final forgetting to compare."
     best = min(arms, key=lambda v: study.interval(v, "final_forgetting").mean)
     lost = study.interval(best, "final_forgetting")
-    text = f"Least forgetting: {best}, {lost} (n = {lost.n})"
+    left_out = ", reference arms left out" if any(map(study.is_reference, study.variants())) else ""
+    text = f"Least forgetting{left_out}: {best}, {lost} (n = {lost.n})"
     if base is None or base == best:
         return text + "."
     gap = paired(study.by_seed(base, "final_forgetting"), study.by_seed(best, "final_forgetting"))

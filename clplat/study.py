@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from clplat.config import RunConfig, StudyConfig, plain, save
 from clplat.errors import ConfigError
-from clplat.execution import Outcome
+from clplat.execution import Outcome, is_busy
 from clplat.launch import launch
 from clplat.study_file import expand, load_study, run_folders
 
@@ -30,6 +31,8 @@ class Study:
     name: str
     folder: Path
     outcomes: list[Outcome]
+    unsent: str = ""
+    """What MLflow has not got, in a sentence; empty when it has all."""
 
     @property
     def code(self) -> int:
@@ -96,10 +99,12 @@ def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
     open_runs = [run for run in folders if last_status(run) != "FINISHED"]
     workers = worker_count(study, len(open_runs))
     outcomes = launch(open_runs, workers=workers, threads=study.training.threads, console=console)
+    unsent = ""
     if study.tracking.enabled:
-        send_unsent(folders)
-        finish_study(folder, [last_status(run) for run in folders])
-    return Study(name=folder.name, folder=folder, outcomes=outcomes)
+        unsent = send_unsent(folders)
+        if not any(is_busy(run) for run in folders):
+            finish_study(folder, [last_status(run) for run in folders])
+    return Study(name=folder.name, folder=folder, outcomes=outcomes, unsent=unsent)
 
 
 def worker_count(study: StudyConfig, runs: int) -> int:
@@ -118,24 +123,28 @@ def conclude(study: Study, console: Console) -> None:
     """The end of a study: the comparison in the terminal, the report, and how to open MLflow on it."""
     from clplat import report
     from clplat.page import write_report
-    from clplat.study_results import load_study_results
+    from clplat.study_results import journal_results, load_study_results
 
     config = load_study(study.folder / "study.yaml")
-    if not config.tracking.enabled:
-        console.print(f"Runs are in {study.folder}; `clplat sync {study.folder}` sends them to MLflow.")
-        return
-    try:
-        results = load_study_results(str(study.folder))
-    except ConfigError as error:
-        # The runs are done and on disk, whatever has become of the server.
-        console.print(str(error), soft_wrap=True)
-        return
+    results = None
+    if config.tracking.enabled:
+        # Without a server the runs are done and on disk all the same.
+        with contextlib.suppress(ConfigError):
+            results = load_study_results(str(study.folder))
+    recorded, results = results is not None, results or journal_results(study.folder)
     console.print(report.compare_table(results, config.baseline))
     console.print(report.finding(results, config.baseline), soft_wrap=True)
     page = write_report(results, str(study.folder), config.baseline)
     console.print(f"report: {page}", soft_wrap=True)
-    console.print(f"MLflow: clplat ui --uri {config.tracking.uri}", soft_wrap=True)
-    if study.code:
+    if recorded:
+        console.print(f"MLflow: clplat ui --uri {config.tracking.uri}", soft_wrap=True)
+    if study.unsent or not recorded:
+        why = study.unsent or "MLflow has not got this study"
+        console.print(f"{why}; `clplat sync {study.folder}` sends it.", soft_wrap=True)
+    busy = [outcome for outcome in study.outcomes if outcome.status == "BUSY"]
+    if busy:
+        console.print(f"{len(busy)} runs are in the hands of another process; nothing is wrong with them.")
+    if any(outcome.code for outcome in study.outcomes if outcome not in busy):
         console.print(
             f"Not all runs finished; `clplat resume {study.folder}` goes on with those that were stopped. A run that "
             "failed of itself will fail again: it needs a new study with the change that its message names.",

@@ -14,6 +14,7 @@ import yaml
 from clplat.components import checked
 from clplat.config import Experiment, RunConfig, StudyConfig, parse, parse_yaml, plain
 from clplat.errors import ConfigError, nearest
+from clplat.streams.base import BUDGET_UNITS
 
 
 def find(config: str | Path) -> Path:
@@ -86,6 +87,10 @@ def set_key(data: dict[str, Any], key: str, value: Any) -> None:
     try:
         for part in path:
             place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        if path[-1:] == ["budget"] and last in BUDGET_UNITS:
+            # Naming one unit means this one instead of the study's.
+            for unit in BUDGET_UNITS:
+                place.pop(unit, None)
         place[int(last) if isinstance(place, list) else last] = value
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise ConfigError(f"--{key}: there is no such place in the configuration ({error})") from error
@@ -126,7 +131,8 @@ def merge(base: Any, changes: Any) -> Any:
     if not (isinstance(base, dict) and isinstance(changes, dict)):
         return changes
     other_class = "class_path" in changes and changes["class_path"] != base.get("class_path")
-    result = {} if other_class or (changes.keys() & {"steps", "epochs", "tokens"} and "until" in base) else dict(base)
+    other_budget = changes.keys() & set(BUDGET_UNITS) and "until" in base
+    result = {} if other_class or other_budget else dict(base)
     for key, value in changes.items():
         if value is None and isinstance(base.get(key), dict):
             result.pop(key, None)

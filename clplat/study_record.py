@@ -38,8 +38,8 @@ def start_study(folder: Path) -> None:
             connection.log_artifact(state["run_id"], str(folder / "study.yaml"))
         connection.update_run(state["run_id"], status="RUNNING")
     except Exception as error:  # noqa: BLE001 - as in Feed: the record waits in the folders
-        print(f"MLflow at {study.tracking.uri} cannot be reached ({short(error)}); the record stays in {folder}; "
-              f"`clplat sync {folder}` sends it later.", file=sys.stderr)  # fmt: skip
+        print(f"MLflow at {study.tracking.uri} cannot be reached ({short(error)}); the study goes on, and its record "
+              f"waits in {folder}.", file=sys.stderr)  # fmt: skip
 
 
 def finish_study(folder: Path, statuses: list[str]) -> None:
@@ -53,19 +53,24 @@ def finish_study(folder: Path, statuses: list[str]) -> None:
             client(state["uri"]).set_terminated(state["run_id"], status=status)
 
 
-def send_unsent(runs: list[Path]) -> None:
+def send_unsent(runs: list[Path]) -> str:
     """Send what runs could not send themselves because their process died or the server was away for a while.
 
-    A server that is still away gets it with `clplat sync`.
+    What stays behind, in a sentence; empty when MLflow has it all or another process is at it.
     """
     from clplat.execution import lock
 
-    with contextlib.suppress(ClplatError):
-        for run in runs:
-            written = (run / NAME).stat().st_size if (run / NAME).is_file() else 0
-            if written > (read_json(run / RUN_STATE) or {"offset": 0})["offset"]:
+    for run in runs:
+        written = (run / NAME).stat().st_size if (run / NAME).is_file() else 0
+        if written > (read_json(run / RUN_STATE) or {"offset": 0})["offset"]:
+            try:
                 with lock(run):
                     _send(run)
+            except RunBusyError:
+                continue
+            except ClplatError as error:
+                return str(error)
+    return ""
 
 
 def sync(target: str | Path, uri: str | None = None) -> int:
@@ -106,7 +111,7 @@ def _send(run: Path) -> None:
         write_artifacts(run)
     feed, status = Feed(run, load_run(run / "config.yaml").tracking), last_status(run)
     if not feed.finish("KILLED" if status in ("RUNNING", "WAITING") else status):
-        raise ClplatError(f"{run}: MLflow at {feed.tracking.uri} did not take the record; try again when it is up")
+        raise ClplatError(f"MLflow at {feed.tracking.uri} has not got the whole record ({feed.trouble})")
 
 
 def _send_elsewhere(folder: Path, runs: list[Path], uri: str) -> None:

@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clplat import journal
+from clplat.config import load_run
 from clplat.errors import ClplatError, ConfigError, nearest
 from clplat.metrics import Curve, Interval, ResultTable, Scores, forgetting_over_time, interval, whole_curve
+from clplat.points import Translator
+from clplat.study_file import load_study, run_folders
 from clplat.study_record import default_uri
 from clplat.tracking import STUDY_STATE, client, short
 
@@ -115,10 +119,6 @@ def _learned(run: RunRecord) -> float:
 
 
 def _metric(run: RunRecord, name: str) -> float:
-    if name == "rate":
-        rates = [run.metrics[f"cost/{unit}_per_second"] for unit in ("samples", "tokens")
-                 if f"cost/{unit}_per_second" in run.metrics]  # fmt: skip
-        return rates[0] if rates else math.nan
     return run.metrics.get(name, math.nan)
 
 
@@ -183,6 +183,33 @@ def _record(connection: Any, run: Any) -> RunRecord:
     return RunRecord(
         run_id=run.info.run_id, variant=tags["variant"], seed=int(tags["seed"]), status=run.info.status,
         tags=dict(tags), metrics=dict(run.data.metrics), table=table, curve=inside.as_curve() if inside else (),
+    )  # fmt: skip
+
+
+def journal_results(folder: Path) -> StudyResults:
+    """A study out of its own folder, for when MLflow has not got it: the same numbers that it would be sent."""
+    study = load_study(folder / "study.yaml")
+    return StudyResults(
+        name=study.name, run_id="", uri=study.tracking.uri, baseline=study.baseline, folder=str(folder),
+        planned=list(itertools.product(study.variants or [study.name], study.seeds)),
+        runs=[_record_of_folder(run) for run in run_folders(folder) if (run / journal.NAME).is_file()],
+    )  # fmt: skip
+
+
+def _record_of_folder(folder: Path) -> RunRecord:
+    config, translator = load_run(folder / "config.yaml"), Translator()
+    metrics: dict[str, float] = {}
+    tags: dict[str, str] = {}
+    for entry in journal.read(folder):
+        metrics |= {key: value for key, value, *_ in translator.points(entry)}
+        if entry["kind"] == "tags":
+            tags |= entry["values"]
+        elif entry["kind"] == "status":
+            tags["status_reason"] = entry["reason"]
+    table = translator.table if translator.table.rows() else None
+    return RunRecord(
+        run_id="", variant=config.variant, seed=config.seed, status=journal.last_status(folder), tags=tags,
+        metrics=metrics, table=table, curve=translator.curve,
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import os
-import sys
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,8 @@ class Feed:
         self._translated = self._last_time = 0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._live, name="mlflow", daemon=True)
-        self._trouble: str | None = None
+        self.trouble: str | None = None
+        """Why the last attempt failed, None after one that did not; whoever ends a study says so once."""
         self._monitor: Any = None
 
     def start(self) -> None:
@@ -104,12 +105,7 @@ class Feed:
         self._thread.join()
         if self._monitor is not None:
             self._monitor.finish()
-        if not self.finish(status):
-            print(
-                f"{self.folder}: MLflow at {self.tracking.uri} has not got everything ({self._trouble}); "
-                f"`clplat sync {self.folder}` sends the rest.",
-                file=sys.stderr,
-            )
+        self.finish(status)
 
     def finish(self, status: str) -> bool:
         """Send everything there is, now; whether that worked."""
@@ -132,12 +128,9 @@ class Feed:
         except ClplatError:
             raise
         except Exception as error:  # noqa: BLE001 - a server can fail in any way; the run must not
-            if self._trouble is None:
-                print(f"MLflow at {self.tracking.uri} does not take the record just now ({short(error)}); it stays in "
-                      f"{self.folder} and is sent later.", file=sys.stderr)  # fmt: skip
-            self._trouble = short(error)
+            self.trouble = short(error)
             return False
-        self._trouble = None
+        self.trouble = None
         return True
 
     def _connect(self) -> None:
@@ -250,8 +243,10 @@ class Feed:
 
 
 def short(error: Exception) -> str:
-    """An error on one line, cut to what fits into another message."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """An error on one line, cut to what fits into another message; of a dead connection only what the system said."""
+    text = " ".join(str(error).split())
+    system = re.search(r"\[Errno -?\d+\] ([^'\")]+)|(timed out)", text)
+    return next(filter(None, system.groups())).lower() if system else text[:200] or type(error).__name__
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -18,6 +18,9 @@ from clplat.strategies.world import World
 from clplat.streams.base import Data, Spec, Task
 from clplat.streams.batch import Batch
 
+Fidelity = Literal["exact", "mechanism", "interpretation", "standard"]
+"""How close a component is to its paper; standard where there is no paper to follow."""
+
 
 @dataclass(kw_only=True)
 class Context:
@@ -60,7 +63,7 @@ class Strategy:
     reference: ClassVar[bool] = False
     replays: ClassVar[bool] = False
     paper: ClassVar[str] = ""
-    fidelity: ClassVar[Literal["exact", "mechanism", "interpretation", "standard"]] = "standard"
+    fidelity: ClassVar[Fidelity] = "standard"
     context: Context
 
     def setup(self, context: Context) -> None:

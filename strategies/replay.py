@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from clplat.architectures.base import StepOutcome
-from clplat.strategies.base import Context, Strategy
+from clplat.strategies.base import Context, Fidelity, Strategy
 from clplat.strategies.buffers import Buffer, Policy, stored_fields
 from clplat.streams.batch import CURRENT, REPLAY, Batch
 
@@ -22,6 +22,7 @@ class ExperienceReplay(Strategy):
     replays = True
     knobs: ClassVar[tuple[str, ...]] = ("ratio", "weight")
     paper = "Chaudhry et al. 2019, arXiv:1902.10486"
+    fidelity: ClassVar[Fidelity] = "mechanism"
 
     def __init__(
         self,

@@ -113,6 +113,9 @@ class EvalSet:
     scorer: Scorer
 
 
+BUDGET_UNITS = ("steps", "epochs", "tokens")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """How long to train on a task: exactly one of the first three, and an optional early end.
@@ -127,11 +130,16 @@ class Budget:
     until: float | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
+        given = [name for name in BUDGET_UNITS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"budget: give exactly one of steps, epochs or tokens; got {given or 'none'}")
+            raise ValueError(f"give exactly one of steps, epochs or tokens; got {given or 'none'}")
         if getattr(self, given[0]) <= 0:
-            raise ValueError(f"budget.{given[0]}: must be positive, got {getattr(self, given[0])}")
+            raise ValueError(f"{given[0]} must be positive, got {getattr(self, given[0])}")
+
+    def __str__(self) -> str:
+        """As a person says it: `2 epochs`, `300 steps, at most until 0.9`."""
+        amount = next(f"{getattr(self, name):,} {name}" for name in BUDGET_UNITS if getattr(self, name) is not None)
+        return amount if self.until is None else f"{amount}, at most until {self.until:g}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from clplat.errors import ConfigError, StorageError
 from clplat.execution import execute
 from clplat.journal import last_status, read
 from clplat.learner import Learner
+from clplat.streams.base import Budget
 from clplat.study import preflight
 from clplat.study_file import expand, load_study
 
@@ -30,13 +31,29 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown module": ({"stream__class_path": "nowhere.Mine"}, r"stream\.class_path: there is no module 'nowhere'"),
     "wrong family": ({"stream__class_path": "clplat.architectures.mlp.MLP"}, r"MLP is not a stream"),
     "unknown option": ({"stream__init_args": {"num_task": 2}}, r"stream\.init_args\.num_task: .*'num_tasks'"),
-    "option of a wrong type": ({"stream__init_args": {"num_tasks": "x"}}, r"stream\.init_args\.num_tasks: .*int"),
+    "option of a wrong type": ({"stream__init_args": {"num_tasks": "x"}}, r"num_tasks: expected a whole number, got x"),
     "optimizer option": ({"training__optimizer": {"class_path": "SGD", "init_args": {"momentun": 1}}}, "'momentum'"),
     "strategy class": ({"strategies": {"r": {"class_path": "ExperienceReply"}}}, r"strategies\.r.*'ExperienceReplay'"),
     "baseline": ({"baseline": "naiv", "variants": {"naive": {}}}, r"baseline: .*did you mean 'naive'"),
     "variant key": ({"variants": {"a": {"training": {"batch": 1}}}}, r"variants\.a\.training\.batch: .*'batch_size'"),
     "repeated seed": ({"seeds": [1, 1]}, r"seeds: .*each once"),
     "missing key": ({"name": None}, r"name: "),
+    "a truth value for a number": (
+        {"training__batch_size": True},
+        r"training\.batch_size: should be a number, got true",
+    ),
+    "no choice of an option": (
+        {"stream__init_args": {"scenario": "x"}},
+        r"expected 'task' or 'domain' or 'class', got x",
+    ),
+    "option of a nested class": (
+        {"stream": {"class_path": "TextStream", "init_args": {"domains": [{"name": "a", "train_file": "x"}]}}},
+        r"stream\.init_args\.domains: Domain has no option 'train_file'; did you mean 'data_files'",
+    ),
+    "option's near name": (
+        {"architecture__init_args": {"hidden_size": [1]}},
+        r"no such option; did you mean 'hidden_sizes'",
+    ),
 }
 
 
@@ -156,6 +173,15 @@ def test_a_changed_scientific_key_on_resume_is_refused_with_the_difference_and_a
     with pytest.raises(ConfigError, match=r"stream\.init_args\.num_tasks"):
         resume(folder, [("stream.init_args.num_tasks", "2")])
     resume(folder, [("training.workers", "2"), ("tracking.uri", "sqlite:///elsewhere.db")])
+    with pytest.raises(ConfigError, match="--seeds: a resumed study keeps its runs"):
+        resume(done.folder, [("seeds", "[1]")])
+    resume(done.folder, [("launcher.workers", "1")])
+
+
+def test_naming_one_unit_of_a_budget_replaces_the_other() -> None:
+    assert load_study(study(), [("training.budget.epochs", "2")]).training.budget == Budget(epochs=2)
+    variant = expand(load_study(study(variants={"long": {"training": {"budget": {"epochs": 3}}}})))[0]
+    assert variant.training.budget == Budget(epochs=3)
 
 
 def test_a_configuration_edited_behind_the_back_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -164,7 +190,7 @@ def test_a_configuration_edited_behind_the_back_of_a_checkpoint_is_refused(tmp_p
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("batch_size: 16", "batch_size: 8"))
     outcome = execute(folder)
-    assert outcome.status == "FAILED" and "another configuration" in outcome.reason
+    assert outcome.status == "FAILED" and "training.batch_size: 16 → 8" in outcome.reason
 
 
 def test_a_task_without_rows_is_named(tmp_path: Path) -> None:

@@ -51,8 +51,8 @@ def test_means_intervals_paired_differences_and_intransigence_are_those_of_the_t
     assert results.by_seed("er", "intransigence") == pytest.approx({0: 0.125, 1: 0.075})
     assert results.by_seed("cumulative", "intransigence") == pytest.approx({0: 0.0, 1: 0.0})
     assert finding(results) == (
-        "Least forgetting: er, 0.150 ± 0.635 (n = 2); naive forgets 0.350 ± 1.906 more over the same 2 seeds: "
-        "with fewer than 5 seeds a direction, not a finding."
+        "Least forgetting, reference arms left out: er, 0.150 ± 0.635 (n = 2); naive forgets 0.350 ± 1.906 more "
+        "over the same 2 seeds: with fewer than 5 seeds a direction, not a finding."
     )
 
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from studies import EWC, REPLAY, assert_same, everything, run_folder, study
 
 from clplat.checkpoint import Checkpoints
-from clplat.errors import RunBusyError
+from clplat.errors import RunBusyError, StorageError
 from clplat.execution import execute
 from clplat.journal import last_status, table
+from clplat.launch import launch
 from clplat.learner import Learner
 from clplat.strategies.regularization import OnlineEWC
 from clplat.streams.scorers import Scorer
@@ -117,6 +119,17 @@ def test_a_damaged_newest_checkpoint_is_skipped_with_a_warning_and_the_result_is
     assert_same(everything(whole), everything(folder))
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, config(0))
+    in_child(lambda: killed_at(folder, "training", 20, halfway=False))
+    files = sorted((folder / "checkpoints").glob("*.pt"))
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(StorageError, match="every checkpoint is damaged.*begins again"):
+        Checkpoints(folder, every_seconds=0).load()
+    assert sorted((folder / "checkpoints").glob("*.pt")) == files
+
+
 def test_the_second_of_two_resumers_is_refused(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, config(0))
     (started, go_on) = FORK.Event(), FORK.Event()
@@ -137,6 +150,8 @@ def test_the_second_of_two_resumers_is_refused(tmp_path: Path) -> None:
     assert started.wait(300)
     with pytest.raises(RunBusyError, match=f"process {first.pid} works on this run"):
         execute(folder)
+    outcome = launch([folder], workers=1, threads=1, console=Console(quiet=True))[0]
+    assert (outcome.status, last_status(folder)) == ("BUSY", "RUNNING")
     go_on.set()
     first.join(300)
     assert last_status(folder) == "FINISHED"

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlflow
 import pytest
+from rich.console import Console
 from studies import REPLAY, run_folder, study
 
 import clplat
@@ -16,8 +17,9 @@ import clplat.metrics
 from clplat import page, report, tracking
 from clplat.execution import execute
 from clplat.journal import read, table
+from clplat.study import conclude
 from clplat.study_record import sync
-from clplat.study_results import load_study_results, results_frame
+from clplat.study_results import journal_results, load_study_results, results_frame
 from clplat.tracking import RUN_STATE, client
 
 TRACKED = {"enabled": True, "log_every": 5, "system_metrics": False}
@@ -93,10 +95,18 @@ def test_a_dead_server_stops_nothing_and_sync_sends_everything_later(
 ) -> None:
     done = clplat.run(tracked(DEAD, variants={"naive": {}}), quiet=True)
     assert done.code == 0
-    assert "cannot be reached" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.count("cannot be reached") == 1 and "urllib3" not in said and "Pool" not in said
+    assert "connection refused" in done.unsent
+    console = Console(record=True, width=100)
+    conclude(done, console)
+    shown = console.export_text()
+    assert shown.count("clplat sync") == 1 and "final score" in shown and (done.folder / "report.html").is_file()
     assert sync(done.folder, store) == 1
     results = load_study_results(str(done.folder))
     assert [run.status for run in results.runs] == ["FINISHED"]
+    local = journal_results(done.folder)
+    assert local.runs[0].metrics == results.runs[0].metrics
     assert results.runs[0].table is not None
     assert str(results.runs[0].table.to_rows()) == str(table(done.folder / "naive-s0").to_rows())
     points = sum(len(entry["values"]) for entry in read(done.folder / "naive-s0") if entry["kind"] == "metric")
@@ -194,8 +204,6 @@ def test_streams_of_more_than_fifty_tasks_record_aggregates_alone() -> None:
 def test_compare_report_results_and_reproduce_read_mlflow_alone(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rich.console import Console
-
     variants = {
         "naive": {}, "er": {"strategies": {"replay": REPLAY}},
         "cumulative": {"strategies": {"data": {"class_path": "Cumulative"}}},
@@ -225,5 +233,6 @@ def test_compare_report_results_and_reproduce_read_mlflow_alone(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     from clplat.api import reproduce
 
-    same, _ = reproduce(run_id, Console(quiet=True))
+    scores = reproduce(run_id, Console(quiet=True))
+    same = scores["recorded"].equals(scores["now"])
     assert same
