@@ -64,7 +64,8 @@ def render(study: StudyResults, baseline: str | None, folder: Path) -> Path:
         *(f'<p class="note">{html.escape(note)}</p>' for note in notes(study)),
         "<h2>Scores</h2>",
         '<p class="small">Mean ± 95 % Student t interval over seeds. Scores are signed so that higher is better '
-        "(a loss of 2 nats is −2). Forgetting: best score since training minus score now; lower is better.</p>",
+        "(a loss of 2 nats is −2). Forgetting: best score since training minus score now; lower is better. Differences "
+        "are paired over seeds; a star marks one at 95 %, for which at least 5 seeds are needed.</p>",
         _scores(study, baseline),
         "<h2>Transfer</h2>",
         _transfer(study),

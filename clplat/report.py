@@ -91,11 +91,13 @@ def baseline_of(study: StudyResults, baseline: str | None) -> str | None:
 
 
 def difference(study: StudyResults, variant: str, base: str, metric: str = "final_score") -> str:
-    """Paired difference to the baseline, with how it may be spoken of."""
+    """Paired difference to the baseline; a star where it is one at 95 %."""
     if variant == base:
         return ""
     found = paired(study.by_seed(variant, metric), study.by_seed(base, metric))
-    return f"{found} ({verdict(found)})" if found.n else "–"
+    if not found.n:
+        return "–"
+    return f"{found}*" if verdict(found) == "difference" else str(found)
 
 
 def notes(study: StudyResults) -> list[str]:

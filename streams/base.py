@@ -138,7 +138,7 @@ class Budget:
 
     def __str__(self) -> str:
         """As a person says it: `2 epochs`, `300 steps, at most until 0.9`."""
-        amount = next(f"{getattr(self, name):,} {name}" for name in BUDGET_UNITS if getattr(self, name) is not None)
+        amount = next(f"{getattr(self, name):,.10g} {name}" for name in BUDGET_UNITS if getattr(self, name) is not None)
         return amount if self.until is None else f"{amount}, at most until {self.until:g}"
 
 
