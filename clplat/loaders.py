@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clplat.errors import ConfigError
 from clplat.randomness import generator
-from clplat.streams.base import Budget, Data
+from clplat.streams.base import Budget, Data, Movable
 from clplat.streams.batch import Batch
 
 
@@ -55,6 +55,11 @@ class RowOrder:
                 number += 1
 
 
+def resident(data: Data, device: torch.device) -> Data:
+    """The same rows on `device`, where the data can move there."""
+    return data.to(device) if isinstance(data, Movable) else data
+
+
 class TaskLoader:
     """Batches start..stop of one task as Lightning iterates them, once; `len` is what is left."""
 
@@ -62,10 +67,8 @@ class TaskLoader:
         self, data: Data, order: RowOrder, *, start: int, stop: int, workers: int, device: torch.device
     ) -> None:
         self.order, self.start, self.stop, self.workers, self.device = order, start, stop, workers, device
-        # Data that lives in memory moves to the device once; what is read from files stays there.
-        move = getattr(data, "to", None) if workers == 0 else None
-        self.resident = move is not None
-        self.data: Data = move(device) if move is not None else data
+        # What fits moves to the device once and is sliced there; the rest is read and copied batch by batch.
+        self.data = resident(data, device) if workers == 0 else data
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -76,7 +79,7 @@ class TaskLoader:
             yield from self._from_workers(numbers)
         else:
             for rows in numbers:
-                yield self.data.batch(rows.to(self.device) if self.resident else rows)
+                yield self.data.batch(rows).pinned_for(self.device)
 
     def _from_workers(self, numbers: Iterator[Tensor]) -> Iterator[Batch]:
         from torch.utils.data import DataLoader

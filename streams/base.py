@@ -36,7 +36,16 @@ class Data(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, rows: Tensor) -> Batch:
-        """The rows `rows` (B,) long, as one batch."""
+        """The rows `rows` (B,) long, numbered on the CPU, as one batch on the device where the data lives."""
+        ...
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """Capability of data: to live on the learner's device."""
+
+    def to(self, device: torch.device) -> Data:
+        """The same rows on `device`; the data itself where they are better left where they are."""
         ...
 
 
@@ -58,9 +67,10 @@ class TensorData:
         return len(self.inputs)
 
     def batch(self, rows: Tensor) -> Batch:
+        rows = rows.to(self.inputs.device, non_blocking=True)
         return Batch(inputs=self.inputs[rows], targets=self.targets[rows], task=self.task[:1].expand(len(rows)))
 
-    def to(self, device: torch.device | str) -> TensorData:
+    def to(self, device: torch.device) -> TensorData:
         """The same rows on another device."""
         moved = object.__new__(TensorData)
         moved.__dict__ |= self.__dict__ | {n: getattr(self, n).to(device) for n in ("inputs", "targets", "task")}
@@ -91,9 +101,9 @@ class JoinedData:
         names = taken[0].tensors().keys()
         return Batch.from_tensors({name: torch.cat([batch.tensors()[name] for batch in taken]) for name in names})
 
-    def to(self, device: torch.device | str) -> JoinedData:
+    def to(self, device: torch.device) -> JoinedData:
         """The same rows with those parts that can move on another device."""
-        return JoinedData([part.to(device) if hasattr(part, "to") else part for part in self.parts])
+        return JoinedData([part.to(device) if isinstance(part, Movable) else part for part in self.parts])
 
 
 @dataclass(frozen=True, kw_only=True)

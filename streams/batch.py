@@ -62,6 +62,10 @@ class Batch:
         """This batch in page-locked memory (called by torch's DataLoader)."""
         return Batch.from_tensors({name: tensor.pin_memory() for name, tensor in self.tensors().items()})
 
+    def pinned_for(self, device: torch.device) -> Batch:
+        """This batch as it can be copied to `device` without waiting: page-locked, where it must travel to a GPU."""
+        return self.pin_memory() if device.type == "cuda" and self.inputs.device.type == "cpu" else self
+
     def rows(self, index: Tensor | slice) -> Batch:
         """The rows that `index` (long or bool tensor, or slice) selects."""
         return Batch.from_tensors({name: tensor[index] for name, tensor in self.tensors().items()})

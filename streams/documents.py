@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from glob import glob
 from itertools import islice
@@ -48,9 +48,10 @@ class Domain:
     them, `splits` names the set's own splits for train, val and test. What is missing is held out from train. Text
     is in `text_field`, or in `prompt_field` and `answer_field`, with the prompt put in place of `{prompt}` in
     `prompt_template`. `document: heading` joins the lines of WikiText-like files into articles, which begin at
-    ` = Title = `. `max_documents` bounds what is read of each split, `max_train_tokens` what is trained on.
-    `exact_match` lets the model answer test prompts and compares what follows `answer_marker` (all of it, where the
-    marker is empty). `answers_only` trains on answers and not on prompts.
+    ` = Title = `; `document: file` makes each text file one document. `max_documents` bounds what is read of each
+    split, `max_train_tokens` what is trained on. `exact_match` lets the model answer test prompts and compares what
+    follows `answer_marker` (all of it, where the marker is empty). `answers_only` trains on answers and not on
+    prompts.
     """
 
     name: str
@@ -63,7 +64,7 @@ class Domain:
     prompt_field: str | None = None
     answer_field: str = "answer"
     prompt_template: str = "{prompt}\n"
-    document: Literal["row", "heading"] = "row"
+    document: Literal["row", "heading", "file"] = "row"
     holdout: Holdout = field(default_factory=Holdout)
     max_documents: int | None = None
     max_train_tokens: int | None = None
@@ -106,8 +107,10 @@ class Domain:
             raise ValueError(f"{at}: path {self.path!r} needs data_files")
         if (self.exact_match or self.answers_only) and self.prompt_field is None:
             raise ValueError(f"{at}: exact_match and answers_only need prompt_field")
-        if self.prompt_field is not None and ("{prompt}" not in self.prompt_template or self.document == "heading"):
+        if self.prompt_field is not None and ("{prompt}" not in self.prompt_template or self.document != "row"):
             raise ValueError(f"{at}: prompt_field needs {{prompt}} in prompt_template, and document: row")
+        if self.document == "file" and self.path != "text":
+            raise ValueError(f"{at}: document: file reads text files whole; it needs path: text")
 
     def source(self) -> str:
         """Identity of the documents (hex): contents of local files, names on the hub, and how they are read."""
@@ -117,21 +120,18 @@ class Domain:
         contents = {part: [_content(path) for path in paths] for part, paths in self.files().items()}
         return hashlib.sha256(json.dumps([options, contents], sort_keys=True).encode()).hexdigest()[:16]
 
-    def documents(self, part: Part) -> Iterator[Document]:
-        """The documents of one part, in the source's order."""
-        own = self.own_splits()
-        if part in own and part != "train":
-            yield from self._read(own[part])
-        elif "train" in own:
-            yield from self.held_out(self._read(own["train"]), part)
+    def split_of(self, part: Part) -> Part:
+        """The split that holds a part: its own, or train, from which it is held out."""
+        return part if part in self.own_splits() else "train"
 
-    def held_out(self, documents: Iterable[Document], part: Part) -> Iterator[Document]:
-        """Those of the training documents that belong to `part`."""
+    def documents(self, split: Part) -> Iterator[Document]:
+        """All documents of one split, in the source's order; none where the set has no such split."""
         own = self.own_splits()
-        return (document for document in documents if self._place(document, own) == part)
+        return self._read(own[split]) if split in own else iter(())
 
-    def _place(self, document: Document, own: Mapping[str, str]) -> Part:
-        """Where a training document belongs, by the hash of its text."""
+    def part_of(self, document: Document) -> Part:
+        """Where a document of the train split belongs, by the hash of its text."""
+        own = self.own_splits()
         digest = hashlib.sha256((document.prompt + document.text).encode()).digest()
         share = int.from_bytes(digest[:8]) / 2**64
         if "test" not in own and share < self.holdout.fraction:
@@ -153,6 +153,11 @@ class Domain:
         from datasets.exceptions import DatasetsError
 
         files = self.files().get(split)
+        if self.document == "file":
+            yield from (
+                {self.text_field: Path(path).read_text(encoding="utf-8", errors="replace")} for path in files or ()
+            )
+            return
         # Local files one by one: they may differ in the columns that nobody asked for.
         groups = [[path] for path in files] if files and self.path in BUILDERS else [files]
         try:

@@ -14,8 +14,9 @@ from clplat.streams.base import EvalSet, Spec, Stream, Task
 from clplat.streams.documents import PARTS, Domain, Part
 from clplat.streams.generation_scorers import ExactMatch, Together
 from clplat.streams.scorers import Likelihood, Scorer
+from clplat.streams.token_writer import Target, building_folder, write_caches
 from clplat.streams.tokenizers import ByteTokenizer, Tokenizer
-from clplat.streams.tokens import FORMAT, Document, TokenCache, TokenData, write_cache
+from clplat.streams.tokens import FORMAT, Document, TokenCache, TokenData
 
 TOKENIZER_CHARACTERS = 20_000_000
 """What a trained tokenizer reads of each domain; merges of a small vocabulary have settled long before."""
@@ -91,13 +92,15 @@ class TextStream(Stream):
         """Identity of a domain's documents; a stream with documents of its own overrides this and `_documents`."""
         return domain.source()
 
-    def _documents(self, domain: Domain, part: Part) -> Iterator[Document]:
-        return domain.documents(part)
+    def _documents(self, domain: Domain, split: Part) -> Iterator[Document]:
+        return domain.documents(split)
 
     def _training_texts(self) -> Iterator[str]:
         for domain in sorted(self.domains, key=lambda d: self._sources[d.name]):
             read = 0
             for document in self._documents(domain, "train"):
+                if domain.part_of(document) != "train":
+                    continue
                 if read > TOKENIZER_CHARACTERS:
                     break
                 read += len(document.prompt) + len(document.text)
@@ -106,21 +109,32 @@ class TextStream(Stream):
     def _cache(self, domain: Domain, part: Part) -> TokenCache:
         """The token cache of one part, opened, or made first where it is not there or damaged."""
         if (domain.name, part) not in self._caches:
-            self._caches[domain.name, part] = self._opened_or_made(domain, part)
+            target = self._target(domain, part)
+            if target.folder.is_dir():
+                try:
+                    return self._caches.setdefault((domain.name, part), TokenCache(target.folder))
+                except ValueError as error:
+                    warnings.warn(f"{error} (it is made again now)", stacklevel=2)
+                    shutil.rmtree(target.folder, ignore_errors=True)
+            self._make_caches(domain, domain.split_of(part), part)
+            self._caches[domain.name, part] = TokenCache(target.folder)
         return self._caches[domain.name, part]
 
-    def _opened_or_made(self, domain: Domain, part: Part) -> TokenCache:
+    def _make_caches(self, domain: Domain, split: Part, part: Part) -> None:
+        """Tokenise a split, with the other parts that are held out from it on the way."""
+        trained = domain in self.domains
+        parts = [other for other in PARTS if other == part or (trained and domain.split_of(other) == split)]
+        targets = {other: self._target(domain, other) for other in parts}
+        targets = {other: target for other, target in targets.items() if not target.folder.is_dir()}
+        building = building_folder(self.cache_dir / "tokens", f"{domain.name}-{split}", targets)
+        place = domain.part_of if split == "train" else lambda _: split
+        write_caches(building, targets, self._documents(domain, split), place, self.tokenizer)
+
+    def _target(self, domain: Domain, part: Part) -> Target:
         limit = domain.max_train_tokens if part == "train" else None
         key = f"{FORMAT} {self._sources[domain.name]} {part} {limit} {self.tokenizer.identity}"
-        folder = self.cache_dir / "tokens" / f"{domain.name}-{part}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        if folder.is_dir():
-            try:
-                return TokenCache(folder)
-            except ValueError as error:
-                warnings.warn(f"{error} (it is made again now)", stacklevel=2)
-                shutil.rmtree(folder, ignore_errors=True)
-        write_cache(folder, self._documents(domain, part), self.tokenizer, max_tokens=limit)
-        return TokenCache(folder)
+        name = f"{domain.name}-{part}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        return Target(folder=self.cache_dir / "tokens" / name, max_tokens=limit)
 
     def _task(self, index: int, domain: Domain) -> Task:
         # Rows of all tasks have the same fields, so that they can stand in one batch and in one buffer.
@@ -163,7 +177,7 @@ class TextStream(Stream):
     def _not_empty(self, data: TokenData, domain: Domain, part: Part) -> None:
         if not len(data):
             raise ValueError(
-                f"domain {domain.name!r}: its {part} part has {len(data.cache.prompts)} documents and "
+                f"domain {domain.name!r}: its {part} part has {data.cache.documents} documents and "
                 f"{len(data.cache.tokens)} tokens, less than one row of block_size {self.block_size} and one token; "
                 "give it more documents, a larger holdout.fraction or a smaller block_size"
             )
@@ -176,9 +190,9 @@ class TextStream(Stream):
             train, *held = (self._cache(by_name[task.name], part) for part in PARTS)
             found |= {
                 f"{task.name}.train.tokens": len(task.train) * self.block_size,
-                f"{task.name}.train.documents": len(train.prompts),
+                f"{task.name}.train.documents": train.documents,
                 f"{task.name}.train.bytes": train.bytes,
                 f"{task.name}.held_out.tokens": sum(len(cache.tokens) for cache in held),
-                f"{task.name}.held_out.documents": sum(len(cache.prompts) for cache in held),
+                f"{task.name}.held_out.documents": sum(cache.documents for cache in held),
             }
         return found

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,12 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from clplat.streams.batch import IGNORE, Batch
-from clplat.streams.tokenizers import Tokenizer
 
-FORMAT = 2
-CHUNK = 512
-"""Documents that are tokenised at once."""
-FILES = ("tokens.bin", "ends.npy", "prompts.npy")
+RESIDENT_BYTES = 2**31
+"""Caches up to this size live on a GPU whole while their task is trained."""
+FORMAT = 3
+FILES = ("tokens.bin", "ends.bin", "prompts.bin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,64 +30,22 @@ class Document:
     prompt: str = ""
 
 
-def write_cache(folder: Path, documents: Iterable[Document], tokenizer: Tokenizer, *, max_tokens: int | None) -> None:
-    """Tokenise documents into `folder`, whole or not at all; stops after the document that reaches `max_tokens`."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{folder.name}.part-", dir=folder.parent) as temporary:
-        part = Path(temporary) / "cache"
-        part.mkdir()
-        head = _write_content(part, documents, tokenizer, max_tokens)
-        head |= {"format": FORMAT, "tokenizer": tokenizer.identity, "sha256": {n: _sha256(part / n) for n in FILES}}
-        sealed = {"head": head, "sha256": _seal(head)}
-        (part / "head.json").write_text(json.dumps(sealed, indent=1))
-        try:
-            part.rename(folder)
-        except OSError:
-            # Another process finished the same cache first; ours is the same content.
-            if not (folder / "head.json").is_file():
-                raise
-
-
-def _write_content(
-    part: Path, documents: Iterable[Document], tokenizer: Tokenizer, max_tokens: int | None
-) -> dict[str, Any]:
-    kind = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    ends, prompts, size = [0], [], 0
-    with (part / "tokens.bin").open("wb") as file:
-        for document, prompt, text in _encoded(documents, tokenizer):
-            file.write(np.asarray([*prompt, *text, tokenizer.end_token], dtype=kind).tobytes())
-            ends.append(ends[-1] + len(prompt) + len(text) + 1)
-            prompts.append(len(prompt))
-            size += len(document.prompt.encode()) + len(document.text.encode())
-            if max_tokens is not None and ends[-1] >= max_tokens:
-                break
-    np.save(part / "ends.npy", np.asarray(ends, dtype=np.int64))
-    np.save(part / "prompts.npy", np.asarray(prompts, dtype=np.int32))
-    return {"dtype": kind.name, "tokens": ends[-1], "documents": len(prompts), "bytes": size}
-
-
-def _encoded(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, list[int], list[int]]]:
-    """Each document with the ids of its prompt and of its text."""
-    rest = iter(documents)
-    while chunk := list(islice(rest, CHUNK)):
-        prompts = tokenizer.encode([document.prompt for document in chunk])
-        texts = tokenizer.encode([document.text for document in chunk])
-        yield from zip(chunk, prompts, texts, strict=True)
-
-
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hex digest of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _seal(head: dict[str, Any]) -> str:
+def seal(head: dict[str, Any]) -> str:
+    """Hex digest of a cache's header."""
     return hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()
 
 
 class TokenCache:
-    """An opened cache: token ids (N,) on disk, document ends (D + 1,) and prompt lengths (D,) in memory.
+    """An opened cache: token ids (N,), document ends (D,) and prompt lengths (D,), all left on disk.
 
-    Document d holds the tokens ends[d] … ends[d + 1] − 1: prompt, text, end token. `bytes` counts its texts' UTF-8.
+    Document d holds the tokens ends[d − 1] … ends[d] − 1 (the first from 0): prompt, text, end token. `bytes` counts
+    the UTF-8 of its texts.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -99,32 +54,32 @@ class TokenCache:
         try:
             sealed: dict[str, Any] = json.loads((folder / "head.json").read_text())
             head = sealed["head"]
-            changed = [name for name in FILES if _sha256(folder / name) != head["sha256"][name]]
-            if _seal(head) != sealed["sha256"] or changed:
+            changed = [name for name in FILES if sha256(folder / name) != head["sha256"][name]]
+            if seal(head) != sealed["sha256"] or changed:
                 raise ValueError(f"{', '.join(changed) or 'head.json'} was changed or cut short")
-            self.ends: NDArray[np.int64] = np.load(folder / "ends.npy", allow_pickle=False)
-            self.prompts: NDArray[np.int32] = np.load(folder / "prompts.npy", allow_pickle=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"token cache {folder} is damaged ({error}); delete the folder and run again") from error
-        self.kind, self.bytes = np.dtype(head["dtype"]), int(head["bytes"])
+        self.kind, self.bytes, self.documents = np.dtype(head["dtype"]), int(head["bytes"]), int(head["documents"])
         self.digest = hashlib.sha256(json.dumps(head["sha256"], sort_keys=True).encode()).hexdigest()[:16]
-        self.tokens = self._mapped()
+        self._map()
 
-    def _mapped(self) -> NDArray[Any]:
-        if self.ends[-1] == 0:  # an empty file cannot be mapped
-            return np.zeros(0, dtype=self.kind)
-        return np.memmap(self.folder / "tokens.bin", dtype=self.kind, mode="r")
+    def _map(self) -> None:
+        """Open the files as arrays: what is not read takes no memory, and what is read is shared by all processes."""
+        kinds = (self.kind, np.dtype(np.int64), np.dtype(np.int32))
+        self.tokens, self.ends, self.prompts = (
+            _mapped(self.folder / name, kind) for name, kind in zip(FILES, kinds, strict=True)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "tokens"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("tokens", "ends", "prompts")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self.tokens = self._mapped()
+        self._map()
 
     def document(self, number: int) -> tuple[list[int], list[int]]:
         """Prompt and answer ids of one document, without its end token."""
-        start, end = int(self.ends[number]), int(self.ends[number + 1]) - 1
+        start, end = int(self.ends[number - 1]) if number else 0, int(self.ends[number]) - 1
         middle = start + int(self.prompts[number])
         return self.tokens[start:middle].tolist(), self.tokens[middle:end].tolist()
 
@@ -155,28 +110,59 @@ class TokenData:
         self.nbytes = self._rows * length * cache.kind.itemsize
         identity = f"{cache.digest} {length} {self._rows} {answers} {answers_only}"
         self.digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self._open(torch.device("cpu"))
+
+    def _open(self, device: torch.device) -> None:
+        """The cache's arrays as tensors: on the CPU still the mapped files, elsewhere copies."""
+        # torch indexes no unsigned kinds: their bits are read as signed ones, and `batch` masks the sign off.
+        signed, self._mask = (np.int16, 0xFFFF) if self.cache.kind.itemsize == 2 else (np.int32, 0xFFFFFFFF)
+        arrays = (self.cache.tokens.view(signed), self.cache.ends, self.cache.prompts)
+        self._tokens, self._ends, self._prompts = (torch.from_numpy(array).to(device) for array in arrays)
+        self._window = torch.arange(self.tokens_per_row + 1, device=device)
+
+    def to(self, device: torch.device) -> TokenData:
+        """With the whole cache on a GPU, unless it is larger than `RESIDENT_BYTES`; elsewhere the files serve."""
+        if device.type == "cpu" or self.cache.tokens.nbytes + self.cache.ends.nbytes > RESIDENT_BYTES:
+            return self
+        moved = copy.copy(self)
+        moved._open(device)
+        return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not isinstance(value, Tensor)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._open(torch.device("cpu"))
 
     def __len__(self) -> int:
         return self._rows
 
     def batch(self, rows: Tensor) -> Batch:
         """Rows (B,) as inputs and targets (B, T)."""
-        starts = rows.numpy() * self._whole // max(1, self._rows) * self.tokens_per_row
-        places = starts[:, None] + np.arange(self.tokens_per_row + 1)
-        window = torch.from_numpy(self.cache.tokens[places].astype(np.int64))
-        documents = np.searchsorted(self.cache.ends, places, side="right") - 1
-        segments = torch.from_numpy(documents)
-        targets = window[:, 1:].masked_fill(segments[:, 1:] != segments[:, :-1], IGNORE)
-        answer = None
-        if self.answers:
-            inside, prompts = places[:, 1:] - self.cache.ends[documents[:, 1:]], self.cache.prompts[documents[:, 1:]]
-            answer = torch.from_numpy((prompts > 0) & (inside >= prompts)) & (targets != IGNORE)
-            if self.answers_only:
-                targets = targets.masked_fill(~answer, IGNORE)
+        first = rows * self._whole // max(1, self._rows) * self.tokens_per_row
+        places = first.to(self._window.device, non_blocking=True).unsqueeze(1) + self._window
+        window = self._tokens[places].long() & self._mask
+        documents = torch.searchsorted(self._ends, places, right=True)
+        targets = window[:, 1:].masked_fill(documents[:, 1:] != documents[:, :-1], IGNORE)
+        answer = self._behind_prompts(places[:, 1:], documents[:, 1:]) & (targets != IGNORE) if self.answers else None
+        if answer is not None and self.answers_only:
+            targets = targets.masked_fill(~answer, IGNORE)
         return Batch(
             inputs=window[:, :-1].contiguous(),
             targets=targets,
-            task=torch.full((len(rows),), self.task),
-            segment_ids=segments[:, :-1] - segments[:, :1],
+            task=torch.full((len(rows),), self.task, device=places.device),
+            segment_ids=documents[:, :-1] - documents[:, :1],
             answer=answer,
         )
+
+    def _behind_prompts(self, places: Tensor, documents: Tensor) -> Tensor:
+        begun = torch.where(documents > 0, self._ends[(documents - 1).clamp(min=0)], 0)
+        prompts = self._prompts[documents]
+        return (prompts > 0) & (places - begun >= prompts)
+
+
+def _mapped(path: Path, kind: np.dtype[Any]) -> NDArray[Any]:
+    # An empty file cannot be mapped.
+    # Mode "c" (a private copy of what is changed, and nothing is) because torch warns of arrays that cannot be.
+    return np.memmap(path, dtype=kind, mode="c") if path.stat().st_size else np.zeros(0, dtype=kind)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from caches import documents_of
 
 from clplat.components import Component, build, checked
 from clplat.streams.batch import IGNORE
@@ -39,7 +40,7 @@ def test_the_samples_are_those_that_the_documentation_names(data: Path) -> None:
 def test_every_document_is_in_one_part_and_all_are_there(stream: TextStream) -> None:
     counts = {}
     for domain in stream.domains:
-        parts = [list(domain.documents(part)) for part in ("train", "val", "test")]
+        parts = [documents_of(domain, part) for part in ("train", "val", "test")]
         counts[domain.name] = sum(map(len, parts))
         texts = [{one.prompt + one.text for one in part} for part in parts]
         assert all(texts) and not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
@@ -49,7 +50,7 @@ def test_every_document_is_in_one_part_and_all_are_there(stream: TextStream) -> 
 def test_gsm8k_keeps_its_official_test_split(stream: TextStream, data: Path) -> None:
     rows = [json.loads(line) for line in (data / "gsm8k" / "test.jsonl").read_text().splitlines()]
     cache = stream.tasks[2].test.data.cache
-    assert len(cache.prompts) == len(rows) == 1319
+    assert cache.documents == len(rows) == 1319
     for number in (0, 700, 1318):
         prompt, answer = map(stream.tokenizer.decode, cache.document(number))
         assert prompt == f"Question: {rows[number]['question']}\nAnswer: " and answer == rows[number]["answer"]

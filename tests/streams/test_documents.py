@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from caches import documents_of
 
 from clplat.streams.documents import Domain, Holdout, articles
 from clplat.streams.tokens import Document
@@ -19,7 +20,7 @@ def lines(path: Path, rows: list[Any]) -> str:
 
 
 def texts(domain: Domain, part: str) -> list[str]:
-    return [document.text for document in domain.documents(part)]
+    return [document.text for document in documents_of(domain, part)]
 
 
 def hundred(folder: Path, rows: list[int] | None = None) -> str:
@@ -149,3 +150,12 @@ def test_a_set_that_the_hub_cannot_give_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="domain 'd': 'nobody/nothing', split 'train' cannot be read"):
         list(Domain(name="d", path="nobody/nothing").documents("train"))
+
+
+def test_a_text_file_can_be_one_document(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.py").write_text(f"{name} = 1\n\n{name} += 1\n")
+    whole = Domain(name="d", path="text", document="file", data_files={"train": str(tmp_path / "*.py")})
+    assert [document.text for document in whole.documents("train")] == ["a = 1\n\na += 1\n", "b = 1\n\nb += 1\n"]
+    with pytest.raises(ValueError, match="document: file reads text files whole; it needs path: text"):
+        Domain(name="d", path="json", document="file", data_files={"train": str(tmp_path / "a.py")}).check()

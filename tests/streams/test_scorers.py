@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from caches import written
 
 from clplat.streams.base import TensorData
 from clplat.streams.batch import IGNORE, Batch
 from clplat.streams.generation_scorers import ExactMatch, Together
 from clplat.streams.scorers import Classify, Likelihood
 from clplat.streams.tokenizers import ByteTokenizer
-from clplat.streams.tokens import Document, TokenCache, TokenData, write_cache
+from clplat.streams.tokens import Document, TokenCache, TokenData
 
 
 class Model:
@@ -71,8 +72,7 @@ QUESTIONS = {f"{n} + 1? ": f"so #### {n + 1}" for n in range(10)}
 @pytest.fixture
 def cache(tmp_path: Path) -> TokenCache:
     documents = [Document(text="no question here"), *(Document(prompt=q, text=a) for q, a in QUESTIONS.items())]
-    write_cache(tmp_path / "c", documents, ByteTokenizer(), max_tokens=None)
-    return TokenCache(tmp_path / "c")
+    return written(tmp_path / "c", documents)
 
 
 def exact(cache: TokenCache, marker: str = "####", prompt: int = 99, new: int = 99, examples: int = 99) -> ExactMatch:
