@@ -62,8 +62,9 @@ def books(folder: Path) -> Iterator[str]:
 
 
 def gather(texts: Iterable[str], out: Path, limit: int) -> None:
-    """Write distinct documents in the order of their hashes, up to `limit` characters."""
-    found = {hashlib.sha256(text.encode()).hexdigest(): text for text in texts if len(text) in LENGTHS}
+    """Write distinct documents, shuffled by their content, up to `limit` characters."""
+    # Not the plain hash of the text, by which streams hold documents out: the two choices must be independent.
+    found = {hashlib.sha256(b"shuffled" + text.encode()).hexdigest(): text for text in texts if len(text) in LENGTHS}
     size = count = 0
     with out.open("w", encoding="utf-8") as file:
         for _, text in sorted(found.items()):
