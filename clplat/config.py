@@ -47,7 +47,7 @@ class TrainingConfig:
     """Largest global gradient norm, after strategies have changed the gradient."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "32-true"
     compile: bool = False
-    """Compile the architecture with torch.compile."""
+    """Compile the forward pass and the loss with torch.compile."""
     threads: int = 1
     """CPU threads a process; part of the result, since sums differ in the last bit between thread counts."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"

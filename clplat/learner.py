@@ -27,6 +27,9 @@ from clplat.streams.batch import CURRENT, REPLAY, Batch
 _REMEDY = "The last good checkpoint is kept; lower training.optimizer.init_args.lr, or set training.clip_norm."
 
 
+Answer = Callable[[Batch, State], tuple[Output, Tensor | None]]
+
+
 class Learner(LightningModule):
     """Trains one architecture under the strategies of a run; the run loop owns everything between tasks.
 
@@ -40,8 +43,8 @@ class Learner(LightningModule):
         self.architecture, self.objective, self.hooks, self.training_config = architecture, objective, hooks, training
         # The step is written out in `_step`: Lightning's automatic one costs more than a small model's forward.
         self.automatic_optimization = False
-        # Compiled forward and plain module share their weights; state_dict and strategies use the plain one.
-        self._forward = [torch.compile(architecture) if training.compile else architecture]
+        # In a list, so that the compiled form of the architecture is not registered as a second module.
+        self._answer = [answerer(architecture, objective if hooks.objective is None else None, training.compile)]
         self.carried: State = None
         self.window: dict[str, list[Tensor]] = {}
         self.rows = {"current": 0, "replay": 0}
@@ -74,15 +77,15 @@ class Learner(LightningModule):
             loss, output = self.hooks.step_owner.step(batch, self._optimizer())
             self._note({"loss": loss})
         else:
-            output = self._forward[0](batch, self.carried)
-            self._step(self._loss(output, batch))
+            output, parts = self._answer[0](batch, self.carried)
+            self._step(self._loss(output, batch, parts))
         if self.architecture.memory_life != "sequence":
             self.carried = pytree.tree_map(lambda leaf: leaf.detach(), output.state)
         self._finished.append((batch, output))
 
-    def _loss(self, output: Output, batch: Batch) -> Tensor:
+    def _loss(self, output: Output, batch: Batch, parts: Tensor | None) -> Tensor:
         """Objective + auxiliary losses + penalties, each logged under its name."""
-        terms = {"loss": self._objective(output, batch)}
+        terms = {"loss": self._objective(output, batch, parts)}
         if output.losses:
             terms |= {f"loss_{name}": value for name, value in output.losses.items()}
         if self.hooks.with_penalty:
@@ -113,16 +116,15 @@ class Learner(LightningModule):
             optimizer.step()
         optimizer.zero_grad()
 
-    def _objective(self, output: Output, batch: Batch) -> Tensor:
+    def _objective(self, output: Output, batch: Batch, parts: Tensor | None) -> Tensor:
         """The loss without auxiliary losses and penalties; of a mixed batch its two parts are logged too."""
-        if self.hooks.objective is not None:
+        if parts is None:
+            assert self.hooks.objective is not None
             return self.hooks.objective.objective(output, batch)
-        if batch.origin is None:
-            return self.objective(output, batch)
-        parts = self.objective.by_origin(output, batch)
-        loss = parts.sum()
+        if parts.ndim == 0:
+            return parts
         self._note({"loss_current": parts[CURRENT], "loss_replay": parts[REPLAY]})
-        return loss
+        return parts.sum()
 
     def _note(self, terms: Mapping[str, Tensor]) -> None:
         """Keep loss terms on the device until somebody logs them: no synchronisation in a step."""
@@ -243,6 +245,21 @@ class Learner(LightningModule):
         sums = torch.stack([p.detach().float().sum() for p in self.architecture.parameters()])
         if not bool(torch.isfinite(sums).all()):
             raise NotFiniteError(f"a weight became infinite or NaN by step {self.global_steps}. {_REMEDY}")
+
+
+def answerer(architecture: Architecture, objective: Objective | None, compiled: bool) -> Answer:
+    """The forward pass and the default loss as one function, so that a compiler can join the head and the loss.
+
+    The loss is a scalar, or one part for each origin of a mixed batch, or None without `objective`.
+    """
+
+    def answer(batch: Batch, state: State) -> tuple[Output, Tensor | None]:
+        output = architecture(batch, state)
+        if objective is None:
+            return output, None
+        return output, objective(output, batch) if batch.origin is None else objective.by_origin(output, batch)
+
+    return torch.compile(answer) if compiled else answer
 
 
 def rate_factor(step: int, total: int, schedule: str, warmup: float) -> float:

@@ -86,6 +86,21 @@ def test_der_loss_is_current_plus_alpha_mse_on_one_draw_plus_beta_cross_entropy_
     assert torch.allclose(run.context.loss(output, batch) + dark.penalty(output, batch), expected)
 
 
+def test_of_the_largest_logits_value_and_place_are_kept_and_the_distance_is_taken_over_them() -> None:
+    dark = DERpp(capacity=12, alpha=0.7, beta=0.4, ratio=1.5, top_logits=2)
+    run = ToyRun([dark], Objective, "language").train(STEPS + 1)
+    dark.fresh.append(run.current)
+    batch, output = run.mixed, run.architecture(run.mixed)
+    places, kept = batch.extra["places"][4:7], batch.extra["logits"][4:7]
+    assert kept.shape == places.shape == (3, 5, 2) and kept.dtype == torch.float16
+    expected = 0.7 * (output.logits[4:7].gather(-1, places) - kept.float()).square().mean()
+    assert torch.allclose(dark.penalty(output, batch), expected)
+    answers = run.architecture(run.current).logits
+    assert torch.equal(dark.fresh[-1].extra["places"], answers.topk(2).indices)
+    assert dark.row_bytes() == 5 * 4 + 5 * 4 + 4 + 5 * 2 * 6
+    assert dark.stored_bytes() == 12 * dark.row_bytes()
+
+
 def test_stored_logits_are_what_the_model_answered_before_the_step_that_stored_them() -> None:
     dark = DERpp(capacity=ROWS)
     run = ToyRun([dark], Objective)
@@ -104,6 +119,8 @@ def test_stored_logits_are_what_the_model_answered_before_the_step_that_stored_t
         (lambda: ExperienceReplay(capacity=1, capacity_bytes=1), "capacity, capacity_bytes: give exactly one"),
         (lambda: ExperienceReplay(capacity=5, ratio=-1.0), "ratio, weight: must not be negative"),
         (lambda: DERpp(capacity=5, alpha=-1.0), "alpha, beta: must not be negative"),
+        (lambda: DERpp(capacity=5, top_logits=0), "top_logits: must be positive, got 0"),
+        (lambda: DERpp(capacity=5, top_logits=7), r"DERpp\.top_logits: the model has only 6 outputs, got 7"),
     ],
 )  # fmt: skip
 def test_budgets_that_cannot_be_are_refused_by_name_before_training(make, message: str) -> None:
