@@ -18,7 +18,7 @@ from rich.console import Console
 from clplat.config import RunConfig, difference, load_run, parse, plain, save
 from clplat.errors import ConfigError
 from clplat.study import Study, carry_out, run_study, settled
-from clplat.study_file import load_study, run_folders, set_key
+from clplat.study_file import check_unchanged, load_study, run_folders, set_key
 
 if TYPE_CHECKING:
     import pandas
@@ -66,12 +66,16 @@ def _change_runs(folder: Path, overrides: Sequence[tuple[str, str]]) -> None:
 def _resume_one(folder: Path, console: Console) -> Study:
     from clplat.journal import last_status
     from clplat.launch import launch
+    from clplat.study_record import finish_study
 
     if last_status(folder) == "FINISHED":
         console.print(f"{folder}: finished already; nothing to do")
         return Study(name=folder.parent.name, folder=folder.parent, outcomes=[])
+    check_unchanged(folder)
     config = load_run(folder / "config.yaml")
     outcomes = launch([folder], workers=1, threads=config.training.threads, console=console)
+    if (folder.parent / "study.yaml").is_file() and config.tracking.enabled:
+        finish_study(folder.parent, [last_status(run) for run in run_folders(folder.parent)])
     return Study(name=folder.parent.name, folder=folder.parent, outcomes=outcomes)
 
 

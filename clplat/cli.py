@@ -49,8 +49,9 @@ def parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="list streams, architectures, strategies, optimizers, studies")
     listing.add_argument("what", nargs="?", help="one of these words; all of them by default")
     commands.add_parser("doctor", help="versions, devices, Triton, caches")
-    for command in (run, resume, evaluate, show):
+    for command in (run, show):
         command.epilog = "Any key of the configuration can be set: --training.batch_size 64"
+    resume.epilog = "Keys that results do not depend on can be set: --training.workers 2, --tracking.uri …"
     return root
 
 

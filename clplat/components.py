@@ -117,7 +117,7 @@ def resolve(name: str, wing: str, key: str) -> type:
             ) from error
         raise ConfigError(
             f"{key}.class_path: there is no module {module_name!r} to import {class_name!r} from"
-            f"{nearest(class_name, known)}"
+            f"{nearest(class_name, known, listed=False)} (a file of your own must lie in the current folder)"
         ) from error
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
@@ -164,8 +164,13 @@ def checked(component: Component, wing: str, key: str) -> Component:
 
 def _given(component: Component, wing: str) -> dict[str, Any]:
     """The options to parse: a copy, since jsonargparse changes nested mappings in place."""
-    supplied = WINGS[wing].supplied
-    return copy.deepcopy({name: value for name, value in component.init_args.items() if name not in supplied})
+    supplied, options = WINGS[wing].supplied, _options(resolve(component.class_path, wing, wing), wing)
+    given = copy.deepcopy({name: value for name, value in component.init_args.items() if name not in supplied})
+    for name, value in given.items():
+        kind = str(options[name].annotation) if name in options else ""
+        if isinstance(value, float) and value.is_integer() and "int" in kind and "float" not in kind:
+            given[name] = int(value)  # 1e6 is how one writes a million
+    return given
 
 
 def _plain(value: Any) -> Any:

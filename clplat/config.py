@@ -151,6 +151,21 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _without_twins(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    """A mapping in which no key stands twice: of a copied and forgotten one the first would vanish."""
+    keys = [
+        key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge"
+    ]
+    for number, key in enumerate(keys):
+        if key in keys[:number]:
+            raise ConfigError(f"{key}: this key stands twice, the second time below line {node.start_mark.line + 1}")
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _without_twins)
+
+
 def parse_yaml(text: str) -> Any:
     """Plain data from YAML text; executes nothing."""
     return yaml.load(text, Loader=_Loader)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clplat.config import RunConfig, StudyConfig
+from clplat.errors import ConfigError
 from clplat.fitting import fit, task_loader
 from clplat.interruption import Interruption
 from clplat.loop import Run
@@ -23,13 +24,14 @@ from clplat.study_file import expand
 def estimate(study: StudyConfig, console: Console) -> Table:
     """Time and memory of every variant, measured on two batches a task and one evaluation."""
     runs = expand(study)
-    table = Table(
-        "variant", "tasks", "steps", "ms a step", "s an evaluation", "est. minutes", "peak MiB", title="dry run"
-    )
+    table = Table("variant", "tasks", "steps", "ms/step", "eval s", "minutes", "peak MiB", title="dry run")
     total = 0.0
     for run in {run.variant: run for run in runs}.values():
         with console.status(f"trying {run.variant}"), tempfile.TemporaryDirectory() as scratch:
-            row = _try(run, Path(scratch))
+            try:
+                row = _try(run, Path(scratch))
+            except ConfigError as error:
+                raise ConfigError(f"variant {run.variant}: {error}") from error
         total += row[4] * len(study.seeds)
         table.add_row(
             run.variant, str(row[0]), str(row[1]), f"{row[2] * 1e3:.1f}", f"{row[3]:.2f}", f"{row[4] / 60:.1f}",

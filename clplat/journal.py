@@ -173,8 +173,8 @@ def last_status(folder: Path) -> str:
     return found[-1] if found else "WAITING"
 
 
-def record_lost(folder: Path, reason: str) -> None:
-    """Write FAILED for a run whose process died without a word."""
+def record_lost(folder: Path, status: str, reason: str) -> None:
+    """Write the status of a run whose process died without a word."""
     journal = Journal(folder)
-    journal.status("FAILED", reason)
+    journal.status(status, reason)
     journal.flush()

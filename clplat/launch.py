@@ -24,6 +24,7 @@ from rich.console import Console
 
 from clplat.errors import ClplatError, RunBusyError
 from clplat.execution import Outcome, execute
+from clplat.interruption import EXIT_REQUEUE, Interruption, exit_code
 from clplat.progress import Board, Progress, RunBar
 
 
@@ -59,6 +60,7 @@ class _Worker:
     process: subprocess.Popen[bytes]
     link: socket.socket
     slot: int
+    ready: bool = False
     text: str = ""
     folder: Path | None = None
     bar: RunBar | None = None
@@ -82,17 +84,26 @@ class _Pool:
             while self._selector.get_map():
                 for key, _ in self._selector.select(timeout=0.2):
                     self._hear(key.data)
-        code = 130 if self._stop == signal.SIGINT else 75
+        code = self._stop_code()
         missing = {f: Outcome(folder=f, status="KILLED", reason="not started", code=code) for f in self._waiting}
         return [(self._outcomes | missing)[folder] for folder in self._folders]
 
+    def _stop_code(self) -> int:
+        """The exit code of what was asked for; 0 while nobody asked to stop."""
+        return 0 if self._stop is None else exit_code(signal.Signals(self._stop).name)
+
     def _start(self, slot: int) -> None:
         ours, theirs = socket.socketpair()
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "clplat.launch", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            env=os.environ | {"OMP_NUM_THREADS": str(self._threads)} | _gpu_of(slot),
-        )
+        # A worker is born deaf to Ctrl-C, which a terminal sends to all: it listens when it knows what to do then.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "clplat.launch", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=os.environ | {"OMP_NUM_THREADS": str(self._threads)} | _gpu_of(slot),
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
         theirs.close()
         worker = _Worker(process=process, link=ours, slot=slot)
         self._selector.register(ours, selectors.EVENT_READ, worker)
@@ -119,7 +130,9 @@ class _Pool:
             return
         *lines, worker.text = (worker.text + received).split("\n")
         for kind, content in map(json.loads, lines):
-            if kind == "ended":
+            if kind == "ready":
+                worker.ready = True
+            elif kind == "ended":
                 self._ended(worker, Outcome(**content | {"folder": worker.folder}))
                 self._give(worker)
             elif worker.bar is not None:
@@ -132,15 +145,18 @@ class _Pool:
         announce(self._board, outcome)
 
     def _lost(self, worker: _Worker) -> None:
-        """A worker died with a run in its hands: that run failed, and another worker goes on with the rest."""
+        """A worker died with a run in its hands: it failed, unless it was stopped; another goes on with the rest."""
         self._selector.unregister(worker.link)
         code = worker.process.wait()
         assert worker.folder is not None
         from clplat.journal import record_lost
 
-        reason = f"its process died (exit code {code}); `clplat resume {worker.folder}` goes on from its checkpoint"
-        record_lost(worker.folder, reason)
-        self._ended(worker, Outcome(folder=worker.folder, status="FAILED", reason=reason, code=1))
+        status = "FAILED" if self._stop is None else "KILLED"
+        why = f"its process died (exit code {code})" if self._stop is None else "stopped"
+        reason = f"{why}; `clplat resume {worker.folder}` goes on from what was saved"
+        record_lost(worker.folder, status, reason)
+        outcome = Outcome(folder=worker.folder, status=status, reason=reason, code=self._stop_code() or 1)
+        self._ended(worker, outcome)
         if self._waiting and self._stop is None:
             self._start(worker.slot)
 
@@ -151,9 +167,11 @@ class _Pool:
         def asked(number: int, _: object) -> None:
             again = self._stop is not None
             self._stop = number
-            for key in list(self._selector.get_map().values()):
-                if number != signal.SIGINT or again:
-                    key.data.process.send_signal(signal.SIGKILL if again else number)
+            for worker in [key.data for key in self._selector.get_map().values()]:
+                if again or not worker.ready:
+                    worker.process.kill()
+                elif number != signal.SIGINT:
+                    worker.process.send_signal(number)
 
         kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = {number: signal.signal(number, asked) for number in kinds}
@@ -201,14 +219,21 @@ class _Link:
 
 def work(descriptor: int) -> None:
     """A worker's life: folders come in over the socket, outcomes go out; it ends when the socket closes."""
-    # Between runs Ctrl-C is the launcher's business; while a run is under way it listens itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A run that is under way listens itself; a request that comes between two runs must not be lost.
+    stop = Interruption()
     link = socket.socket(fileno=descriptor)
     messages = _Link(link)
-    with link.makefile() as lines:
+    with stop.listening(), link.makefile() as lines:
+        messages.send("ready", None)
         for line in lines:
-            outcome = execute_safely(Path(line.strip()), messages)
+            folder = Path(line.strip())
+            outcome = stopped(folder, stop) if stop.requested else execute_safely(folder, messages)
             messages.send("ended", {"status": outcome.status, "reason": outcome.reason, "code": outcome.code})
+
+
+def stopped(folder: Path, stop: Interruption) -> Outcome:
+    """A run that was handed out when a stop had been asked for already."""
+    return Outcome(folder=folder, status="KILLED", reason="not started", code=exit_code(stop.requested or "SIGTERM"))
 
 
 def execute_safely(folder: Path, progress: Progress) -> Outcome:
@@ -216,7 +241,7 @@ def execute_safely(folder: Path, progress: Progress) -> Outcome:
     try:
         return execute(folder, progress)
     except RunBusyError as error:
-        return Outcome(folder=folder, status="BUSY", reason=str(error), code=1)
+        return Outcome(folder=folder, status="BUSY", reason=str(error), code=EXIT_REQUEUE)
     except ClplatError as error:
         return Outcome(folder=folder, status="FAILED", reason=str(error), code=1)
 

@@ -24,7 +24,7 @@ from clplat.objective import Objective
 from clplat.strategies.world import World
 from clplat.streams.batch import CURRENT, REPLAY, Batch
 
-_REMEDY = "The last good checkpoint is kept; lower training.optimizer.init_args.lr, or set training.clip_norm."
+_REMEDY = "What was saved before is untouched; lower training.optimizer.init_args.lr, or set training.clip_norm."
 
 
 Answer = Callable[[Batch, State], tuple[Output, Tensor | None]]

@@ -65,12 +65,15 @@ def shown(config: str, overrides: Sequence[tuple[str, str]]) -> str:
     """A study with every default filled in, and each variant's full configuration, as YAML."""
     import yaml
 
-    from clplat.config import plain
+    from clplat.config import StudyConfig, parse, plain
     from clplat.study_file import expand, load_study
 
     study = load_study(config, overrides)
     runs = {run.variant: run for run in expand(study)}
-    whole = plain(study) | {"variants": {name: plain(run) for name, run in runs.items()}}
+    base = plain(study) | {"variants": {}, "baseline": None}
+    shared = plain(expand(parse(StudyConfig, base))[0])
+    whole = plain(study) | {name: shared[name] for name in ("stream", "architecture", "training")}
+    whole |= {"variants": {name: plain(run) for name, run in runs.items()}}
     return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
 
 

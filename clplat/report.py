@@ -52,6 +52,8 @@ def compare_table(study: StudyResults, baseline: str | None = None) -> Group:
     heads = ["n", *(SCORES[m] for m in TERMINAL), *([f"score − {base}"] if base else [])]
     scores = _numbers(f"{study.name}: mean ± 95 % interval over seeds", heads)
     scores.caption = "Score: higher is better; forgetting: lower. † sees more data than a learner may."
+    if any(study.interval(variant, "final_score").mean < 0 for variant in study.variants()):
+        scores.caption += "\nScores below zero are losses with their sign turned: a loss of 2 nats is −2."
     shown = [name for name in known_costs(study) if name in TERMINAL_COSTS]
     costs = _numbers("costs: means over seeds", [COSTS[name][0] for name in shown])
     for variant in study.variants():
@@ -66,6 +68,7 @@ def compare_table(study: StudyResults, baseline: str | None = None) -> Group:
 def _numbers(title: str, heads: Sequence[str]) -> Table:
     """A table of numbers by variant, narrow enough that an interval stands on one line of a terminal."""
     table = Table("variant", title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
+    table.min_width = len(title)
     table.caption_justify = "left"
     for head in heads:
         table.add_column(head, justify="right")
@@ -122,19 +125,31 @@ def notes(study: StudyResults) -> list[str]:
 
 
 def finding(study: StudyResults, baseline: str | None = None) -> str:
-    """The study's result in a sentence, with its interval and how far it may be trusted."""
+    """The study's result in a few words, with intervals and how far they may be trusted; reference arms left out.
+
+    The best final score leads, since it falls with everything that was forgotten and with everything never learned.
+    """
     base = baseline_of(study, baseline)
-    arms = [v for v in study.variants() if not study.is_reference(v) and study.by_seed(v, "final_forgetting")]
+    arms = [v for v in study.variants() if not study.is_reference(v) and study.by_seed(v, "final_score")]
     if not arms:
-        return "No variant has finished with a final forgetting to compare."
-    best = min(arms, key=lambda v: study.interval(v, "final_forgetting").mean)
-    lost = study.interval(best, "final_forgetting")
-    left_out = ", reference arms left out" if any(map(study.is_reference, study.variants())) else ""
-    text = f"Least forgetting{left_out}: {best}, {lost} (n = {lost.n})"
-    if base is None or base == best:
-        return text + "."
-    gap = paired(study.by_seed(base, "final_forgetting"), study.by_seed(best, "final_forgetting"))
-    return f"{text}; {base} forgets {gap} more over the same {gap.n} seeds: {MEANING[verdict(gap)]}."
+        return "No variant has finished with a final score to compare."
+    best = max(arms, key=lambda v: study.interval(v, "final_score").mean)
+    score = study.interval(best, "final_score")
+    text = f"Best final score{' but for reference arms' if len(arms) < len(study.variants()) else ''}: {best}, {score}"
+    gap = paired(study.by_seed(best, "final_score"), study.by_seed(base, "final_score")) if base else None
+    if gap is not None and gap.n and best != base:
+        text += f" (n = {score.n}), {gap} above {base}, seed by seed: {MEANING[verdict(gap)]}."
+    else:
+        text += f" (n = {score.n})."
+    forgetful = [v for v in arms if study.by_seed(v, "final_forgetting")]
+    if not forgetful:
+        return text
+    least = min(forgetful, key=lambda v: study.interval(v, "final_forgetting").mean)
+    lost, learned = study.interval(least, "final_forgetting"), study.interval(least, "learning_score")
+    text += f" Least forgetting: {least}, {lost}, with a learning score of {learned}"
+    if least != best:
+        text += f" ({best}: {study.interval(best, 'learning_score')})"
+    return text + "."
 
 
 MEANING = {

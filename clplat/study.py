@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
@@ -19,7 +19,10 @@ from clplat.config import RunConfig, StudyConfig, plain, save
 from clplat.errors import ConfigError
 from clplat.execution import Outcome, is_busy
 from clplat.launch import launch
-from clplat.study_file import expand, load_study, run_folders
+from clplat.study_file import check_unchanged, expand, load_study, run_folders
+
+if TYPE_CHECKING:
+    from clplat.assembly import Parts
 
 AnyConfig = TypeVar("AnyConfig", RunConfig, StudyConfig)
 
@@ -58,9 +61,25 @@ def preflight(runs: Sequence[RunConfig]) -> None:
         key = json.dumps(plain(run.stream), sort_keys=True)
         streams[key] = streams.get(key) or prepared_stream(run)
         try:
-            assemble(run, World(), streams[key]).learner.configure_optimizers()
+            try_out(assemble(run, World(), streams[key]))
         except ConfigError as error:
             raise ConfigError(f"variant {run.variant}: {error}") from error
+
+
+def try_out(parts: Parts) -> None:
+    """Make the optimizer, and let the model answer two rows."""
+    import torch
+
+    parts.learner.configure_optimizers()
+    rows = parts.stream.tasks[0].train.batch(torch.arange(min(2, len(parts.stream.tasks[0].train))))
+    try:
+        with torch.no_grad():
+            parts.architecture.eval()(rows.to(parts.device))
+    except Exception as error:
+        name, shape = type(parts.architecture).__name__, tuple(rows.inputs.shape)
+        raise ConfigError(
+            f"architecture: {name} cannot answer rows {shape} of this stream ({type(error).__name__}: {error})"
+        ) from error
 
 
 def lay_out(study: StudyConfig, runs: Sequence[RunConfig]) -> Path:
@@ -93,10 +112,12 @@ def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
     from clplat.journal import last_status
     from clplat.study_record import finish_study, send_unsent, start_study
 
-    if study.tracking.enabled:
-        start_study(folder)
     folders = run_folders(folder)
     open_runs = [run for run in folders if last_status(run) != "FINISHED"]
+    for run in open_runs:
+        check_unchanged(run)
+    if study.tracking.enabled:
+        start_study(folder)
     workers = worker_count(study, len(open_runs))
     outcomes = launch(open_runs, workers=workers, threads=study.training.threads, console=console)
     unsent = ""
@@ -144,9 +165,10 @@ def conclude(study: Study, console: Console) -> None:
     busy = [outcome for outcome in study.outcomes if outcome.status == "BUSY"]
     if busy:
         console.print(f"{len(busy)} runs are in the hands of another process; nothing is wrong with them.")
-    if any(outcome.code for outcome in study.outcomes if outcome not in busy):
+    if any(outcome.status == "KILLED" for outcome in study.outcomes):
+        console.print(f"`clplat resume {study.folder}` goes on with the runs that were stopped.", soft_wrap=True)
+    if any(outcome.status == "FAILED" for outcome in study.outcomes):
         console.print(
-            f"Not all runs finished; `clplat resume {study.folder}` goes on with those that were stopped. A run that "
-            "failed of itself will fail again: it needs a new study with the change that its message names.",
+            "A run that failed of itself will fail again: it needs a new study with the change that its message names.",
             soft_wrap=True,
         )

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from clplat.components import checked
-from clplat.config import Experiment, RunConfig, StudyConfig, parse, parse_yaml, plain
+from clplat.config import Experiment, RunConfig, StudyConfig, difference, load_run, parse, parse_yaml, plain
 from clplat.errors import ConfigError, nearest
 from clplat.streams.base import BUDGET_UNITS
 
@@ -109,7 +109,9 @@ def expand(study: StudyConfig) -> list[RunConfig]:
             run = parse(RunConfig, merged | {"study": study.name, "variant": variant, "seed": study.seeds[0]})
             run = _with_checked_components(run)
         except ConfigError as error:
-            raise ConfigError(f"{key}{error}") from error
+            # What all variants share was not written under one of them.
+            mine = str(error).partition(".")[0].partition(":")[0] in (changes or {})
+            raise ConfigError(f"{key if mine else ''}{error}") from error
         runs += [dataclasses.replace(run, seed=seed) for seed in study.seeds]
     return runs
 
@@ -139,6 +141,21 @@ def merge(base: Any, changes: Any) -> Any:
         else:
             result[key] = merge(result.get(key), value)
     return result
+
+
+def check_unchanged(folder: Path) -> None:
+    """Refuse a run folder whose config.yaml is another experiment than its study says."""
+    if not (folder.parent / "study.yaml").is_file():
+        return
+    config = load_run(folder / "config.yaml")
+    planned = {(run.variant, run.seed): run for run in expand(load_study(folder.parent / "study.yaml"))}
+    study = planned.get((config.variant, config.seed))
+    changed = difference(study, config) if study is not None else ["variant and seed are not in study.yaml"]
+    if changed:
+        raise ConfigError(
+            f"{folder / 'config.yaml'}: is not what study.yaml says ({'; '.join(changed)}); undo the change, or start "
+            "a new study with it"
+        )
 
 
 def run_folders(folder: Path) -> list[Path]:

@@ -21,6 +21,13 @@ from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, absolute, client, expe
 
 def start_study(folder: Path) -> None:
     """Make the study's parent run, or take it up again; a server that is away does not stop the study."""
+    try:
+        _start(folder)
+    except ClplatError as error:
+        print(f"{error}; the study goes on, and its record waits in {folder}.", file=sys.stderr)
+
+
+def _start(folder: Path) -> None:
     study = load_study(folder / "study.yaml")
     state = read_json(folder / STUDY_STATE) or {}
     try:
@@ -37,9 +44,8 @@ def start_study(folder: Path) -> None:
             write_json(folder / STUDY_STATE, state)
             connection.log_artifact(state["run_id"], str(folder / "study.yaml"))
         connection.update_run(state["run_id"], status="RUNNING")
-    except Exception as error:  # noqa: BLE001 - as in Feed: the record waits in the folders
-        print(f"MLflow at {study.tracking.uri} cannot be reached ({short(error)}); the study goes on, and its record "
-              f"waits in {folder}.", file=sys.stderr)  # fmt: skip
+    except Exception as error:
+        raise ClplatError(f"MLflow at {study.tracking.uri} cannot be reached ({short(error)})") from error
 
 
 def finish_study(folder: Path, statuses: list[str]) -> None:
@@ -88,7 +94,7 @@ def sync(target: str | Path, uri: str | None = None) -> int:
     if uri is not None:
         _send_elsewhere(folder, runs, absolute(uri))
     if is_study:
-        start_study(folder)
+        _start(folder)
     sent = busy = 0
     for run in runs:
         if (run / NAME).is_file():

@@ -169,7 +169,8 @@ class Domain:
         except (OSError, ValueError, DatasetsError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(
-                f"domain {self.name!r}: {self.path!r}, split {split!r} cannot be read ({reason})"
+                f"domain {self.name!r}: {self.path!r}, split {split!r} cannot be read ({reason}); local files need "
+                f"path {', '.join(BUILDERS[:-1])} or {BUILDERS[-1]}"
             ) from error
 
     def _from_row(self, row: dict[str, Any]) -> Document:

@@ -18,7 +18,7 @@ from clplat.execution import execute
 from clplat.journal import last_status, read
 from clplat.learner import Learner
 from clplat.streams.base import Budget
-from clplat.study import preflight
+from clplat.study import lay_out, preflight
 from clplat.study_file import expand, load_study
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -176,6 +176,46 @@ def test_a_changed_scientific_key_on_resume_is_refused_with_the_difference_and_a
     with pytest.raises(ConfigError, match="--seeds: a resumed study keeps its runs"):
         resume(done.folder, [("seeds", "[1]")])
     resume(done.folder, [("launcher.workers", "1")])
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "twice.yaml").write_text("name: a\nvariants:\n  er: {seeds: 1}\n  er: {seeds: 2}\n")
+    with pytest.raises(ConfigError, match="er: this key stands twice"):
+        load_study(tmp_path / "twice.yaml")
+
+
+def test_a_run_that_was_edited_before_it_had_a_checkpoint_is_refused_and_keeps_its_status(tmp_path: Path) -> None:
+    config = load_study(study(seeds=[0, 1]))
+    folder = lay_out(config, expand(config))
+    file = folder / "digits-s1" / "config.yaml"
+    file.write_text(file.read_text().replace("batch_size: 16", "batch_size: 8"))
+    for target in (folder, file.parent):
+        with pytest.raises(
+            ConfigError, match=r"digits-s1.config.yaml: is not what study.yaml says .*batch_size: 16 → 8"
+        ):
+            resume(target)
+    assert last_status(file.parent) == "WAITING"
+
+
+def test_a_model_that_cannot_read_the_stream_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "narrow.py").write_text(
+        "from torch import nn\n"
+        "from clplat.architectures.base import Architecture, Output\n"
+        "class Narrow(Architecture):\n"
+        "    def __init__(self, *, spec):\n"
+        "        super().__init__()\n"
+        "        self.layer = nn.Linear(1, spec.num_outputs)\n"
+        "    def forward(self, batch, state=None, return_hidden=None):\n"
+        "        return Output(logits=self.layer(batch.inputs))\n"
+    )
+    with pytest.raises(ConfigError, match=r"variant digits: architecture: Narrow cannot answer rows \(2, 1, 8, 8\)"):
+        clplat.run(study(architecture={"class_path": "narrow.Narrow"}), quiet=True)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_whole_numbers_may_be_written_with_an_exponent() -> None:
+    run = expand(load_study(study(strategies={"r": REPLAY | {"init_args": {"capacity_bytes": 1e4}}})))[0]
+    assert run.strategies["r"].init_args["capacity_bytes"] == 10_000
 
 
 def test_naming_one_unit_of_a_budget_replaces_the_other() -> None:

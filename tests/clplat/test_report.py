@@ -13,7 +13,7 @@ from rich.console import Console
 
 from clplat.errors import ConfigError
 from clplat.journal import Journal
-from clplat.metrics import interval
+from clplat.metrics import interval, paired
 from clplat.page import write_report
 from clplat.report import compare_table, finding, notes
 from clplat.study_results import StudyResults, load_study_results
@@ -50,10 +50,21 @@ def test_means_intervals_paired_differences_and_intransigence_are_those_of_the_t
     assert results.interval("naive", "final_forgetting").half == pytest.approx(interval([0.6, 0.4]).half)
     assert results.by_seed("er", "intransigence") == pytest.approx({0: 0.125, 1: 0.075})
     assert results.by_seed("cumulative", "intransigence") == pytest.approx({0: 0.0, 1: 0.0})
-    assert finding(results) == (
-        "Least forgetting, reference arms left out: er, 0.150 ± 0.635 (n = 2); naive forgets 0.350 ± 1.906 more "
-        "over the same 2 seeds: with fewer than 5 seeds a direction, not a finding."
+    gap = paired(results.by_seed("er", "final_score"), results.by_seed("naive", "final_score"))
+    assert finding(results, "naive") == (
+        f"Best final score but for reference arms: er, {results.interval('er', 'final_score')} (n = 2), {gap} above "
+        "naive, seed by seed: with fewer than 5 seeds a direction, not a finding. Least forgetting: er, 0.150 ± 0.635, "
+        f"with a learning score of {results.interval('er', 'learning_score')}."
     )
+
+
+def test_an_arm_that_learned_nothing_forgets_least_and_does_not_lead(store: str) -> None:
+    study = Made(store, ["learns", "frozen"], [0])
+    study.run("learns", 0, [[0.5, 0.5], [0.9, 0.5], [0.7, 0.9]])
+    study.run("frozen", 0, [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]])
+    said = finding(load_study_results("digits", store))
+    assert said.startswith("Best final score: learns, 0.800")
+    assert "Least forgetting: frozen, 0.000, with a learning score of 0.500 (learns: 0.900)" in said
 
 
 def test_the_terminal_table_fits_eighty_columns_and_marks_reference_arms(store: str) -> None:
@@ -147,6 +158,6 @@ def test_a_study_of_one_task_has_a_report_without_forgetting(store: str, tmp_pat
     study = Made(store, ["naive"], [0])
     study.run("naive", 0, [[0.1], [0.9]], tasks=("a",))
     results = load_study_results("digits", store)
-    assert finding(results) == "No variant has finished with a final forgetting to compare."
+    assert finding(results) == "Best final score: naive, 0.900 (n = 1)."
     assert "0.900" in write_report(results, tmp_path / "out").read_text()
     assert not (tmp_path / "out" / "figures" / "forgetting.png").exists()

@@ -1,0 +1,50 @@
+"""Workers of a study: stopped while they start, and lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from studies import study
+
+from clplat.journal import last_status
+from clplat.study import lay_out
+from clplat.study_file import expand, load_study
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize("moment", ["workers start", "workers train"])
+def test_a_stop_at_any_moment_leaves_no_run_failed(tmp_path: Path, number: int, code: int, moment: str) -> None:
+    config = load_study(study(seeds=[0, 1], launcher={"workers": 2}, training__budget={"steps": 100_000}))
+    folder = lay_out(config, expand(config))
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "clplat", "resume", str(folder)], start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    runs = [folder / f"digits-s{seed}" for seed in (0, 1)]
+    deadline = time.monotonic() + 120
+    while not (children(process.pid) if moment == "workers start" else all(map(trains, runs))):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    # As a terminal does: to the whole group. A scheduler tells the first process alone.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == code, said
+    assert "Traceback" not in said and "FAILED" not in said, said
+    assert {last_status(run) for run in runs} <= {"KILLED", "WAITING"}
+    assert moment == "workers start" or all((run / "checkpoints").is_dir() for run in runs)
+
+
+def children(pid: int) -> list[str]:
+    """Worker processes that have been started."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [child for child in found if "clplat.launch" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+def trains(run: Path) -> bool:
+    return (run / "journal.jsonl").is_file() and "train/loss" in (run / "journal.jsonl").read_text()
