@@ -27,7 +27,7 @@ def part_files(folder: Path, part: str) -> list[Path]:
         raise ValueError(f"root: {folder} must hold {part}.parquet or the pieces {part}-*.parquet; it holds {found}")
     counts = {int(match[1]) for file in pieces if (match := re.search(r"-of-0*(\d+)\.parquet$", file.name))}
     if counts and counts != {len(pieces)}:
-        raise ValueError(f"root: {folder} holds {len(pieces)} pieces of {part}, their names say there are {counts}")
+        raise ValueError(f"root: {folder} holds {len(pieces)} of {max(counts)} pieces of {part}")
     return pieces or [whole]
 
 
@@ -58,7 +58,7 @@ def decoded(files: list[Path]) -> Labelled:
 
 def _opened(cache: Path) -> Labelled:
     """What the cache holds; a zip archive, so that every byte is checked against its CRC."""
-    with np.load(cache, allow_pickle=False) as stored:
+    with cache.open("rb") as file, np.load(file, allow_pickle=False) as stored:
         return torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
 
 
