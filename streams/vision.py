@@ -48,9 +48,8 @@ class SplitDigits(Stream):
         images, labels = load_digits(return_X_y=True)
         inputs = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
         targets = torch.tensor(labels, dtype=torch.long)
-        rows = dict(zip(("test", "val", "train"), stratified(targets, *self.fractions), strict=True))
-        parts = {part: (inputs[index], targets[index]) for part, index in rows.items()}
-        self.spec, self.tasks = split_tasks(**parts, groups=self.groups, scenario=self.scenario)
+        test, val, train = ((inputs[rows], targets[rows]) for rows in stratified(targets, *self.fractions))
+        self.spec, self.tasks = split_tasks(train=train, val=val, test=test, groups=self.groups, scenario=self.scenario)
 
 
 class _SplitImages(Stream):
