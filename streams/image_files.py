@@ -19,6 +19,13 @@ from clplat.streams.split import Labelled
 FORMAT = 1
 
 
+def cache_folder() -> Path:
+    """$CLPLAT_CACHE, or ~/.cache/clplat; made where it is not there."""
+    folder = Path(os.environ.get("CLPLAT_CACHE", Path.home() / ".cache" / "clplat"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def part_files(folder: Path, part: str) -> list[Path]:
     """The files of one split: `train.parquet`, or all of `train-0-of-3.parquet`, `train-00000-of-00003.parquet`, …"""
     whole, pieces = folder / f"{part}.parquet", sorted(folder.glob(f"{part}-*.parquet"))
@@ -39,7 +46,7 @@ def decoded(files: list[Path]) -> Labelled:
     contents = hashlib.sha256(f"images {FORMAT}".encode())
     for file in files:
         contents.update(hashlib.sha256(file.read_bytes()).digest())
-    folder = Path(os.environ.get("CLPLAT_CACHE", Path.home() / ".cache" / "clplat"))
+    folder = cache_folder()
     cache = folder / f"images-{contents.hexdigest()[:16]}.npz"
     try:
         return _opened(cache)
@@ -48,7 +55,6 @@ def decoded(files: list[Path]) -> Labelled:
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         warnings.warn(f"image cache {cache} is damaged ({error}) and is made again", stacklevel=2)
     images, labels = _decode(files)
-    folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{cache.name}.part-", dir=folder) as temporary:
         part = Path(temporary) / cache.name
         np.savez(part, images=images, labels=labels)

@@ -6,10 +6,11 @@ which are pickles: it opens them only after their checksums have been compared w
 
 from __future__ import annotations
 
-import copy
+import fcntl
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from clplat.streams.base import TensorData, digest
 from clplat.streams.batch import Batch
-from clplat.streams.image_files import decoded, part_files
+from clplat.streams.image_files import cache_folder, decoded, part_files
 from clplat.streams.split import Labelled, first_of_each_class, stratified
 
 TrainAndTest = tuple[Labelled, Labelled]
@@ -181,7 +182,8 @@ def _from_torchvision(name: str, folder: str, root: Path, download: bool) -> Tra
     from torchvision import datasets
 
     try:
-        train, test = (getattr(datasets, name)(root, train=part, download=download) for part in (True, False))
+        with _one_at_a_time() if download else nullcontext():
+            train, test = (getattr(datasets, name)(root, train=part, download=download) for part in (True, False))
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
         raise ValueError(
             f"root: cannot read {name} from {root / folder} ({error or 'a file is cut short'}); name the folder in "
@@ -190,9 +192,17 @@ def _from_torchvision(name: str, folder: str, root: Path, download: bool) -> Tra
     return _tensors(train), _tensors(test)
 
 
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Runs of a study start together: the first one downloads, the others wait and find the files there."""
+    with (cache_folder() / "download.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _tensors(samples: Any) -> Labelled:
     """Images of a torchvision set as (N, C, H, W): grey ones have no channel axis, coloured ones have it last."""
-    pixels = torch.as_tensor(copy.copy(samples.data))
+    pixels = torch.as_tensor(samples.data)
     images = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
     return images, torch.as_tensor(samples.targets, dtype=torch.long)
 
