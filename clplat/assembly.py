@@ -56,7 +56,7 @@ def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> P
         architecture=architecture, objective=objective, hooks=hooks, tasks=stream.tasks, probes=stream.probes,
         world=world, batch_size=config.evaluation.batch_size, precision=config.training.precision,
     )  # fmt: skip
-    learner = Learner(architecture, objective, hooks, config.training)
+    learner = Learner(architecture, objective, hooks, config.training, augment=stream.augment)
     return Parts(
         stream=stream, architecture=architecture, hooks=hooks, learner=learner, evaluator=evaluator,
         context=context, world=world, device=device,

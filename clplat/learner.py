@@ -33,14 +33,21 @@ Answer = Callable[[Batch, State], tuple[Output, Tensor | None]]
 class Learner(LightningModule):
     """Trains one architecture under the strategies of a run; the run loop owns everything between tasks.
 
-    `after_step` is called when an optimizer step is done, with that step's number within the task.
+    `augment` is the stream's. `after_step` is called when an optimizer step is done, with that step's number within
+    the task.
     """
 
     def __init__(
-        self, architecture: Architecture, objective: Objective, hooks: Hooks, training: TrainingConfig
+        self,
+        architecture: Architecture,
+        objective: Objective,
+        hooks: Hooks,
+        training: TrainingConfig,
+        augment: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.architecture, self.objective, self.hooks, self.training_config = architecture, objective, hooks, training
+        self.augment = augment
         # The step is written out in `_step`: Lightning's automatic one costs more than a small model's forward.
         self.automatic_optimization = False
         # In a list, so that the compiled form of the architecture is not registered as a second module.
@@ -73,6 +80,9 @@ class Learner(LightningModule):
             batch = self.hooks.batch(batch)
         self.rows["current"] += rows
         self.rows["replay"] += len(batch) - rows
+        mixed = batch
+        if self.augment is not None:
+            batch = batch.replaced(inputs=self.augment(batch.inputs))
         if self.hooks.step_owner is not None:
             loss, output = self.hooks.step_owner.step(batch, self._optimizer())
             self._note({"loss": loss})
@@ -81,7 +91,8 @@ class Learner(LightningModule):
             self._step(self._loss(output, batch, parts))
         if self.architecture.memory_life != "sequence":
             self.carried = pytree.tree_map(lambda leaf: leaf.detach(), output.state)
-        self._finished.append((batch, output))
+        # What delayed writes may keep: the rows as they are, not this use's augmentation of them.
+        self._finished.append((mixed, output))
 
     def _loss(self, output: Output, batch: Batch, parts: Tensor | None) -> Tensor:
         """Objective + auxiliary losses + penalties, each logged under its name."""

@@ -7,7 +7,7 @@ YAML options. `TensorData` serves anything that fits in memory.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -72,8 +72,8 @@ class TensorData:
 
     def to(self, device: torch.device) -> TensorData:
         """The same rows on another device."""
-        moved = object.__new__(TensorData)
-        moved.__dict__ |= self.__dict__ | {n: getattr(self, n).to(device) for n in ("inputs", "targets", "task")}
+        moved = object.__new__(type(self))
+        moved.__dict__ |= {n: v.to(device) if isinstance(v, Tensor) else v for n, v in self.__dict__.items()}
         return moved
 
 
@@ -194,11 +194,15 @@ class Stream:
     A subclass sets `spec` and `tasks` in `prepare`, which may read files, tokenise and fill caches; its
     constructor only checks its options, so that a wrong configuration fails at once. A constructor that has a
     parameter `seed` is given the run's seed. `probes` are sets scored after every task beside the result table.
+    `augment` changes the inputs (B, ...) of every training batch, replayed rows included, at each use anew: buffers
+    keep rows as they were, and evaluation reads them so. It may draw from torch's global generator of the inputs'
+    device, which runs save and restore.
     """
 
     spec: Spec
     tasks: Sequence[Task]
     probes: Sequence[EvalSet] = ()
+    augment: Callable[[Tensor], Tensor] | None = None
     paper: str = ""
 
     def prepare(self) -> None:

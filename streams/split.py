@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -46,12 +47,19 @@ def class_groups(
 
 
 def split_tasks(
-    *, train: Labelled, val: Labelled, test: Labelled, groups: Sequence[tuple[int, ...]], scenario: Scenario
+    *,
+    train: Labelled,
+    val: Labelled,
+    test: Labelled,
+    groups: Sequence[tuple[int, ...]],
+    scenario: Scenario,
+    data: Callable[..., TensorData] = TensorData,
 ) -> tuple[Spec, list[Task]]:
     """Tasks of the class groups, and the spec of the whole.
 
     In the `domain` scenario the targets are places within the group and all tasks share those outputs; in the
-    others a class keeps its own output unit, numbered in the order of appearance.
+    others a class keeps its own output unit, numbered in the order of appearance. `data(inputs, targets, task=index)`
+    makes a set of rows.
     """
     place = {label: (number if scenario == "domain" else number + start)
              for start, group in _with_starts(groups) for number, label in enumerate(group)}  # fmt: skip
@@ -67,17 +75,44 @@ def split_tasks(
             chosen = torch.isin(labels, torch.tensor(group))
             if part != "val" and not bool(chosen.any()):
                 raise ValueError(f"task {name!r}: there are no {part} samples of the classes {list(group)}")
-            sets[part] = TensorData(inputs[chosen], table[labels[chosen]], task=index)
-        val_set = EvalSet(name=f"{name}/val", data=sets["val"], scorer=Classify()) if len(sets["val"]) else None
-        tasks.append(
-            Task(
-                index=index, name=name, train=sets["train"], val=val_set,
-                test=EvalSet(name=name, data=sets["test"], scorer=Classify()),
-                classes=tuple(place[label] for label in group), headline="accuracy",
-            )
-        )  # fmt: skip
+            sets[part] = data(inputs[chosen], table[labels[chosen]], task=index)
+        tasks.append(labelled_task(index, name, classes=[place[label] for label in group], **sets))
     shape = tuple(train[0].shape[1:])
     return Spec(kind="classify", input_shape=shape, num_outputs=outputs, scenario=scenario), tasks
+
+
+def labelled_task(
+    index: int, name: str, *, train: TensorData, val: TensorData, test: TensorData, classes: Sequence[int]
+) -> Task:
+    """A classification task; without rows in `val` it has no validation set."""
+    return Task(
+        index=index, name=name, train=train,
+        val=EvalSet(name=f"{name}/val", data=val, scorer=Classify()) if len(val) else None,
+        test=EvalSet(name=name, data=test, scorer=Classify()),
+        classes=tuple(classes), headline="accuracy",
+    )  # fmt: skip
+
+
+def stratified(labels: Tensor, *shares: float) -> list[Tensor]:
+    """Row numbers of parts with the same share of every class: one part for each of `shares`, then the rest.
+
+    Which row goes where follows from the labels (N,) alone, never from a run's seed.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    parts: list[list[Tensor]] = [[] for _ in range(len(shares) + 1)]
+    for label in labels.unique():
+        mine = order[labels[order] == label]
+        ends = [round(len(mine) * share) for share in accumulate(shares)]
+        for part, rows in zip(parts, mine.tensor_split(ends), strict=True):
+            part.append(rows)
+    return [torch.cat(part) for part in parts]
+
+
+def first_of_each_class(labels: Tensor, count: int) -> Tensor:
+    """Row numbers of the first `count` samples of every class, in the order of the rows."""
+    order = labels.argsort(stable=True)
+    rank = torch.arange(len(labels)) - torch.searchsorted(labels[order], labels[order])
+    return order[rank < count].sort().values
 
 
 def _with_starts(groups: Sequence[tuple[int, ...]]) -> list[tuple[int, tuple[int, ...]]]:

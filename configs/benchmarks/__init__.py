@@ -1,0 +1,1 @@
+"""Studies on the benchmarks of the literature: `clplat run benchmarks/split_mnist`."""

@@ -1,0 +1,99 @@
+"""Encoded images in parquet files: found by split, decoded once, kept in a cache that is checked when opened."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+
+from clplat.streams.split import Labelled
+
+FORMAT = 1
+
+
+def cache_folder() -> Path:
+    """$CLPLAT_CACHE, or ~/.cache/clplat; made where it is not there."""
+    folder = Path(os.environ.get("CLPLAT_CACHE", Path.home() / ".cache" / "clplat"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def part_files(folder: Path, part: str) -> list[Path]:
+    """The files of one split: `train.parquet`, or all of `train-0-of-3.parquet`, `train-00000-of-00003.parquet`, …"""
+    whole, pieces = folder / f"{part}.parquet", sorted(folder.glob(f"{part}-*.parquet"))
+    if whole.is_file() == bool(pieces):
+        found = [file.name for file in pieces] or "neither"
+        raise ValueError(f"root: {folder} must hold {part}.parquet or the pieces {part}-*.parquet; it holds {found}")
+    counts = {int(match[1]) for file in pieces if (match := re.search(r"-of-0*(\d+)\.parquet$", file.name))}
+    if counts and counts != {len(pieces)}:
+        raise ValueError(f"root: {folder} holds {len(pieces)} of {max(counts)} pieces of {part}")
+    return pieces or [whole]
+
+
+def decoded(files: list[Path]) -> Labelled:
+    """Images (N, 3, H, W) uint8 and labels (N,) long of parquet files, in the order of the files.
+
+    They are decoded once and kept in $CLPLAT_CACHE (default ~/.cache/clplat), by the contents of the files.
+    """
+    contents = hashlib.sha256(f"images {FORMAT}".encode())
+    for file in files:
+        contents.update(hashlib.sha256(file.read_bytes()).digest())
+    folder = cache_folder()
+    cache = folder / f"images-{contents.hexdigest()[:16]}.npz"
+    try:
+        return _opened(cache)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        warnings.warn(f"image cache {cache} is damaged ({error}) and is made again", stacklevel=2)
+    images, labels = _decode(files)
+    with TemporaryDirectory(prefix=f"{cache.name}.part-", dir=folder) as temporary:
+        part = Path(temporary) / cache.name
+        np.savez(part, images=images, labels=labels)
+        part.replace(cache)
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def _opened(cache: Path) -> Labelled:
+    """What the cache holds; a zip archive, so that every byte is checked against its CRC."""
+    with cache.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+        return torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
+
+
+def _decode(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+    import pyarrow.parquet as pq
+
+    images: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    for file in files:
+        table = pq.read_table(file)
+        columns = {"image", "img"} & set(table.column_names)
+        if not columns or "label" not in table.column_names:
+            raise ValueError(f"{file}: needs the columns image and label; it has {table.column_names}")
+        encoded = table.column(min(columns)).to_pylist()
+        images += [_pixels(value, file, row) for row, value in enumerate(encoded)]
+        labels.append(table.column("label").to_numpy())
+    shapes = {image.shape for image in images}
+    if len(shapes) != 1:
+        raise ValueError(f"{files[0].parent}: images must have one size, not {sorted(shapes)}")
+    stacked = np.stack(images).transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(stacked), np.concatenate(labels).astype(np.int64)
+
+
+def _pixels(value: bytes | dict[str, bytes], file: Path, row: int) -> np.ndarray:
+    """One image (H, W, 3): bytes of a PNG or JPEG, or a struct that has them as `bytes`."""
+    from PIL import Image, UnidentifiedImageError
+
+    content = value["bytes"] if isinstance(value, dict) else value
+    try:
+        return np.asarray(Image.open(BytesIO(content)).convert("RGB"))
+    except (UnidentifiedImageError, OSError, TypeError) as error:
+        raise ValueError(f"{file}: row {row} is not an image that can be decoded ({error})") from error
