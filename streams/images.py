@@ -45,6 +45,7 @@ class ImageData(TensorData):
         self.digest = digest(inputs, targets, self.scale, self.shift)
 
     def batch(self, rows: Tensor) -> Batch:
+        rows = rows.to(self.inputs.device, non_blocking=True)
         images = self.pixels(rows).float().mul_(self.scale).add_(self.shift)
         return Batch(inputs=images, targets=self.targets[rows], task=self.task[:1].expand(len(rows)))
 
