@@ -98,7 +98,7 @@ class AvalanchePlugin(Strategy):
             raise ValueError(f"plugin: {self.name} reads samples with one label each; on language use a strategy of "
                              "our own, for example EWC or AGEM")  # fmt: skip
         if context.world.size > 1:
-            raise ValueError(f"plugin: Avalanche's {self.name} knows one process only; set training.processes to 1, "
+            raise ValueError(f"plugin: Avalanche's {self.name} knows one process only; set training.devices to 1, "
                              "or use a strategy of our own, for example EWC or AGEM")  # fmt: skip
         found = named(self.name, PLUGINS, "plugin")
         if not isinstance(found, type):

@@ -232,7 +232,7 @@ def test_state_that_no_checkpoint_can_keep_is_refused_before_training() -> None:
 def test_language_and_several_processes_are_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match="on language use a strategy of our own"):
         ToyRun([ours("EWC")], Objective, "language")
-    with pytest.raises(ValueError, match=r"one process only; set training.processes to 1"):
+    with pytest.raises(ValueError, match=r"one process only; set training.devices to 1"):
         ToyRun([ours("EWC")], Objective, world=World(rank=0, size=2))
 
 
