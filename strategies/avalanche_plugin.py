@@ -19,16 +19,8 @@ import torch
 from torch import Tensor
 
 from clplat.architectures.base import Output, StepOutcome
-from clplat.strategies.avalanche_shim import (
-    Clock,
-    Shim,
-    avalanche_dataset,
-    gradients_aside,
-    pack,
-    rows_of,
-    unpack,
-    unshared,
-)
+from clplat.strategies.avalanche_shim import Clock, Shim, avalanche_dataset, gradients_aside, unshared
+from clplat.strategies.avalanche_state import SeededDraws, nbytes, pack, rows_of, unpack
 from clplat.strategies.base import Context, Fidelity, Strategy
 from clplat.streams.avalanche_stream import named, quiet, seeded
 from clplat.streams.base import Task
@@ -41,6 +33,7 @@ CALLED = ("before_training", "before_training_exp", "before_training_iteration",
           "after_training_exp", "after_training")  # fmt: skip
 """The callbacks that our loop has a place for."""
 
+_AFTER_STEP = {"after_update", "after_training_iteration"}
 _LOADER = "replaces the data loader"
 _MODEL = "replaces parts of the model"
 REFUSED = {
@@ -181,6 +174,8 @@ class AvalanchePlugin(Strategy):
 
     def penalty(self, output: Output, batch: Batch) -> Tensor | None:
         self._show(batch, output)
+        if not self.calls & {"after_forward", "before_backward"}:
+            return None
         before = self.context.loss(output, batch).detach()
         self.shim.loss = before.clone()
         self._call("after_forward", "before_backward")
@@ -188,14 +183,16 @@ class AvalanchePlugin(Strategy):
 
     def gradient(self) -> None:
         self._call("after_backward", "before_update")
-        self._gradients = [parameter.grad for parameter in self.shim.model.parameters()]
+        if self.calls & _AFTER_STEP:
+            self._gradients = [parameter.grad for parameter in self.shim.model.parameters()]
 
     def step_end(self, outcome: StepOutcome) -> None:
-        with gradients_aside(self.shim.model):
-            # Plugins read the gradient of the step that is done, after our loop has let go of it.
-            for parameter, gradient in zip(self.shim.model.parameters(), self._gradients):
-                parameter.grad = gradient
-            self._call("after_update", "after_training_iteration")
+        if self.calls & _AFTER_STEP:
+            with gradients_aside(self.shim.model):
+                # Plugins read the gradient of the step that is done, after our loop has let go of it.
+                for parameter, gradient in zip(self.shim.model.parameters(), self._gradients):
+                    parameter.grad = gradient
+                self._call("after_update", "after_training_iteration")
         self._gradients, self._inside = [], False
         self.shim.clock.step()
 
@@ -209,6 +206,7 @@ class AvalanchePlugin(Strategy):
             self.plugin.buffers[-1] = avalanche_dataset(*rows_of(self.plugin.buffers[-1]))
             self._draw_from_buffers(seed, 0)
         self.shim.clock.train_exp_counter += 1
+        self.shim.put(experience=None, mbatch=[], mb_output=None)  # the task's rows go
 
     def _show(self, batch: Batch, output: Output | None = None) -> None:
         if self.context.task is not None:
@@ -236,7 +234,7 @@ class AvalanchePlugin(Strategy):
         return {name: pack(kept[name], f"plugin: {self.name}.{name}") for name in _ROWS if name in kept}
 
     def stored_bytes(self) -> int:
-        return _bytes(self._rows()) if self.replays else 0
+        return nbytes(self._rows()) if self.replays else 0
 
     def state_dict(self) -> dict[str, Any]:
         kept = {n: value for n, value in sorted(vars(self.plugin).items()) if n not in (*_ROWS, *_TRANSIENT)}
@@ -255,39 +253,9 @@ class AvalanchePlugin(Strategy):
             self._draw_from_buffers(*state["draws"])
 
 
-class SeededDraws:
-    """An iterator over a loader that draws from a random source of its own."""
-
-    def __init__(self, loader: Any, seed: int) -> None:
-        self.batches, self.seed, self.drawn = iter(loader), seed, 0
-        self._random = torch.Generator().manual_seed(seed).get_state()
-
-    def __iter__(self) -> SeededDraws:
-        return self
-
-    def __next__(self) -> Any:
-        outside = torch.get_rng_state()
-        torch.set_rng_state(self._random)
-        try:
-            return next(self.batches)
-        finally:
-            self._random = torch.get_rng_state()
-            torch.set_rng_state(outside)
-            self.drawn += 1
-
-
 def _refuse_by_name(names: list[str]) -> None:
     for name in names:
         if name in REFUSED:
             why, instead = REFUSED[name]
             remedy = f"; use {instead}" if instead else "; penalty and gradient plugins alone run here"
             raise ValueError(f"plugin: {name} {why}, which our loop owns{remedy}")
-
-
-def _bytes(packed: Any) -> int:
-    """Bytes of all tensors in a packed state."""
-    if isinstance(packed, Tensor):
-        return packed.nbytes
-    if isinstance(packed, Mapping | list):
-        return sum(_bytes(item) for item in (packed.values() if isinstance(packed, Mapping) else packed))
-    return 0

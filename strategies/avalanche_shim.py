@@ -1,10 +1,8 @@
-"""What Avalanche's plugins see in place of an Avalanche strategy, and their state as tensors and plain data."""
+"""What Avalanche's plugins see in place of an Avalanche strategy."""
 
 from __future__ import annotations
 
-import copy
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,12 +86,21 @@ class Shim:
     """The fields that plugins read of an Avalanche strategy. They may set `loss`; anything else is refused."""
 
     is_training, is_eval, train_epochs = True, False, 1
+    owner: str
+    context: Context
+    model: PlainModel
+    optimizer: Gradients
+    clock: Clock
+    experience: Experience | None
+    mbatch: list[Tensor]
+    mb_output: Tensor | None
+    loss: Tensor
 
     def __init__(self, context: Context, owner: str, criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
         model = PlainModel(context.architecture)
         self.put(
             owner=owner, context=context, model=model, optimizer=Gradients(model), clock=Clock(), experience=None,
-            mbatch=None, mb_output=None, loss=torch.zeros(()), _criterion=criterion, train_mb_size=context.batch_size,
+            mbatch=[], mb_output=None, loss=torch.zeros(()), _criterion=criterion, train_mb_size=context.batch_size,
             eval_mb_size=context.batch_size, plugins=[],
         )  # fmt: skip
 
@@ -160,78 +167,3 @@ def unshared(plugin: Any) -> None:
         for kept in (plugin.ewc_data[0], *plugin.syn_data.values()):
             for weights in kept.values():
                 weights.data = weights.data.clone()
-
-
-def pack(value: Any, where: str) -> Any:
-    """State of a plugin as tensors and plain data. Raises ValueError that names what cannot be kept."""
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    if isinstance(value, str):
-        # Equal texts as one object, so that equal states make equal files.
-        return sys.intern(value)
-    if isinstance(value, Tensor):
-        return {"tensor": value.detach().clone(), "on_cpu": value.device.type == "cpu"}
-    if isinstance(value, Mapping):
-        return {"mapping": [[pack(k, where), pack(v, f"{where}[{k!r}]")] for k, v in value.items()]}
-    for kind, name in ((list, "list"), (tuple, "tuple"), (set, "set")):
-        if isinstance(value, kind):
-            items = sorted(value) if kind is set else value
-            return {name: [pack(item, where) for item in items]}
-    if isinstance(value, PlainModel):
-        return {"model": {name: t.detach().clone() for name, t in value.architecture.state_dict().items()}}
-    return _pack_object(value, where)
-
-
-def _pack_object(value: Any, where: str) -> Any:
-    """Avalanche's own small objects."""
-    from avalanche.benchmarks.utils import AvalancheDataset
-    from avalanche.training.regularization import RegularizationMethod
-    from avalanche.training.utils import ParamData
-
-    if isinstance(value, ParamData):
-        return {"weights": pack(value.data, where), "name": sys.intern(value.name)}
-    if isinstance(value, RegularizationMethod):
-        return {"object": {name: pack(item, f"{where}.{name}") for name, item in sorted(vars(value).items())}}
-    if isinstance(value, AvalancheDataset):
-        inputs, targets = rows_of(value)
-        return {"inputs": inputs, "targets": targets}
-    raise ValueError(f"{where} is a {type(value).__name__}, which a checkpoint cannot keep as tensors and plain data; "
-                     "write the method as a strategy of your own")  # fmt: skip
-
-
-def unpack(packed: Any, shim: Shim, current: Any = None) -> Any:
-    """The inverse of `pack`; mappings and objects that are there already (`current`) are filled in place."""
-    if not isinstance(packed, Mapping):
-        return packed
-    if "tensor" in packed:
-        return packed["tensor"].to("cpu" if packed["on_cpu"] else shim.device, copy=True)
-    if "mapping" in packed:
-        items = {unpack(key, shim): unpack(value, shim) for key, value in packed["mapping"]}
-        if not isinstance(current, dict):
-            return items
-        current.clear()
-        current.update(items)
-        return current
-    if "model" in packed:
-        model = copy.deepcopy(shim.model)
-        model.architecture.load_state_dict(packed["model"])
-        return model
-    if "weights" in packed:
-        from avalanche.training.utils import ParamData
-
-        data = unpack(packed["weights"], shim)
-        return ParamData(packed["name"], data.shape, init_tensor=data, device=data.device)
-    if "object" in packed:
-        for name, value in packed["object"].items():
-            setattr(current, name, unpack(value, shim, getattr(current, name)))
-        return current
-    if "inputs" in packed:
-        return avalanche_dataset(packed["inputs"].clone(), packed["targets"].clone())
-    ((kind, items),) = packed.items()
-    return {"list": list, "tuple": tuple, "set": set}[kind](unpack(item, shim) for item in items)
-
-
-def rows_of(dataset: Any) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of an Avalanche data set."""
-    items = [dataset[index] for index in range(len(dataset))]
-    return torch.stack([item[0] for item in items]), torch.tensor([int(item[1]) for item in items])

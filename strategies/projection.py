@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -50,22 +50,24 @@ class AGEM(Strategy):
         if not count or not len(self.memory):
             return
         weights = [p for p in self.context.architecture.parameters() if p.requires_grad]
-        reference = self.reference(weights, count)
-        current = _flat([torch.zeros_like(p) if p.grad is None else p.grad for p in weights])
+        reference = self.reference_gradient(weights, count)
+        pairs = [(p.grad, part) for p, part in zip(weights, reference) if p.grad is not None]
+        if not pairs:
+            return
+        opposed = _dot(pairs).clamp(max=0)
+        length = _dot([(part, part) for part in reference])
         # A reference of exactly zero opposes nothing: 0 / tiny stays 0.
-        opposed = torch.dot(current, reference).clamp(max=0)
-        opposed /= torch.dot(reference, reference).clamp(min=torch.finfo(reference.dtype).tiny)
-        projected = current - opposed * reference
-        for parameter, part in zip(weights, projected.split([p.numel() for p in weights])):
-            if parameter.grad is not None:
-                parameter.grad.copy_(part.view_as(parameter))
+        opposed = opposed / length.clamp(min=torch.finfo(length.dtype).tiny)
+        for gradient, part in pairs:
+            gradient.sub_(opposed * part)
 
-    def reference(self, weights: list[torch.nn.Parameter], count: int) -> Tensor:
-        """Gradient of the mean loss on a draw from memory (P,), the same on all processes."""
+    def reference_gradient(self, weights: list[torch.nn.Parameter], count: int) -> list[Tensor]:
+        """Gradient of the mean loss on a draw from memory, for each of `weights`; the same on all processes."""
         batch = self.memory.draw(count)
         loss = self.context.loss(self.context.architecture(batch), batch)
-        own = _flat(torch.autograd.grad(loss, weights, materialize_grads=True))
-        return self.context.world.sum(own) / self.context.world.size
+        own = torch.autograd.grad(loss, weights, materialize_grads=True)
+        world = self.context.world
+        return [world.sum(part) / world.size for part in own] if world.size > 1 else list(own)
 
     def task_end(self, task: Task) -> None:
         world = self.context.world
@@ -85,7 +87,7 @@ class AGEM(Strategy):
         self.memory.load_state_dict(state["memory"], self.context.device())
 
 
-def _flat(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """Gradients as one vector (P,), in float32 at least."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+def _dot(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Inner product of two gradients that are given tensor by tensor, in float32 at least; stays on the device."""
+    wide = torch.promote_types(pairs[0][0].dtype, torch.float32)
+    return torch.stack([torch.dot(a.flatten().to(wide), b.flatten().to(wide)) for a, b in pairs]).sum()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from clplat.streams.avalanche_stream import AvalancheStream
+from clplat.study_file import expand, load_study
 
 
 def test_tasks_of_split_mnist_are_mnists_images_class_by_class_and_nothing_is_downloaded(
@@ -39,3 +40,11 @@ def test_tasks_of_split_mnist_are_mnists_images_class_by_class_and_nothing_is_do
                 expected = (whole.data[whole.targets == label].float().unsqueeze(1) / 255 - 0.1307) / 0.3081
                 assert torch.allclose(rows.inputs[rows.targets == label], expected, atol=1e-6)
         assert counted == len(whole)
+
+
+def test_the_shipped_study_is_checked_and_every_variant_sees_the_same_tasks(data: Path) -> None:
+    runs = expand(load_study("benchmarks/avalanche_split_mnist"))
+    assert {run.variant for run in runs} >= {"naive", "agem", "avalanche_agem", "avalanche_gem", "avalanche_si"}
+    assert len({str(run.stream) for run in runs}) == 1
+    # The variable stays in the record, so that a run can be resumed where the data lie elsewhere.
+    assert runs[0].stream.init_args["arguments"]["dataset_root"] == "${CLPLAT_DATA}/mnist"

@@ -32,6 +32,6 @@ if __name__ == "__main__":
         parameter.register_post_accumulate_grad_hook(average)
     run.train(STEPS)
     found = {"weights": run.weights(), "memory": strategy.state_dict(), "random": run.context.generator.get_state()}
-    found["reference"] = strategy.reference(list(run.architecture.parameters()), 2)
+    found["reference"] = strategy.reference_gradient(list(run.architecture.parameters()), 2)
     torch.save(found | {"end": flat_parameters(run.train().architecture).detach()}, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from clplat.objective import Objective
-from clplat.strategies.avalanche_plugin import REFUSED, AvalanchePlugin, SeededDraws
+from clplat.strategies.avalanche_plugin import REFUSED, AvalanchePlugin
 from clplat.strategies.avalanche_shim import PlainModel, avalanche_dataset
+from clplat.strategies.avalanche_state import SeededDraws
 from clplat.strategies.contract import (
     BATCH,
     ROWS,
