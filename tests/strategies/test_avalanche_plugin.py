@@ -271,3 +271,12 @@ def test_accumulated_batches_are_one_iteration_and_keep_their_gradients() -> Non
         strategy.batch(run.path[1].train.batch(torch.arange(BATCH)))
     assert strategy.draws.drawn == drawn + 1
     assert torch.equal(parameter.grad, torch.ones_like(parameter))
+
+
+def test_after_resuming_agem_draws_the_rows_that_it_would_have_drawn() -> None:
+    strategies = [ours("A-GEM"), ours("A-GEM")]
+    whole = ToyRun(strategies[:1], Objective).train(STEPS + 2)
+    ToyRun(strategies[1:], Objective).load(whole.saved())
+    drawn = [[next(strategy.draws)[0] for _ in range(4)] for strategy in strategies]
+    assert all(map(torch.equal, *drawn)) and not torch.equal(drawn[0][0], drawn[0][1])
+    assert strategies[0].draws.drawn == strategies[1].draws.drawn == 2 + 4
