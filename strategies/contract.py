@@ -236,7 +236,7 @@ def check_storage(make: Make, objective: Callable[..., Any], kind: Kind = "class
         capacity, capacity_bytes = (getattr(strategy, n, None) for n in ("capacity", "capacity_bytes"))
         assert capacity is None or all(len(tensor) <= capacity for tensor in rows), f"more than {capacity} rows"
         assert capacity_bytes is None or stored <= capacity_bytes, f"{stored} bytes are more than {capacity_bytes}"
-    assert bool(strategy.stored_bytes()) == type(strategy).replays, "`replays` must say whether rows are stored"
+    assert bool(strategy.stored_bytes()) == strategy.replays, "`replays` must say whether rows are stored"
 
 
 def _under_rows(state: Any, inside: bool = False) -> Iterator[Tensor]:

@@ -1,0 +1,114 @@
+"""Our EWC and A-GEM against Avalanche 0.6.0's plugins: on the same state the same numbers to 1e-5, in float32.
+
+The plugins are driven by a bare namespace here, not by `AvalanchePlugin`, so that nothing of ours stands between.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clplat.objective import Objective
+from clplat.strategies.avalanche_shim import PlainModel, avalanche_dataset
+from clplat.strategies.contract import ROWS, STEPS, ToyRun
+from clplat.strategies.projection import AGEM
+from clplat.strategies.regularization import EWC, OnlineEWC
+from clplat.streams.avalanche_stream import quiet
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def strategy_of(run: ToyRun, task: int, batch_size: int = 4) -> SimpleNamespace:
+    """What Avalanche's plugins read of a strategy of its own, around the model of `run`."""
+    model, data = PlainModel(run.architecture), run.path[task].train
+    with quiet():
+        dataset = avalanche_dataset(data.inputs, data.targets)
+    return SimpleNamespace(
+        model=model, optimizer=run.optimizer, device=torch.device("cpu"), train_mb_size=batch_size,
+        _criterion=nn.CrossEntropyLoss(), experience=SimpleNamespace(dataset=dataset),
+        clock=SimpleNamespace(train_exp_counter=task), loss=torch.zeros(()),
+    )  # fmt: skip
+
+
+def gradient(run: ToyRun, loss: Tensor) -> Tensor:
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(run.architecture.parameters()))])
+
+
+OBSERVED = {"labels": "observed", "fisher_samples": None}
+"""Avalanche's Fisher is the empirical one, over all rows of the task."""
+
+EWC_PAIRS = {
+    "batches of 5": (EWC, {"fisher": "batch", "fisher_batch_size": 5}, {}, 5),
+    "row by row": (EWC, {"fisher": "batch", "fisher_batch_size": 1}, {}, 1),
+    # At batch size 1 Avalanche's definition is the paper's: the mean of squared gradients of single rows.
+    "the paper's definition": (EWC, {"fisher": "per_sample", "fisher_batch_size": 6}, {}, 1),
+    "online": (OnlineEWC, {"fisher": "batch", "fisher_batch_size": 5, "decay": 0.6},
+               {"mode": "online", "decay_factor": 0.6}, 5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", EWC_PAIRS)
+def test_penalty_and_gradient_of_our_ewc_are_avalanches(pair: str) -> None:
+    with quiet():
+        from avalanche.training.plugins import EWCPlugin
+    ours, options, theirs, batch_size = EWC_PAIRS[pair]
+    # Avalanche leaves out the half of λ/2.
+    plugin = EWCPlugin(ewc_lambda=40.0, **theirs)
+    run = ToyRun([ours(strength=80.0, **OBSERVED, **options)], Objective)
+    run.optimizer.param_groups[0]["lr"] = 0.01
+    for task in range(2):
+        run.train((task + 1) * STEPS)
+        plugin.after_training_exp(strategy_of(run, task, batch_size))
+    run.train(2 * STEPS + 2)
+    strategy = strategy_of(run, task=2)
+    plugin.before_backward(strategy)
+    penalty = run.strategies[0].penalty(None, None)
+    assert float(penalty.detach()) > 0.01
+    assert torch.allclose(penalty, strategy.loss, **TOLERANCE)
+    pull = gradient(run, penalty)
+    assert pull.abs().max() > 0.01
+    assert torch.allclose(pull, gradient(run, strategy.loss), **TOLERANCE)
+
+
+def agem_with_memory(tasks: int):
+    """A run that remembers all rows of `tasks` tasks, and Avalanche's plugin with the same memory."""
+    with quiet():
+        from avalanche.benchmarks.utils.data_loader import GroupBalancedInfiniteDataLoader
+        from avalanche.training.plugins import AGEMPlugin
+    ours = AGEM(patterns_per_task=ROWS, sample_size=tasks * ROWS)
+    run = ToyRun([ours], Objective).train(tasks * STEPS)
+    plugin = AGEMPlugin(patterns_per_experience=ROWS, sample_size=tasks * ROWS)
+    rows = ours.memory.state_dict()["rows"]
+    for task in range(tasks):
+        mine = rows["task"] == task
+        plugin.buffers.append(avalanche_dataset(rows["inputs"][mine], rows["targets"][mine].long()))
+    loader = GroupBalancedInfiniteDataLoader(plugin.buffers, batch_size=ROWS, num_workers=0, pin_memory=False)
+    plugin.buffer_dliter = iter(loader)
+    return run, ours, plugin
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_the_gradient_that_our_agem_leaves_is_avalanches(tasks: int) -> None:
+    run, ours, plugin = agem_with_memory(tasks)
+    strategy = strategy_of(run, tasks)
+    parameters = list(run.architecture.parameters())
+    noise, projected, kept = torch.Generator().manual_seed(8), 0, 0
+    for number in range(12):
+        batch = run.path[tasks].train.batch(torch.arange(4) + number % 8)
+        plugin.before_training_iteration(strategy)
+        # Of each two gradients with opposite signs one opposes the memory and one does not.
+        loss = (-1) ** number * run.context.loss(run.architecture(batch), batch)
+        before = [own + 0.1 * torch.randn(own.shape, generator=noise) for own in torch.autograd.grad(loss, parameters)]
+        results = []
+        for project in (ours.gradient, lambda: plugin.after_backward(strategy)):
+            for parameter, part in zip(parameters, before):
+                parameter.grad = part.clone()
+            project()
+            results.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+        assert torch.allclose(*results, **TOLERANCE)
+        changed = not torch.equal(results[1], torch.cat([part.flatten() for part in before]))
+        projected, kept = projected + changed, kept + (not changed)
+    assert projected and kept
