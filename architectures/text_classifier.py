@@ -75,7 +75,8 @@ class TextClassifier(Architecture):
 
     def flops_per_row(self) -> float:
         """Forward operations for a full row: 2 per weight of the blocks and token, 2 per weight of the head, and 4·C
-        in each layer for every pair of tokens that attention compares and mixes. Padding counts: it is what an accelerator reads."""
+        in each layer for every pair of tokens that attention compares and mixes. An accelerator reads
+        padding as well, and it is counted."""
         tokens, width = self.row_length, self.embedding.embedding_dim
         pairs = tokens * tokens if self.attention == "bidirectional" else tokens * (tokens + 1) // 2
         weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
