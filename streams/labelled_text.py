@@ -84,6 +84,8 @@ class LabelledTextStream(Stream):
 
     def prepare(self) -> None:
         examples = {part: self.source.examples(part) for part in PARTS}
+        if not examples["train"]:
+            raise ValueError("source: its train part has no row with text")
         labels = self.source.names() or sorted({example.text for example in examples["train"]})
         names, groups = self._tasks_of(labels, examples["train"])
         chosen = {labels[label] for group in groups for label in group}
@@ -166,7 +168,7 @@ class LabelledTextStream(Stream):
             return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed)).tolist()
         places = [names.index(task) if task in names else task for task in self.order_given]
         if len(places) != count or set(places) != set(range(count)):
-            known = names or list(range(count))
+            known = names or f"0 to {count - 1}"
             raise ValueError(f"order: name the tasks {known}, each once; got {list(self.order_given)}")
         return [int(place) for place in places]
 
@@ -220,7 +222,11 @@ def _groups_in(train: Sequence[Example]) -> dict[str, list[str]]:
 
 
 def _check_groups(groups: object, key: str) -> None:
-    if not isinstance(groups, dict) or not all(isinstance(labels, list) and labels for labels in groups.values()):
+    if (
+        not isinstance(groups, dict)
+        or not groups
+        or not all(isinstance(labels, list) and labels for labels in groups.values())
+    ):
         raise ValueError(f"{key}: a mapping of task names to lists of label names, or a JSON file that holds one")
     for name in groups:
         if not re.fullmatch(r"[\w.-]+", name):

@@ -204,6 +204,7 @@ def test_a_language_scores_some_rows_evenly_spread_over_each_set(files: dict[str
         ({"group_field": None}, {"groups": {"a b": ["cat"]}}, "groups: 'a b' is to name a task"),
         ({"group_field": None}, {"groups": {"a": ["cat"], "b": ["cat"]}}, "groups: the label 'cat' stands there 2"),
         ({"group_field": None}, {"groups": {"a": []}}, "groups: a mapping of task names to lists"),
+        ({"group_field": None}, {"groups": {}}, "groups: a mapping of task names to lists"),
     ],
 )
 def test_wrong_options_are_refused_by_the_constructor(
@@ -212,6 +213,12 @@ def test_wrong_options_are_refused_by_the_constructor(
     given = {"data_files": files, "label_field": "intent", "group_field": "domain"} | source
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         LabelledTextStream(source=LabelledSource(**given), **options)
+
+
+def test_files_without_text_are_refused(files: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "blank.jsonl").write_text(json.dumps(row("cat", "train", 0) | {"text": " "}) + "\n")
+    with pytest.raises(ValueError, match="source: its train part has no row with text"):
+        stream(files | {"train": str(tmp_path / "blank.jsonl")})
 
 
 def test_a_missing_test_part_is_refused(files: dict[str, Any]) -> None:
