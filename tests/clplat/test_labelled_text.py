@@ -74,7 +74,7 @@ def test_strategies_run_on_texts_that_end_in_their_label(stream: dict[str, Any],
 
 
 def test_a_language_model_learns_to_write_the_label(stream: dict[str, Any], tmp_path: Path) -> None:
-    data = labelled(stream, "language", training__budget={"steps": 60})
+    data = labelled(stream, "language", training__budget={"steps": 120})
     folder = run_folder(tmp_path, data)
     execute(folder)
     assert table(folder).scores()[1][0] > 0.8
