@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 from clplat.architectures.base import Architecture, Decodes
@@ -132,6 +133,17 @@ def evaluates_as_it_trains(contract: Contract) -> None:
         require(torch.equal(value, before[name]), model, f"evaluation changed {name}")
 
 
+def ignores_padding(contract: Contract) -> None:
+    """Logits of padded token rows do not depend on how much padding follows their tokens."""
+    model, batch, pad = contract.model().eval(), contract.batch(), contract.spec.pad_token
+    if contract.language or pad is None:
+        return
+    before = answers(model, batch)
+    for more in (1, 7):
+        wider = F.pad(batch.inputs, (0, more), value=pad)
+        require_equal(answers(model, batch.replaced(inputs=wider)), before, model, "more padding changes logits")
+
+
 def decodes_as_it_reads(contract: Contract) -> None:
     """Prefill and step-by-step decoding give the logits of one full pass, also for prompts of unequal length padded
     on the right; the state that was passed in stays as it was and survives being saved."""
@@ -234,6 +246,7 @@ CHECKS: tuple[Callable[[Contract], None], ...] = (
     keeps_documents_apart,
     keeps_rows_apart,
     evaluates_as_it_trains,
+    ignores_padding,
     decodes_as_it_reads,
     survives_saving,
     teaches_every_parameter,

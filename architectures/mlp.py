@@ -17,6 +17,8 @@ class MLP(Architecture):
     def __init__(self, *, spec: Spec, hidden_sizes: list[int] | None = None, dropout: float = 0.0) -> None:
         """`hidden_sizes` defaults to [400, 400], the network of the class-incremental MNIST literature."""
         super().__init__()
+        if spec.vocab_size is not None:
+            raise ValueError("MLP: reads numbers, but the stream gives rows of token ids; use TextClassifier")
         if min(hidden_sizes or [1]) < 1:
             raise ValueError(f"hidden_sizes: every layer needs at least one unit, got {hidden_sizes}")
         widths = [math.prod(spec.input_shape), *([400, 400] if hidden_sizes is None else hidden_sizes)]

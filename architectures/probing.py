@@ -59,10 +59,21 @@ class Contract:
         shape = (rows, *self.spec.input_shape)
         targets = torch.randint(outputs, shape if self.language else (rows,), generator=draw)
         inputs = torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
+        if self.spec.vocab_size is not None:
+            inputs = self._padded_rows(rows, draw)
         if self.language:
             inputs = torch.randint(outputs, shape, generator=draw)
             inputs[:, 0] = torch.arange(rows) % outputs
         return Batch(inputs=inputs, targets=targets, task=torch.zeros(rows, dtype=torch.long))
+
+    def _padded_rows(self, rows: int, draw: torch.Generator) -> Tensor:
+        """Token rows (B, T) of unequal lengths, the first one full, with the stream's padding on the right."""
+        length, vocab, pad = self.spec.input_shape[0], self.spec.vocab_size, self.spec.pad_token
+        assert vocab is not None and pad is not None
+        tokens = (pad + torch.randint(1, vocab, (rows, length), generator=draw)) % vocab
+        lengths = torch.randint(2, length, (rows,), generator=draw)
+        lengths[0] = length
+        return tokens.masked_fill(torch.arange(length) >= lengths.unsqueeze(1), pad)
 
     def task(self, index: int) -> Task:
         """A task of a few random rows."""

@@ -158,7 +158,8 @@ class Transformer(Architecture):
 
 def _check_options(spec: Spec, hidden_size: int, num_heads: int, num_kv_heads: int) -> None:
     if spec.kind != "language":
-        raise ValueError(f"Transformer: reads token rows, but the stream is of kind {spec.kind!r}; use MLP")
+        other = "MLP" if spec.vocab_size is None else "TextClassifier"
+        raise ValueError(f"Transformer: reads token rows, but the stream is of kind {spec.kind!r}; use {other}")
     if hidden_size % (2 * num_heads):
         raise ValueError(f"Transformer.hidden_size: {hidden_size} is not a multiple of 2 * num_heads ({2 * num_heads})")
     if num_heads % num_kv_heads:

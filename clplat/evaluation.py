@@ -40,6 +40,9 @@ class View:
         with self._autocast():
             return greedy(self.architecture, prompts, max_new_tokens=max_new_tokens, stop=stop)
 
+    def classes_seen(self) -> list[int]:
+        return self.objective.classes_of(self.seen)
+
     def device(self) -> torch.device:
         return device_of(self.architecture)
 

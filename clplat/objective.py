@@ -17,14 +17,17 @@ class Objective(nn.Module):
     """Cross-entropy for classification and language alike; a module so that its table follows the device.
 
     In the `task` scenario each row is answered among its own task's classes, in training and in evaluation. In the
-    `class` scenario training sees the whole head and evaluation the classes met so far, as most papers do.
+    `class` scenario training sees the whole head and evaluation the classes met so far, as most papers do. A language
+    hides no token: where labels are text, their scorer asks for the classes seen.
     """
 
     def __init__(self, spec: Spec, tasks: Sequence[Task]) -> None:
         super().__init__()
         self.spec = spec
+        self.scenario = spec.scenario if spec.kind == "classify" else None
+        self.classes = [task.classes or () for task in tasks]
         table = torch.ones(len(tasks), spec.num_outputs, dtype=torch.bool)
-        if spec.scenario in ("task", "class"):
+        if self.scenario in ("task", "class"):
             for task in tasks:
                 table[task.index] = False
                 table[task.index, list(task.classes or ())] = True
@@ -33,16 +36,20 @@ class Objective(nn.Module):
 
     def masked(self, output: Output, batch: Batch) -> Tensor:
         """Training logits with classes outside the row's task hidden, where the scenario is `task`."""
-        if self.spec.scenario != "task":
+        if self.scenario != "task":
             return output.logits
         return output.logits.masked_fill(~self.task_classes[batch.task], float("-inf"))
 
     def seen(self, output: Output, batch: Batch, tasks_seen: Sequence[int]) -> Tensor:
         """Evaluation logits: among the row's task's classes, or among the classes of the tasks seen."""
-        if self.spec.scenario != "class":
+        if self.scenario != "class":
             return self.masked(output, batch)
         visible = self.task_classes[list(tasks_seen)].any(0)
         return output.logits.masked_fill(~visible, float("-inf"))
+
+    def classes_of(self, tasks_seen: Sequence[int]) -> list[int]:
+        """The classes that some tasks introduce, each once, in rising order."""
+        return sorted({unit for index in tasks_seen for unit in self.classes[index]})
 
     def row_loss(self, output: Output, batch: Batch) -> Tensor:
         """Cross-entropy of every prediction in nats, (B,) or (B, T); 0 where the target is ignored."""

@@ -14,7 +14,10 @@ from clplat.assembly import Parts
 from clplat.config import RunConfig, config_hash, flat, plain
 from clplat.journal import Journal, curve_table, read, table
 
-PACKAGES = ("clplat", "torch", "triton", "lightning", "mlflow", "torchvision", "avalanche-lib", "datasets", "transformers", "numpy")
+PACKAGES = (
+    "clplat", "torch", "triton", "lightning", "mlflow", "torchvision", "avalanche-lib", "datasets",
+    "transformers", "numpy",
+)  # fmt: skip
 
 
 def describe(journal: Journal, config: RunConfig, parts: Parts, folder: Path) -> None:

@@ -156,7 +156,8 @@ class Budget:
 class Task:
     """One station of a stream.
 
-    `classes` are the output units that the task introduces (None for language). `headline` names the metric
+    `classes` are the output units that the task introduces, or the numbers of the labels that its rows end in (None
+    for language without labels). `headline` names the metric
     of `test.scorer` that goals and summary metrics use, read through the view `view`. `budget` overrides the
     study's. A strategy may look at the boundary only where `boundary_known`.
     """
@@ -178,7 +179,8 @@ class Spec:
     """What an architecture has to know of a stream in order to be built.
 
     `num_outputs` is the number of classes, or the vocabulary size. `input_shape` is the shape of one sample,
-    or (T,) for token rows. `scenario` is None for language.
+    or (T,) for token rows. `scenario` is None for language without labels. `vocab_size` says that the samples of a
+    classification are rows of token ids below it, filled up on the right with `pad_token`.
     """
 
     kind: Literal["classify", "language"]
@@ -186,6 +188,8 @@ class Spec:
     num_outputs: int
     scenario: Scenario | None = None
     end_token: int | None = None
+    vocab_size: int | None = None
+    pad_token: int | None = None
 
 
 class Stream:

@@ -19,7 +19,7 @@ from clplat.streams.tokens import Document
 
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
-BUILDERS = ("json", "text", "parquet")
+BUILDERS = ("json", "csv", "text", "parquet")
 """Values of `path` that mean local files."""
 
 
@@ -43,7 +43,7 @@ class Holdout:
 class Domain:
     """One source of text, which becomes one task.
 
-    `path` is a hub id, at `revision` if given, or "json", "text" or "parquet" with local `data_files` by part
+    `path` is a hub id, at `revision` if given, or "json", "csv", "text" or "parquet" with local `data_files` by part
     (`${VARIABLES}` and wildcards are expanded); with a hub id, `data_files` are files of its repository. Without
     them, `splits` names the set's own splits for train, val and test. What is missing is held out from train. Text
     is in `text_field`, or in `prompt_field` and `answer_field`, with the prompt put in place of `{prompt}` in
@@ -142,12 +142,12 @@ class Domain:
 
     def _read(self, split: str) -> Iterator[Document]:
         """Documents of one split, empty ones left out; a huge set is read up to `max_documents`."""
-        found: Iterator[Document] = map(self._from_row, self._rows(split))
+        found: Iterator[Document] = map(self._from_row, self.rows(split))
         if self.document == "heading":
             found = (Document(text=article) for article in articles(line.text for line in found))
         return (document for document in islice(found, self.max_documents) if document.text.strip())
 
-    def _rows(self, split: str) -> Iterator[dict[str, Any]]:
+    def rows(self, split: str) -> Iterator[dict[str, Any]]:
         """Rows as `datasets` streams them: nothing is copied to disk."""
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError

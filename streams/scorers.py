@@ -25,6 +25,10 @@ class Answerer(Protocol):
         """Greedy continuations of token prompts, without the prompt, ended before `stop`."""
         ...
 
+    def classes_seen(self) -> list[int]:
+        """Output units, or numbers of labels, of the tasks that the learner has been trained on."""
+        ...
+
     def device(self) -> torch.device: ...
 
 

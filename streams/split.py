@@ -54,8 +54,9 @@ def split_tasks(
     groups: Sequence[tuple[int, ...]],
     scenario: Scenario,
     data: Callable[..., TensorData] = TensorData,
+    names: Sequence[str] | None = None,
 ) -> tuple[Spec, list[Task]]:
-    """Tasks of the class groups, and the spec of the whole.
+    """Tasks of the class groups, called `names` or after their classes, and the spec of the whole.
 
     In the `domain` scenario the targets are places within the group and all tasks share those outputs; in the
     others a class keeps its own output unit, numbered in the order of appearance. `data(inputs, targets, task=index)`
@@ -69,7 +70,8 @@ def split_tasks(
         table[label] = unit
     tasks = []
     for index, group in enumerate(groups):
-        name = "classes-" + "-".join(map(str, group if len(group) <= 4 else (group[0], "to", group[-1])))
+        shown = group if len(group) <= 4 else (group[0], "to", group[-1])
+        name = names[index] if names else "classes-" + "-".join(map(str, shown))
         sets = {}
         for part, (inputs, labels) in {"train": train, "val": val, "test": test}.items():
             chosen = torch.isin(labels, torch.tensor(group))

@@ -9,11 +9,13 @@ import pytest
 from clplat.architectures.contract import CHECKS
 from clplat.architectures.mlp import MLP
 from clplat.architectures.probing import Contract
+from clplat.architectures.text_classifier import TextClassifier
 from clplat.architectures.transformer import Transformer
 from clplat.streams.base import Spec
 
 TEXT = Spec(kind="language", input_shape=(12,), num_outputs=23)
 IMAGES = Spec(kind="classify", input_shape=(1, 5, 4), num_outputs=6, scenario="class")
+LABELLED = Spec(kind="classify", input_shape=(12,), num_outputs=6, scenario="class", vocab_size=23, pad_token=5)
 
 CONTRACTS = {
     "mlp": Contract(factory=lambda spec: MLP(spec=spec, hidden_sizes=[32, 16], dropout=0.2), spec=IMAGES),
@@ -26,6 +28,14 @@ CONTRACTS = {
             spec=spec, hidden_size=24, num_layers=1, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, tie_head=False
         ),
         spec=TEXT,
+    ),
+    "text-classifier": Contract(
+        factory=lambda spec: TextClassifier(spec=spec, hidden_size=32, num_layers=2, num_heads=4, dropout=0.2),
+        spec=LABELLED,
+    ),
+    "text-classifier-causal": Contract(
+        factory=lambda spec: TextClassifier(spec=spec, hidden_size=24, num_layers=1, num_heads=2, attention="causal"),
+        spec=LABELLED,
     ),
 }
 

@@ -15,6 +15,7 @@ from clplat.streams.base import Spec
 
 TEXT = Spec(kind="language", input_shape=(12,), num_outputs=23)
 IMAGES = Spec(kind="classify", input_shape=(5,), num_outputs=6, scenario="class")
+LABELLED = Spec(kind="classify", input_shape=(8,), num_outputs=3, scenario="class", vocab_size=11, pad_token=10)
 
 
 class Text(Transformer):
@@ -85,6 +86,17 @@ class CountsEvaluations(Image):
         return super().forward(batch)
 
 
+class CountsPadding(Architecture):
+    """Mean over a row's embeddings, those of padding included."""
+
+    def __init__(self, *, spec):
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(spec.vocab_size, spec.num_outputs)
+
+    def forward(self, batch, state=None, return_hidden=None):
+        return Output(logits=self.embedding(batch.inputs))
+
+
 class DecodesOnePositionOff(Text):
     def _read(self, tokens, state, lengths):
         return super()._read(tokens, state, (lengths - 1).clamp(min=0))
@@ -148,6 +160,7 @@ BROKEN = [
     (SeesOtherRows, IMAGES, checks.keeps_rows_apart, "depends on the other rows"),
     (TrainsDifferently, IMAGES, checks.evaluates_as_it_trains, "training differs from evaluation"),
     (CountsEvaluations, IMAGES, checks.evaluates_as_it_trains, "evaluation changed calls"),
+    (CountsPadding, LABELLED, checks.ignores_padding, "more padding changes logits"),
     (DecodesOnePositionOff, TEXT, checks.decodes_as_it_reads, "differs from a full pass"),
     (ForgetsPromptLengths, TEXT, checks.decodes_as_it_reads, "differs from a full pass"),
     (WritesIntoTheStateItWasGiven, TEXT, checks.decodes_as_it_reads, "changed the state"),
