@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,12 @@ def seconds(work: Callable[[], object]) -> float:
     work()
     torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def rows_of(run: Run) -> Iterable[Batch]:
+    """The batches of one task, as the platform's loader gives them."""
+    run.parts.learner.batches = 0
+    return task_loader(run, run.path[0])
 
 
 def platform(run: Run) -> None:
@@ -182,16 +189,22 @@ def report(run: Run, options: argparse.Namespace) -> None:
           f"{options.batch}, {options.steps} steps, {options.repetitions} repetitions", flush=True)  # fmt: skip
     bare, ours = Bare(run), lambda: platform(run)
     if options.what == "text":
-        peers = {"bare compiled loop": lambda: bare(task_loader(run, run.path[0])), "clplat": ours}
-        run.parts.learner.batches = 0
+        peers = {"bare compiled loop": lambda: bare(rows_of(run)), "clplat": ours}
         measure(run, peers, options.repetitions, "tokens", options.batch * options.length)
         return
     constant = run.path[0].train.batch(torch.arange(options.batch)).to("cuda")
     peers = {"compiled step, constant batch": lambda: bare([constant] * options.steps), "clplat": ours}
     measure(run, peers, options.repetitions, "images", options.batch)
-    loaders = {f"DataLoader, {n} workers": (lambda n=n: bare(loaded(run, n))) for n in options.loaders}
-    constant_peer = {"compiled step, constant batch": peers["compiled step, constant batch"]}
-    measure(run, constant_peer | loaders, 1, "images", options.batch)
+    for workers in options.loaders:
+        _one_loader(run, bare, workers, options.batch)
+
+
+def _one_loader(run: Run, bare: Bare, workers: int, batch: int) -> None:
+    """The rate of one DataLoader from its tenth batch on, when all workers are up; a fifth of the steps."""
+    batches, count = loaded(run, workers), max(20, run.config.training.budget.steps // 5)
+    bare(islice(batches, 10))
+    spent = seconds(lambda: bare(islice(batches, count)))
+    print(f"  DataLoader, {workers:2} workers {batch * count / spent:30,.0f} images/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def test_a_run_whose_process_died_is_not_left_running(store: str) -> None:
     feed = feed_of(journal, store)
     feed._send_new()
     assert mlflow_run(journal, store).info.status == "RUNNING"
-    record_lost(journal.folder, "its process died")
+    record_lost(journal.folder, "FAILED", "its process died")
     send_unsent([journal.folder, study.folder / "er-s0"])
     run = mlflow_run(journal, store)
     assert run.info.status == "FAILED" and run.data.tags["status_reason"] == "its process died"
