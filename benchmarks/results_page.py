@@ -15,7 +15,7 @@ from pathlib import Path
 
 from clplat.metrics import Interval, interval
 from clplat.page import write_report
-from clplat.report import COSTS, difference, finding, notes
+from clplat.report import COSTS, difference, finding, known_costs, notes
 from clplat.study_results import RunRecord, StudyResults, load_study_results
 from clplat.tracking import client
 
@@ -43,11 +43,11 @@ def scores(study: StudyResults) -> str:
 
 
 def costs(study: StudyResults) -> str:
-    rows = []
+    rows, shown = [], {name: COSTS[name] for name in known_costs(study)}
     for variant in study.variants():
-        means = [(study.interval(variant, name).mean, show) for name, (_, show) in COSTS.items()]
+        means = [(study.interval(variant, name).mean, show) for name, (_, show) in shown.items()]
         rows.append([named(study, variant), *("–" if math.isnan(mean) else show(mean) for mean, show in means)])
-    return markdown(["variant", *(head for head, _ in COSTS.values())], rows)
+    return markdown(["variant", *(head for head, _ in shown.values())], rows)
 
 
 def value(run: RunRecord, row: int, task: str, metric: str) -> float:
