@@ -11,9 +11,9 @@ from torch import Tensor
 
 from clplat.architectures.base import Architecture, device_of
 from clplat.hooks import Hooks
-from clplat.metrics import Cell
 from clplat.objective import Objective
 from clplat.randomness import preserved
+from clplat.result_table import Cell
 from clplat.strategies.world import World
 from clplat.streams.base import EvalSet, Task
 from clplat.streams.batch import Batch

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clplat.metrics import Curve, Interval, ResultTable, Scores, whole_curve
+from clplat.metrics import Interval, whole_curve
+from clplat.result_table import Curve, ResultTable, Scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from clplat.errors import StorageError
-from clplat.metrics import Cell, ResultTable
 from clplat.points import cells_of
+from clplat.result_table import Cell, ResultTable
 
 NAME = "journal.jsonl"
 

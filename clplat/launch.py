@@ -80,7 +80,8 @@ class _Pool:
     def run(self) -> list[Outcome]:
         with self._signals():
             for slot in range(self._count):
-                self._start(slot)
+                if self._stop is None:
+                    self._start(slot)
             while self._selector.get_map():
                 for key, _ in self._selector.select(timeout=0.2):
                     self._hear(key.data)
@@ -94,8 +95,8 @@ class _Pool:
 
     def _start(self, slot: int) -> None:
         ours, theirs = socket.socketpair()
-        # A worker is born deaf to Ctrl-C, which a terminal sends to all: it listens when it knows what to do then.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Ctrl-C, which a terminal sends to all, waits at the worker's door until it knows what to do about it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "clplat.launch", str(theirs.fileno())],
@@ -103,7 +104,7 @@ class _Pool:
                 env=os.environ | {"OMP_NUM_THREADS": str(self._threads)} | _gpu_of(slot),
             )
         finally:
-            signal.signal(signal.SIGINT, before)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         theirs.close()
         worker = _Worker(process=process, link=ours, slot=slot)
         self._selector.register(ours, selectors.EVENT_READ, worker)
@@ -224,6 +225,7 @@ def work(descriptor: int) -> None:
     link = socket.socket(fileno=descriptor)
     messages = _Link(link)
     with stop.listening(), link.makefile() as lines:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         messages.send("ready", None)
         for line in lines:
             folder = Path(line.strip())

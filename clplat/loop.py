@@ -21,10 +21,11 @@ from clplat.errors import ConfigError, Interrupted
 from clplat.fitting import fit
 from clplat.interruption import Interruption
 from clplat.journal import Journal
-from clplat.metrics import ResultTable, summary
+from clplat.metrics import summary
 from clplat.progress import Progress
 from clplat.randomness import global_state, restore_global, seed_global
 from clplat.record import describe
+from clplat.result_table import ResultTable
 from clplat.strategies.controllers.base import Controller, Event
 from clplat.strategies.world import World
 from clplat.streams.base import Budget, Task
@@ -202,7 +203,7 @@ class Run:
             "strategies": self.parts.hooks.state_dict(),
             "random": self.world_random_state(),
             "strategy_random": self.parts.context.generator.get_state(),
-            "table": self.table.to_rows(),
+            "table": self.table.state_dict(),
             "costs": dataclasses.asdict(self.costs),
         }
 
@@ -238,7 +239,7 @@ class Run:
         if self.position < len(self.path):
             self.parts.context.task, self.parts.context.past = self.path[self.position], self.path[: self.position]
         hooks.load_state_dict(state["strategies"])
-        self.table = ResultTable.from_rows(state["table"])
+        self.table = ResultTable.from_state(state["table"])
         self.forgetting = self.table.forgetting_by_task()
         self.costs.load(state["costs"])
         saved = state["random"]

@@ -1,165 +1,44 @@
-"""Scores and what they say about forgetting, each defined once (docs/metrics.md).
+"""What scores say about forgetting, each number defined once (docs/metrics.md).
 
-S is the signed headline score: rows 0..T (row 0 before training), columns tasks 1..T, higher is better, NaN
-where a task cannot be answered. A loss of 2.1 nats is a score of −2.1.
+S is the signed headline score as `result_table` gives it: rows 0..T, columns tasks 1..T, higher is better.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Scores = NDArray[np.float64]
-Curve = Sequence[tuple[int, Scores]]
-"""The scores S of all tasks at optimizer steps on a grid, boundaries included, in order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One measured score. `index` is the task's place in the stream, None for a probe."""
-
-    view: str
-    metric: str
-    task: str
-    index: int | None
-    value: float
-    total: float
-    count: float
-    higher_is_better: bool
-    headline: bool
-
-
-class ResultTable:
-    """R[view, metric, i, j]: the score of task j after training through task i; row 0 is before training."""
-
-    def __init__(self) -> None:
-        self._rows: dict[int, tuple[int, list[Cell]]] = {}
-
-    def add(self, row: int, step: int, cells: Sequence[Cell]) -> None:
-        """Fill row `row`, measured at optimizer step `step`."""
-        self._rows[row] = (step, list(cells))
-
-    def rows(self) -> list[int]:
-        """The rows that are there, in order."""
-        return sorted(self._rows)
-
-    def steps(self) -> list[int]:
-        """The optimizer step of each row."""
-        return [self._rows[row][0] for row in self.rows()]
-
-    def cells(self, row: int) -> list[Cell]:
-        """All scores of one row."""
-        return self._rows[row][1]
-
-    def tasks(self) -> list[str]:
-        """Task names in stream order, probes left out."""
-        named = {c.index: c.task for row in self.rows() for c in self.cells(row) if c.index is not None}
-        return [named[index] for index in sorted(named)]
-
-    def matrix(self, metric: str, view: str = "default") -> Scores:
-        """Raw values (T+1, T) of one metric through one view; NaN where not measured."""
-        return self._filled(lambda c: c.metric == metric and c.view == view, signed=False)
-
-    def scores(self) -> Scores:
-        """S (T+1, T): the headline metric of each task, signed so that higher is better."""
-        return self._filled(lambda c: c.headline, signed=True)
-
-    def _filled(self, wanted: Any, *, signed: bool) -> Scores:
-        tasks = self.tasks()
-        table = np.full((len(tasks) + 1, len(tasks)), np.nan)
-        for row in self.rows():
-            for cell in self.cells(row):
-                if cell.index is not None and wanted(cell):
-                    sign = -1.0 if signed and not cell.higher_is_better else 1.0
-                    table[row, cell.index] = sign * cell.value
-        return table
-
-    def forgetting_by_task(self, now: Sequence[Cell] | None = None) -> dict[str, float]:
-        """`forgetting_max` of each task trained before the last row, or as of the cells `now`."""
-        scores, rows = self.scores(), self.rows()
-        if not rows or rows[-1] < 1:
-            return {}
-        last = rows[-1]
-        if now is not None:
-            current = headline_scores(now)
-            trained = range(last)
-        else:
-            current, trained = scores[last], range(last - 1)
-        best = {k: np.nanmax(scores[k + 1 : last + (now is not None), k], initial=-np.inf) for k in trained}
-        names = self.tasks()
-        return {names[k]: float(best[k] - current[k]) for k in trained if np.isfinite(best[k] - current[k])}
-
-    def as_curve(self) -> Curve:
-        """The rows as points of a curve."""
-        return [(self._rows[row][0], headline_scores(self.cells(row))) for row in self.rows()]
-
-    def to_rows(self) -> list[dict[str, Any]]:
-        """The table as plain data: one mapping a score."""
-        return [
-            {"row": row, "step": self._rows[row][0], **asdict(cell)} for row in self.rows() for cell in self.cells(row)
-        ]
-
-    @classmethod
-    def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> ResultTable:
-        """The inverse of `to_rows`."""
-        table, names = cls(), [f.name for f in fields(Cell)]
-        for entry in rows:
-            step, cells = table._rows.setdefault(entry["row"], (entry["step"], []))
-            cells.append(Cell(**{name: entry[name] for name in names}))
-        return table
-
-    def to_csv(self, path: Path) -> None:
-        """Write one line a score."""
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["row", "step", *(f.name for f in fields(Cell))])
-            writer.writeheader()
-            writer.writerows(self.to_rows())
-
-    @classmethod
-    def from_csv(cls, path: Path) -> ResultTable:
-        """The inverse of `to_csv`."""
-        with path.open(newline="") as file:
-            return cls.from_rows([_typed(entry) for entry in csv.DictReader(file)])
-
-
-def headline_scores(cells: Sequence[Cell]) -> Scores:
-    """S of every task (T,), signed so that higher is better; NaN where not measured."""
-    found = np.full(1 + max((c.index for c in cells if c.index is not None), default=-1), np.nan)
-    for cell in cells:
-        if cell.headline and cell.index is not None:
-            found[cell.index] = cell.value if cell.higher_is_better else -cell.value
-    return found
-
-
-def _typed(entry: Mapping[str, str]) -> dict[str, Any]:
-    numbers = {name: float(entry[name]) for name in ("value", "total", "count")}
-    truths = {name: entry[name] == "True" for name in ("higher_is_better", "headline")}
-    index = int(entry["index"]) if entry["index"] else None
-    return dict(entry) | numbers | truths | {"row": int(entry["row"]), "step": int(entry["step"]), "index": index}
+from clplat.result_table import Curve, ResultTable, Scores
 
 
 def forgetting_max(scores: Scores) -> Scores:
     """F[i, k] = max over k ≤ j < i of S[j, k], minus S[i, k]; NaN for tasks not trained before i. May be negative."""
-    return _forgetting(scores, lambda column, k, i: np.max(column[k:i]))
+    trained = _trained(scores)
+    best = np.maximum.accumulate(np.where(trained, scores, -np.inf), axis=0)
+    return _after_training(best[:-1] - scores[1:], trained)
 
 
 def forgetting_first(scores: Scores) -> Scores:
     """F[i, k] = S[k, k] − S[i, k]: against the score right after training the task."""
-    return _forgetting(scores, lambda column, k, i: column[k])
+    learned = np.full(scores.shape[1], np.nan)
+    learned[: scores.shape[0] - 1] = np.diagonal(scores, -1)
+    return _after_training(learned - scores[1:], _trained(scores))
 
 
-def _forgetting(scores: Scores, reference: Any) -> Scores:
-    found = np.full(scores.shape, np.nan)
-    for i in range(2, scores.shape[0]):
-        for k in range(1, i):
-            found[i, k - 1] = reference(scores[:, k - 1], k, i) - scores[i, k - 1]
+def _trained(scores: Scores) -> NDArray[np.bool_]:
+    """(T+1, T): whether a row was measured after the task of the column had been trained."""
+    return np.arange(scores.shape[0])[:, None] > np.arange(scores.shape[1])
+
+
+def _after_training(lost: Scores, trained: NDArray[np.bool_]) -> Scores:
+    """Losses of rows 1..T as a table (T+1, T), NaN but where the row before was after the task's training too."""
+    found = np.full(trained.shape, np.nan)
+    found[1:] = np.where(trained[:-1], lost, np.nan)
     return found
 
 
@@ -178,14 +57,16 @@ def cumulative_forgetting_curve(curve: Curve, ends: Sequence[int], *, window: Li
     """
     if not curve or len(ends) < 2:
         return math.nan
-    last, areas = curve[-1][0], []
-    for task, end in enumerate(ends[:-1]):
-        places = [float(step) for step, _ in curve if step >= end]
-        column = np.array([now[task] for step, now in curve if step >= end])
-        lost = np.clip(np.maximum.accumulate(column) - column, 0, None)
-        span = last - (end if window == "own" else ends[0])
-        areas.append(float(np.trapezoid(lost, places)) / span if span > 0 else math.nan)
-    return _mean(areas)
+    places = np.array([step for step, _ in curve], dtype=float)
+    since = np.array(ends[:-1], dtype=float)
+    columns = np.stack([now for _, now in curve])[:, : len(since)]
+    ended = places[:, None] >= since
+    best = np.maximum.accumulate(np.where(ended, columns, -np.inf), axis=0)
+    lost = np.where(ended, np.clip(np.where(ended, best - columns, 0), 0, None), 0)
+    strips = np.diff(places)[:, None] * (lost[1:] + lost[:-1]) / 2
+    span = places[-1] - (since if window == "own" else since[0])
+    areas = np.where(ended[:-1], strips, 0).sum(0)
+    return _mean(np.divide(areas, span, out=np.full(len(since), np.nan), where=span > 0))
 
 
 def forgetting_over_time(curve: Curve, ends: Sequence[int]) -> tuple[Scores, Scores]:

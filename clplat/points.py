@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from clplat.metrics import Cell, ResultTable, headline_scores, summary
+from clplat.metrics import summary
+from clplat.result_table import Cell, ResultTable, headline_scores
 
 TASK_LIMIT = 50
 """Streams of more tasks than this record aggregates alone; the rest stands in results.csv."""

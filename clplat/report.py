@@ -11,7 +11,8 @@ from rich.console import Group
 from rich.table import Table
 
 from clplat.errors import ConfigError, nearest
-from clplat.metrics import Scores, paired, verdict
+from clplat.metrics import paired, verdict
+from clplat.result_table import Scores
 from clplat.study_results import StudyResults
 
 SCORES = {

@@ -14,7 +14,7 @@ import yaml
 from clplat.config import RunConfig, load_run, parse, parse_yaml
 from clplat.errors import ClplatError, ConfigError, RunBusyError
 from clplat.journal import NAME, last_status
-from clplat.metrics import ResultTable
+from clplat.result_table import ResultTable
 from clplat.study_file import load_study, run_folders
 from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, absolute, client, experiment_id, read_json, short, write_json
 

@@ -15,8 +15,9 @@ import numpy as np
 from clplat import journal
 from clplat.config import load_run
 from clplat.errors import ClplatError, ConfigError, nearest
-from clplat.metrics import Curve, Interval, ResultTable, Scores, forgetting_over_time, interval, whole_curve
+from clplat.metrics import Interval, forgetting_over_time, interval, whole_curve
 from clplat.points import Translator
+from clplat.result_table import Curve, ResultTable, Scores
 from clplat.study_file import load_study, run_folders
 from clplat.study_record import default_uri
 from clplat.tracking import STUDY_STATE, client, short

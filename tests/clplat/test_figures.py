@@ -9,7 +9,8 @@ import pytest
 from records import cells
 
 from clplat.figures import draw_run, final_scores, forgetting_curves, heat_maps, limits_of, look, score_and_cost
-from clplat.metrics import Interval, ResultTable
+from clplat.metrics import Interval
+from clplat.result_table import ResultTable
 
 SCORES = np.array([[np.nan, np.nan], [0.9, np.nan], [0.3, 0.8]])
 

@@ -8,7 +8,7 @@ import pytest
 
 from clplat.errors import StorageError
 from clplat.journal import NAME, Journal, last_status, read, table
-from clplat.metrics import Cell
+from clplat.result_table import Cell
 
 CELL = Cell(
     view="default", metric="loss", task="a", index=0, value=float("nan"), total=1.5, count=2.0,

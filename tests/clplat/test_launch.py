@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -26,6 +27,14 @@ def test_a_stop_at_any_moment_leaves_no_run_failed(tmp_path: Path, number: int, 
         [sys.executable, "-P", "-m", "clplat", "resume", str(folder)], start_new_session=True, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+    try:
+        stop_and_look(process, folder, number, code, moment)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def stop_and_look(process: subprocess.Popen[str], folder: Path, number: int, code: int, moment: str) -> None:
     runs = [folder / f"digits-s{seed}" for seed in (0, 1)]
     deadline = time.monotonic() + 120
     while not (children(process.pid) if moment == "workers start" else all(map(trains, runs))):

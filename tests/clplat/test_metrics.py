@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 
 from clplat.metrics import (
-    Cell,
-    ResultTable,
     cumulative_forgetting,
     cumulative_forgetting_curve,
     forgetting_first,
@@ -22,6 +20,7 @@ from clplat.metrics import (
     verdict,
     whole_curve,
 )
+from clplat.result_table import Cell, ResultTable
 
 ACCURACY = np.array([[0.1, 0.1, 0.2], [0.9, 0.2, 0.1], [0.5, 0.8, 0.3], [0.6, 0.4, 0.9]])
 """Rows: before, after task 1, 2, 3."""

@@ -182,8 +182,8 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(store: str, tmp_path: Path
 
 
 def test_streams_of_more_than_fifty_tasks_record_aggregates_alone() -> None:
-    from clplat.metrics import Cell
     from clplat.points import Translator
+    from clplat.result_table import Cell
 
     cells = [
         Cell(view="default", metric="accuracy", task=f"t{k}", index=k, value=0.5, total=1.0, count=2.0,

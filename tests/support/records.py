@@ -8,8 +8,8 @@ from pathlib import Path
 from studies import study
 
 from clplat.journal import Journal
-from clplat.metrics import Cell
 from clplat.record import write_artifacts
+from clplat.result_table import Cell
 from clplat.study import lay_out
 from clplat.study_file import expand, load_study
 from clplat.study_record import finish_study, start_study
