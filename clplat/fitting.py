@@ -24,14 +24,15 @@ def fit(run: Run, task: Task) -> None:
     """Train until the task's budget is used, starting at the batch after the last finished one."""
     loader = task_loader(run, task)
     learner = run.parts.learner
-    steps = TaskSteps(run, task, total=loader.stop // run.config.training.accumulate)
-    learner.after_step = steps.after_step
+    learner.watch = steps = TaskSteps(run, task, total=loader.stop // run.config.training.accumulate)
     if len(loader):
         learner.train()
         with _quiet():
             new_trainer(run.config.training, run.parts.device, run.world.size).fit(learner, loader)
         learner.to(run.parts.device)  # the Trainer leaves it on the CPU
-    steps.close()
+    else:
+        steps.ended()  # stopped between the last step and the end: what it had not logged yet
+    learner.watch = None
     learner.task_done()
 
 
@@ -90,7 +91,11 @@ class TaskSteps:
         self._resumed_at = time.perf_counter()
         self._loss_sums: dict[int, list[float]] = {}
 
-    def after_step(self) -> None:
+    def begun(self) -> None:
+        """What came before, a new Trainer above all, is no training time."""
+        self._resumed_at = time.perf_counter()
+
+    def step_done(self) -> None:
         """Called once per optimizer step; cheap unless something is due."""
         run, learner = self.run, self.run.parts.learner
         step = learner.global_steps
@@ -104,10 +109,9 @@ class TaskSteps:
         if run.world.size == 1 or log:
             self._save_if_due()
 
-    def close(self) -> None:
+    def ended(self) -> None:
         """The task's last, incomplete window of losses."""
         self._log(self.run.parts.learner.global_steps)
-        self.run.parts.learner.after_step = lambda: None
 
     def _log(self, step: int) -> None:
         run, learner = self.run, self.run.parts.learner

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning import LightningModule
@@ -30,11 +30,21 @@ _REMEDY = "What was saved before is untouched; lower training.optimizer.init_arg
 Answer = Callable[[Batch, State], tuple[Output, Tensor | None]]
 
 
+class Watch(Protocol):
+    """Whoever follows the steps of a task."""
+
+    def begun(self) -> None: ...
+
+    def step_done(self) -> None: ...
+
+    def ended(self) -> None: ...
+
+
 class Learner(LightningModule):
     """Trains one architecture under the strategies of a run; the run loop owns everything between tasks.
 
-    `augment` is the stream's. `after_step` is called when an optimizer step is done, with that step's number within
-    the task.
+    `augment` is the stream's. `watch` is told when the first step of a task can begin, when an optimizer step is done,
+    and when the task's last one is.
     """
 
     def __init__(
@@ -64,7 +74,7 @@ class Learner(LightningModule):
         self._fitting = False
         self._current_optimizer: list[Any] = []
         self._finished: list[tuple[Batch, Output]] = []
-        self.after_step: Callable[[], None] = lambda: None
+        self.watch: Watch | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Plain values take the short way past torch's bookkeeping; Lightning sets one at every hook."""
@@ -152,6 +162,8 @@ class Learner(LightningModule):
             self._optimizer().load_state_dict(self.optimizer_state)
         if self.scaler_state:
             self.trainer.precision_plugin.load_state_dict(dict(self.scaler_state))
+        if self.watch is not None:
+            self.watch.begun()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """The learning rate as a pure function of the step, so that resuming needs no scheduler state."""
@@ -171,7 +183,8 @@ class Learner(LightningModule):
             return
         self.global_steps += 1
         self._tell_step_end()
-        self.after_step()
+        if self.watch is not None:
+            self.watch.step_done()
 
     def _tell_step_end(self) -> None:
         if self.hooks.with_step_end or type(self.architecture).step_end is not Architecture.step_end:
@@ -192,6 +205,8 @@ class Learner(LightningModule):
     def on_train_end(self) -> None:
         """The optimizer's last state of the task, for a next task that keeps it."""
         self.optimizer_state, self._fitting = self._optimizer().state_dict(), False
+        if self.watch is not None:
+            self.watch.ended()
 
     def task_done(self) -> None:
         """Forget what does not live on into the next task."""

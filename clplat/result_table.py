@@ -47,6 +47,8 @@ class ResultTable:
         self._rows: dict[int, tuple[int, list[Cell]]] = {}
         # Kept up row by row: to go through all cells at every boundary would take longer with every task.
         self._headlines: dict[int, Scores] = {}
+        self._kinds: dict[tuple[Any, ...], int] = {}
+        self._numbers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._names: dict[int, str] = {}
 
     def add(self, row: int, step: int, cells: Sequence[Cell]) -> None:
@@ -54,6 +56,10 @@ class ResultTable:
         self._rows[row] = (step, list(cells))
         self._headlines[row] = headline_scores(cells)
         self._names |= {c.index: c.task for c in cells if c.index is not None}
+        kinds = [tuple(getattr(cell, name) for name in _KIND) for cell in cells]
+        places = [self._kinds.setdefault(kind, len(self._kinds)) for kind in kinds]
+        numbers = [[cell.value, cell.total, cell.count] for cell in cells]
+        self._numbers[row] = (torch.tensor(places), torch.tensor(numbers, dtype=torch.float64))
 
     def rows(self) -> list[int]:
         """The rows that are there, in order."""
@@ -126,29 +132,22 @@ class ResultTable:
 
     def state_dict(self) -> dict[str, Any]:
         """The table as tensors and plain data, small enough for every checkpoint of a long stream."""
-        kinds: dict[tuple[Any, ...], int] = {}
-        places: list[list[int]] = []
-        numbers: list[list[float]] = []
-        for row in self.rows():
-            for cell in self.cells(row):
-                kind = tuple(getattr(cell, name) for name in _KIND)
-                places.append([row, kinds.setdefault(kind, len(kinds))])
-                numbers.append([cell.value, cell.total, cell.count])
+        rows = self.rows()
         return {
-            "kinds": [list(kind) for kind in kinds], "steps": dict(zip(self.rows(), self.steps(), strict=True)),
-            "places": torch.tensor(places, dtype=torch.int32), "numbers": torch.tensor(numbers, dtype=torch.float64),
-        }  # fmt: skip
+            "kinds": [list(kind) for kind in self._kinds],
+            "steps": dict(zip(rows, self.steps(), strict=True)),
+            "places": {row: self._numbers[row][0] for row in rows},
+            "numbers": {row: self._numbers[row][1] for row in rows},
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> ResultTable:
         """The inverse of `state_dict`."""
-        found: dict[int, list[Cell]] = {row: [] for row in state["steps"]}
-        kinds = [dict(zip(_KIND, kind, strict=True)) for kind in state["kinds"]]
-        for (row, kind), (value, total, count) in zip(state["places"].tolist(), state["numbers"].tolist(), strict=True):
-            found[row].append(Cell(**kinds[kind], value=value, total=total, count=count))
-        table = cls()
-        for row, cells in found.items():
-            table.add(row, state["steps"][row], cells)
+        table, kinds = cls(), [dict(zip(_KIND, kind, strict=True)) for kind in state["kinds"]]
+        for row, step in state["steps"].items():
+            numbers = zip(state["places"][row].tolist(), state["numbers"][row].tolist(), strict=True)
+            cells = [Cell(**kinds[k], value=value, total=total, count=count) for k, (value, total, count) in numbers]
+            table.add(row, step, cells)
         return table
 
     def to_csv(self, path: Path) -> None:
