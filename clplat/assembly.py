@@ -54,7 +54,8 @@ def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> P
         raise ConfigError("training.accumulate: a strategy of this run owns the step, which rules out accumulation")
     evaluator = Evaluator(
         architecture=architecture, objective=objective, hooks=hooks, tasks=stream.tasks, probes=stream.probes,
-        world=world, batch_size=config.evaluation.batch_size, precision=config.training.precision,
+        world=world, batch_size=config.evaluation.batch_size, max_rows=config.evaluation.max_rows,
+        precision=config.training.precision,
     )  # fmt: skip
     learner = Learner(architecture, objective, hooks, config.training, augment=stream.augment)
     return Parts(

@@ -65,6 +65,8 @@ class EvaluationConfig:
     """Also score all tasks every so many optimizer steps inside tasks (the evaluation curve)."""
     batch_size: int = 256
     """Rows of one evaluation pass."""
+    max_rows: int | None = None
+    """At most so many rows of each set are scored, spread evenly over it: what one score of a task may cost."""
 
 
 @dataclass(frozen=True, kw_only=True)

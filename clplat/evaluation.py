@@ -72,9 +72,11 @@ class Evaluator:
         probes: Sequence[EvalSet],
         world: World,
         batch_size: int,
+        max_rows: int | None,
         precision: str,
     ) -> None:
         self.architecture, self.objective, self.hooks = architecture, objective, hooks
+        self.max_rows = max_rows
         self.tasks, self.probes, self.world = tasks, probes, world
         self.batch_size, self.precision = batch_size, precision
 
@@ -136,7 +138,8 @@ class Evaluator:
 
     def _scores(self, test: EvalSet, view: View) -> dict[str, tuple[float, float, float]]:
         """Value, sum and count of each metric, over all processes."""
-        rows = torch.arange(len(test.data))[self.world.rank :: self.world.size]
+        count = len(test.data) if self.max_rows is None else min(self.max_rows, len(test.data))
+        rows = (torch.arange(count) * len(test.data) // max(1, count))[self.world.rank :: self.world.size]
         answerer = view.fork() if test.scorer.adaptive else view
         sums = test.scorer.score(answerer, test.data, rows, self.batch_size)
         table = torch.stack([sums[name] for name in test.scorer.metrics]).double().to(view.device())

@@ -64,6 +64,7 @@ def load_study(config: str | Path | Mapping[str, Any], overrides: Sequence[tuple
         ("training.warmup", study.training.warmup, 0),
         ("launcher.workers", 1 if study.launcher.workers == "auto" else study.launcher.workers, 1),
         ("evaluation.batch_size", study.evaluation.batch_size, 1),
+        ("evaluation.max_rows", 1 if study.evaluation.max_rows is None else study.evaluation.max_rows, 1),
         ("tracking.log_every", study.tracking.log_every, 1),
         ("seeds", min(study.seeds, default=0), 0),
     ):

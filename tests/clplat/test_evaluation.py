@@ -93,3 +93,18 @@ def test_a_task_ends_early_once_its_validation_score_is_reached(tmp_path: Path) 
     state = Checkpoints(folder, every_seconds=0).load()
     assert state is not None
     assert 30 <= state["global_steps"] < 600 and state["global_steps"] % 10 == 0
+
+
+@pytest.mark.parametrize("limit", [None, 7])
+def test_each_row_is_forwarded_once_for_all_metrics_and_no_more_rows_than_asked_for(limit: int | None) -> None:
+    parts = assemble(expand(load_study(study(evaluation={"batch_size": 10, "max_rows": limit})))[0], World())
+    rows: list[torch.Tensor] = []
+    parts.architecture.register_forward_pre_hook(lambda _, given: rows.append(given[0].inputs))
+    cells = parts.evaluator.cells([0, 1, 2])
+    seen = torch.cat(rows)
+    expected = [task.test.data.batch(torch.arange(len(task.test.data))).inputs for task in parts.stream.tasks]
+    if limit is not None:
+        expected = [inputs[torch.arange(limit) * len(inputs) // limit] for inputs in expected]
+    assert torch.equal(seen, torch.cat(expected))
+    assert {cell.metric for cell in cells} == {"accuracy", "loss"}
+    assert {cell.count for cell in cells} == {float(len(inputs)) for inputs in expected}
