@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning import Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from clplat.config import TrainingConfig
 from clplat.loaders import RowOrder, TaskLoader
@@ -29,7 +29,7 @@ def fit(run: Run, task: Task) -> None:
         learner.train()
         with _quiet():
             new_trainer(run.config.training, run.parts.device, run.world.size).fit(learner, loader)
-        learner.to(run.parts.device)  # the Trainer leaves it on the CPU
+        learner.to(run.parts.device)  # several processes' Trainer leaves it on the CPU
     else:
         steps.ended()  # stopped between the last step and the end: what it had not logged yet
     learner.watch = None
@@ -65,10 +65,8 @@ def task_loader(run: Run, task: Task) -> TaskLoader:
 
 def new_trainer(training: TrainingConfig, device: Any, processes: int) -> Trainer:
     """One Trainer for one task: a second `fit` on the same one would run no step and say nothing."""
-    strategy: Any = "auto"
-    if processes > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        strategy = DDPStrategy(process_group_backend=backend)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    strategy = DDPStrategy(process_group_backend=backend) if processes > 1 else _Staying(device)
     return Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=([device.index] if device.type == "cuda" and processes == 1 else processes),
@@ -78,6 +76,17 @@ def new_trainer(training: TrainingConfig, device: Any, processes: int) -> Traine
         use_distributed_sampler=False,
         barebones=True,
     )
+
+
+class _Staying(SingleDeviceStrategy):
+    """Leaves model and optimizer where they are when a task ends.
+
+    Lightning moves them to the CPU and empties the GPU's cache of free memory, to begin again with the next task.
+    """
+
+    def teardown(self) -> None:
+        self.precision_plugin.teardown()
+        self.checkpoint_io.teardown()
 
 
 class TaskSteps:
