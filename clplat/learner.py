@@ -57,7 +57,7 @@ class Learner(LightningModule):
     ) -> None:
         super().__init__()
         self.architecture, self.objective, self.hooks, self.training_config = architecture, objective, hooks, training
-        self.augment = augment
+        self.augment = torch.compile(augment) if augment is not None and training.compile else augment
         # The step is written out in `_step`: Lightning's automatic one costs more than a small model's forward.
         self.automatic_optimization = False
         # In a list, so that the compiled form of the architecture is not registered as a second module.
