@@ -11,11 +11,12 @@ from torch import Tensor
 
 from clplat.architectures.base import Architecture, device_of
 from clplat.hooks import Hooks
+from clplat.loaders import resident
 from clplat.objective import Objective
 from clplat.randomness import preserved
 from clplat.result_table import Cell
 from clplat.strategies.world import World
-from clplat.streams.base import EvalSet, Task
+from clplat.streams.base import Data, EvalSet, Task
 from clplat.streams.batch import Batch
 
 
@@ -79,6 +80,7 @@ class Evaluator:
         self.max_rows = max_rows
         self.tasks, self.probes, self.world = tasks, probes, world
         self.batch_size, self.precision = batch_size, precision
+        self._sets: dict[int, Data] = {}
 
     def cells(self, seen: Sequence[int], between: Callable[[], None] = lambda: None) -> list[Cell]:
         """Scores of all tasks and probes for a learner that has been trained on the tasks `seen`.
@@ -141,13 +143,20 @@ class Evaluator:
         count = len(test.data) if self.max_rows is None else min(self.max_rows, len(test.data))
         rows = (torch.arange(count) * len(test.data) // max(1, count))[self.world.rank :: self.world.size]
         answerer = view.fork() if test.scorer.adaptive else view
-        sums = test.scorer.score(answerer, test.data, rows, self.batch_size)
+        sums = test.scorer.score(answerer, self._held(test), rows, self.batch_size)
         table = torch.stack([sums[name] for name in test.scorer.metrics]).double().to(view.device())
         totals = self.world.sum(table).cpu().tolist()
         return {
             name: (total / count if count else float("nan"), total, count)
             for name, (total, count) in zip(test.scorer.metrics, totals, strict=True)
         }
+
+    def _held(self, test: EvalSet) -> Data:
+        """The set's rows on the learner's device, where they can stay from one evaluation to the next."""
+        # By identity: two tasks of a user's stream may call their sets alike.
+        if id(test) not in self._sets:
+            self._sets[id(test)] = resident(test.data, device_of(self.architecture))
+        return self._sets[id(test)]
 
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,10 @@ class ResultTable:
         kinds = [tuple(getattr(cell, name) for name in _KIND) for cell in cells]
         places = [self._kinds.setdefault(kind, len(self._kinds)) for kind in kinds]
         numbers = [[cell.value, cell.total, cell.count] for cell in cells]
-        self._numbers[row] = (torch.tensor(places), torch.tensor(numbers, dtype=torch.float64))
+        self._numbers[row] = (
+            torch.tensor(places, dtype=torch.long),
+            torch.tensor(numbers, dtype=torch.float64).view(-1, 3),
+        )
 
     def rows(self) -> list[int]:
         """The rows that are there, in order."""
@@ -135,19 +139,18 @@ class ResultTable:
         rows = self.rows()
         return {
             "kinds": [list(kind) for kind in self._kinds],
-            "steps": dict(zip(rows, self.steps(), strict=True)),
-            "places": {row: self._numbers[row][0] for row in rows},
-            "numbers": {row: self._numbers[row][1] for row in rows},
+            "rows": [(row, step, len(self._rows[row][1])) for row, step in zip(rows, self.steps(), strict=True)],
+            "places": torch.cat([self._numbers[row][0] for row in rows] or [torch.zeros(0, dtype=torch.long)]),
+            "numbers": torch.cat([self._numbers[row][1] for row in rows] or [torch.zeros(0, 3, dtype=torch.float64)]),
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> ResultTable:
         """The inverse of `state_dict`."""
         table, kinds = cls(), [dict(zip(_KIND, kind, strict=True)) for kind in state["kinds"]]
-        for row, step in state["steps"].items():
-            numbers = zip(state["places"][row].tolist(), state["numbers"][row].tolist(), strict=True)
-            cells = [Cell(**kinds[k], value=value, total=total, count=count) for k, (value, total, count) in numbers]
-            table.add(row, step, cells)
+        entries = zip(state["places"].tolist(), state["numbers"].tolist(), strict=True)
+        for row, step, count in state["rows"]:
+            table.add(row, step, [_cell(kinds[kind], numbers) for kind, numbers in islice(entries, count)])
         return table
 
     def to_csv(self, path: Path) -> None:
@@ -162,6 +165,11 @@ class ResultTable:
         """The inverse of `to_csv`."""
         with path.open(newline="") as file:
             return cls.from_rows([_typed(entry) for entry in csv.DictReader(file)])
+
+
+def _cell(kind: Mapping[str, Any], numbers: Sequence[float]) -> Cell:
+    value, total, count = numbers
+    return Cell(**kind, value=value, total=total, count=count)
 
 
 def headline_scores(cells: Sequence[Cell]) -> Scores:
