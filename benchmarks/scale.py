@@ -92,7 +92,8 @@ def tasks(options: argparse.Namespace) -> None:
         part = slice(start, start + size)
         scoring = statistics.median(scored for _, _, scored in spent[part])
         print(f"{start + 1:4} to {start + size:4}     {statistics.median(platform[part]):10.4f} {scoring:10.4f}")
-    print(f"slowest task: {max(platform):.3f} s of platform time (goal: under 0.25)")
+    slowest = max(range(len(platform)), key=platform.__getitem__)
+    print(f"slowest: task {slowest + 1}, {platform[slowest]:.3f} s of platform time (goal: under 0.25)")
 
 
 def _run(config: RunConfig, folder: Path, watch: Any) -> Run:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +44,21 @@ class ResultTable:
     """R[view, metric, i, j]: the score of task j after training through task i; row 0 is before training."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, tuple[int, list[Cell]]] = {}
-        # Kept up row by row: to go through all cells at every boundary would take longer with every task.
-        self._headlines: dict[int, Scores] = {}
+        # Rows as numbers, and what summaries read kept up row by row: with hundreds of tasks there are hundreds of
+        # thousands of cells, and as objects they would slow down every walk of Python's garbage collector.
+        self._rows: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
         self._kinds: dict[tuple[Any, ...], int] = {}
-        self._numbers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._headlines: dict[int, Scores] = {}
         self._names: dict[int, str] = {}
 
     def add(self, row: int, step: int, cells: Sequence[Cell]) -> None:
         """Fill row `row`, measured at optimizer step `step`."""
-        self._rows[row] = (step, list(cells))
         self._headlines[row] = headline_scores(cells)
         self._names |= {c.index: c.task for c in cells if c.index is not None}
         kinds = [tuple(getattr(cell, name) for name in _KIND) for cell in cells]
         places = [self._kinds.setdefault(kind, len(self._kinds)) for kind in kinds]
-        numbers = [[cell.value, cell.total, cell.count] for cell in cells]
-        self._numbers[row] = (
-            torch.tensor(places, dtype=torch.long),
-            torch.tensor(numbers, dtype=torch.float64).view(-1, 3),
-        )
+        numbers = torch.tensor([[cell.value, cell.total, cell.count] for cell in cells], dtype=torch.float64)
+        self._rows[row] = (step, torch.tensor(places, dtype=torch.long), numbers.view(-1, 3))
 
     def rows(self) -> list[int]:
         """The rows that are there, in order."""
@@ -75,7 +70,11 @@ class ResultTable:
 
     def cells(self, row: int) -> list[Cell]:
         """All scores of one row."""
-        return self._rows[row][1]
+        kinds, (_, places, numbers) = list(self._kinds), self._rows[row]
+        return [
+            Cell(**dict(zip(_KIND, kinds[place], strict=True)), value=value, total=total, count=count)
+            for place, (value, total, count) in zip(places.tolist(), numbers.tolist(), strict=True)
+        ]
 
     def tasks(self) -> list[str]:
         """Task names in stream order, probes left out."""
@@ -114,7 +113,7 @@ class ResultTable:
 
     def as_curve(self) -> Curve:
         """The rows as points of a curve."""
-        return [(self._rows[row][0], headline_scores(self.cells(row))) for row in self.rows()]
+        return [(self._rows[row][0], self._headlines[row]) for row in self.rows()]
 
     def to_rows(self) -> list[dict[str, Any]]:
         """The table as plain data: one mapping a score."""
@@ -136,21 +135,24 @@ class ResultTable:
 
     def state_dict(self) -> dict[str, Any]:
         """The table as tensors and plain data, small enough for every checkpoint of a long stream."""
-        rows = self.rows()
+        rows = [(row, *self._rows[row]) for row in self.rows()]
         return {
             "kinds": [list(kind) for kind in self._kinds],
-            "rows": [(row, step, len(self._rows[row][1])) for row, step in zip(rows, self.steps(), strict=True)],
-            "places": torch.cat([self._numbers[row][0] for row in rows] or [torch.zeros(0, dtype=torch.long)]),
-            "numbers": torch.cat([self._numbers[row][1] for row in rows] or [torch.zeros(0, 3, dtype=torch.float64)]),
+            "rows": [(row, step, len(places)) for row, step, places, _ in rows],
+            "places": torch.cat([places for *_, places, _ in rows] or [torch.zeros(0, dtype=torch.long)]),
+            "numbers": torch.cat([numbers for *_, numbers in rows] or [torch.zeros(0, 3, dtype=torch.float64)]),
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> ResultTable:
         """The inverse of `state_dict`."""
-        table, kinds = cls(), [dict(zip(_KIND, kind, strict=True)) for kind in state["kinds"]]
-        entries = zip(state["places"].tolist(), state["numbers"].tolist(), strict=True)
+        whole, table, start = cls(), cls(), 0
+        whole._kinds = {tuple(kind): place for place, kind in enumerate(state["kinds"])}
         for row, step, count in state["rows"]:
-            table.add(row, step, [_cell(kinds[kind], numbers) for kind, numbers in islice(entries, count)])
+            part = slice(start, start + count)
+            whole._rows[row] = (step, state["places"][part], state["numbers"][part])
+            table.add(row, step, whole.cells(row))
+            start += count
         return table
 
     def to_csv(self, path: Path) -> None:
@@ -165,11 +167,6 @@ class ResultTable:
         """The inverse of `to_csv`."""
         with path.open(newline="") as file:
             return cls.from_rows([_typed(entry) for entry in csv.DictReader(file)])
-
-
-def _cell(kind: Mapping[str, Any], numbers: Sequence[float]) -> Cell:
-    value, total, count = numbers
-    return Cell(**kind, value=value, total=total, count=count)
 
 
 def headline_scores(cells: Sequence[Cell]) -> Scores:
