@@ -66,16 +66,18 @@ def _change_runs(folder: Path, overrides: Sequence[tuple[str, str]]) -> None:
 def _resume_one(folder: Path, console: Console) -> Study:
     from clplat.journal import last_status
     from clplat.launch import launch
-    from clplat.study_record import finish_study
+    from clplat.study_record import settle_study
 
     if last_status(folder) == "FINISHED":
         console.print(f"{folder}: finished already; nothing to do")
         return Study(name=folder.parent.name, folder=folder.parent, outcomes=[])
-    check_unchanged(folder)
+    of_study = (folder.parent / "study.yaml").is_file()
+    if of_study:
+        check_unchanged(folder.parent, [folder])
     config = load_run(folder / "config.yaml")
     outcomes = launch([folder], workers=1, threads=config.training.threads, console=console)
-    if (folder.parent / "study.yaml").is_file() and config.tracking.enabled:
-        finish_study(folder.parent, [last_status(run) for run in run_folders(folder.parent)])
+    if of_study and config.tracking.enabled:
+        settle_study(folder.parent)
     return Study(name=folder.parent.name, folder=folder.parent, outcomes=outcomes)
 
 

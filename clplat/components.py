@@ -153,7 +153,7 @@ def checked(component: Component, wing: str, key: str) -> Component:
             kinds = {option: options[option].kind for option in options if option not in WINGS[wing].supplied}
             known = [option for option, kind in kinds.items() if kind is not inspect.Parameter.VAR_KEYWORD]
             raise ConfigError(f"{key}.init_args.{name}: {found.__name__} has no such option{nearest(name, known)}")
-    given = _given(component, wing)
+    given = _given(component, found, wing)
     parser = _parser(found, wing)
     try:
         parsed = parser.parse_object(given)
@@ -162,9 +162,9 @@ def checked(component: Component, wing: str, key: str) -> Component:
     return Component(class_path=f"{found.__module__}.{found.__qualname__}", init_args=_plain(parsed))
 
 
-def _given(component: Component, wing: str) -> dict[str, Any]:
+def _given(component: Component, found: type, wing: str) -> dict[str, Any]:
     """The options to parse: a copy, since jsonargparse changes nested mappings in place."""
-    supplied, options = WINGS[wing].supplied, _options(resolve(component.class_path, wing, wing), wing)
+    supplied, options = WINGS[wing].supplied, _options(found, wing)
     given = copy.deepcopy({name: value for name, value in component.init_args.items() if name not in supplied})
     for name, value in given.items():
         kind = str(options[name].annotation) if name in options else ""
@@ -191,7 +191,7 @@ def build(component: Component, wing: str, key: str, supplied: Mapping[str, Any]
     found = resolve(component.class_path, wing, key)
     options = _options(found, wing)
     extra = {name: value for name, value in (supplied or {}).items() if name in options}
-    given = _given(component, wing)
+    given = _given(component, found, wing)
     parser = _parser(found, wing)
     try:
         built = parser.instantiate(parser.parse_object(given))

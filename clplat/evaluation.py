@@ -16,7 +16,7 @@ from clplat.objective import Objective
 from clplat.randomness import preserved
 from clplat.result_table import Cell
 from clplat.strategies.world import World
-from clplat.streams.base import Data, EvalSet, Task
+from clplat.streams.base import Data, EvalSet, Task, spread_rows
 from clplat.streams.batch import Batch
 
 
@@ -140,8 +140,7 @@ class Evaluator:
 
     def _scores(self, test: EvalSet, view: View) -> dict[str, tuple[float, float, float]]:
         """Value, sum and count of each metric, over all processes."""
-        count = len(test.data) if self.max_rows is None else min(self.max_rows, len(test.data))
-        rows = (torch.arange(count) * len(test.data) // max(1, count))[self.world.rank :: self.world.size]
+        rows = spread_rows(len(test.data), self.max_rows)[self.world.rank :: self.world.size]
         answerer = view.fork() if test.scorer.adaptive else view
         sums = test.scorer.score(answerer, self._held(test), rows, self.batch_size)
         table = torch.stack([sums[name] for name in test.scorer.metrics]).double().to(view.device())

@@ -53,12 +53,16 @@ class ResultTable:
 
     def add(self, row: int, step: int, cells: Sequence[Cell]) -> None:
         """Fill row `row`, measured at optimizer step `step`."""
-        self._headlines[row] = headline_scores(cells)
-        self._names |= {c.index: c.task for c in cells if c.index is not None}
         kinds = [tuple(getattr(cell, name) for name in _KIND) for cell in cells]
         places = [self._kinds.setdefault(kind, len(self._kinds)) for kind in kinds]
         numbers = torch.tensor([[cell.value, cell.total, cell.count] for cell in cells], dtype=torch.float64)
         self._rows[row] = (step, torch.tensor(places, dtype=torch.long), numbers.view(-1, 3))
+        self._note(row, cells)
+
+    def _note(self, row: int, cells: Sequence[Cell]) -> None:
+        """Keep up what summaries read."""
+        self._headlines[row] = headline_scores(cells)
+        self._names |= {c.index: c.task for c in cells if c.index is not None}
 
     def rows(self) -> list[int]:
         """The rows that are there, in order."""
@@ -146,12 +150,12 @@ class ResultTable:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> ResultTable:
         """The inverse of `state_dict`."""
-        whole, table, start = cls(), cls(), 0
-        whole._kinds = {tuple(kind): place for place, kind in enumerate(state["kinds"])}
+        table, start = cls(), 0
+        table._kinds = {tuple(kind): place for place, kind in enumerate(state["kinds"])}
         for row, step, count in state["rows"]:
             part = slice(start, start + count)
-            whole._rows[row] = (step, state["places"][part], state["numbers"][part])
-            table.add(row, step, whole.cells(row))
+            table._rows[row] = (step, state["places"][part], state["numbers"][part])
+            table._note(row, table.cells(row))
             start += count
         return table
 

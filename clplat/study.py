@@ -17,7 +17,7 @@ from rich.console import Console
 
 from clplat.config import RunConfig, StudyConfig, plain, save
 from clplat.errors import ConfigError
-from clplat.execution import Outcome, is_busy
+from clplat.execution import Outcome
 from clplat.launch import launch
 from clplat.study_file import check_unchanged, expand, load_study, run_folders
 
@@ -110,12 +110,11 @@ def settled(config: AnyConfig) -> AnyConfig:
 def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
     """Run what has not finished yet among a study's runs, with the record of the whole study above them."""
     from clplat.journal import last_status
-    from clplat.study_record import finish_study, send_unsent, start_study
+    from clplat.study_record import send_unsent, settle_study, start_study
 
     folders = run_folders(folder)
     open_runs = [run for run in folders if last_status(run) != "FINISHED"]
-    for run in open_runs:
-        check_unchanged(run)
+    check_unchanged(folder, open_runs)
     if study.tracking.enabled:
         start_study(folder)
     workers = worker_count(study, len(open_runs))
@@ -123,8 +122,7 @@ def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
     unsent = ""
     if study.tracking.enabled:
         unsent = send_unsent(folders)
-        if not any(is_busy(run) for run in folders):
-            finish_study(folder, [last_status(run) for run in folders])
+        settle_study(folder)
     return Study(name=folder.name, folder=folder, outcomes=outcomes, unsent=unsent)
 
 

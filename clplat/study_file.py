@@ -144,19 +144,18 @@ def merge(base: Any, changes: Any) -> Any:
     return result
 
 
-def check_unchanged(folder: Path) -> None:
-    """Refuse a run folder whose config.yaml is another experiment than its study says."""
-    if not (folder.parent / "study.yaml").is_file():
-        return
-    config = load_run(folder / "config.yaml")
-    planned = {(run.variant, run.seed): run for run in expand(load_study(folder.parent / "study.yaml"))}
-    study = planned.get((config.variant, config.seed))
-    changed = difference(study, config) if study is not None else ["variant and seed are not in study.yaml"]
-    if changed:
-        raise ConfigError(
-            f"{folder / 'config.yaml'}: is not what study.yaml says ({'; '.join(changed)}); undo the change, or start "
-            "a new study with it"
-        )
+def check_unchanged(folder: Path, runs: Sequence[Path]) -> None:
+    """Refuse run folders of the study in `folder` whose config.yaml is another experiment than study.yaml says."""
+    planned = {(run.variant, run.seed): run for run in expand(load_study(folder / "study.yaml"))}
+    for run in runs:
+        config = load_run(run / "config.yaml")
+        study = planned.get((config.variant, config.seed))
+        changed = difference(study, config) if study is not None else ["variant and seed are not in study.yaml"]
+        if changed:
+            raise ConfigError(
+                f"{run / 'config.yaml'}: is not what study.yaml says ({'; '.join(changed)}); undo the change, or "
+                "start a new study with it"
+            )
 
 
 def run_folders(folder: Path) -> list[Path]:

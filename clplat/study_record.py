@@ -59,6 +59,15 @@ def finish_study(folder: Path, statuses: list[str]) -> None:
             client(state["uri"]).set_terminated(state["run_id"], status=status)
 
 
+def settle_study(folder: Path) -> None:
+    """Give the parent run the status that its runs have, unless one of them is under way: whoever ends it does."""
+    from clplat.execution import is_busy
+
+    runs = run_folders(folder)
+    if not any(is_busy(run) for run in runs):
+        finish_study(folder, [last_status(run) for run in runs])
+
+
 def send_unsent(runs: list[Path]) -> str:
     """Send what runs could not send themselves because their process died or the server was away for a while.
 
@@ -95,7 +104,7 @@ def sync(target: str | Path, uri: str | None = None) -> int:
         _send_elsewhere(folder, runs, absolute(uri))
     if is_study:
         _start(folder)
-    sent = busy = 0
+    sent = 0
     for run in runs:
         if (run / NAME).is_file():
             try:
@@ -103,9 +112,9 @@ def sync(target: str | Path, uri: str | None = None) -> int:
                     _send(run)
                 sent += 1
             except RunBusyError:
-                busy += 1
-    if is_study and not busy:
-        finish_study(folder, [last_status(run) for run in runs])
+                continue
+    if is_study:
+        settle_study(folder)
     return sent
 
 

@@ -221,6 +221,12 @@ class Stream:
         return {}
 
 
+def spread_rows(total: int, limit: int | None) -> Tensor:
+    """Numbers of at most `limit` of `total` rows, spread evenly over the whole; all of them without a limit."""
+    count = total if limit is None else min(limit, total)
+    return torch.arange(count) * total // max(1, count)
+
+
 def digest(*tensors: Tensor) -> str:
     """Identity of some tensors' content: 16 hex digits of SHA-256 over dtype, shape and bytes."""
     state = hashlib.sha256()

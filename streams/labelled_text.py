@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from clplat.streams.base import Data, EvalSet, Scenario, Spec, Stream, Task, TensorData
+from clplat.streams.base import Data, EvalSet, Scenario, Spec, Stream, Task, TensorData, spread_rows
 from clplat.streams.documents import PARTS
 from clplat.streams.label_scorer import LabelLikelihood
 from clplat.streams.labelled_rows import Example, LabelledSource, TokenRows, answered, json_value, padded
@@ -127,8 +127,7 @@ class LabelledTextStream(Stream):
 
         def rows(data: Data, limit: int | None = None) -> TokenRows:
             assert isinstance(data, TensorData)
-            count = len(data) if limit is None else min(limit, len(data))
-            picked = torch.arange(count) * len(data) // max(1, count)
+            picked = spread_rows(len(data), limit)
             inputs, targets = data.inputs[picked], data.targets[picked]
             if answers is not None:
                 inputs, targets = answered(inputs, answers[targets], self.tokenizer.end_token)
