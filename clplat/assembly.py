@@ -52,6 +52,8 @@ def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> P
     hooks.setup(context)
     if config.training.accumulate > 1 and hooks.step_owner is not None:
         raise ConfigError("training.accumulate: a strategy of this run owns the step, which rules out accumulation")
+    if config.training.compile == "reduce-overhead" and max(config.training.accumulate, config.training.devices) > 1:
+        raise ConfigError("training.compile: reduce-overhead needs accumulate 1 and devices 1; use true instead")
     evaluator = Evaluator(
         architecture=architecture, objective=objective, hooks=hooks, tasks=stream.tasks, probes=stream.probes,
         world=world, batch_size=config.evaluation.batch_size, max_rows=config.evaluation.max_rows,

@@ -46,8 +46,9 @@ class TrainingConfig:
     clip_norm: float | None = None
     """Largest global gradient norm, after strategies have changed the gradient."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "32-true"
-    compile: bool = False
-    """Compile the forward pass and the loss with torch.compile."""
+    compile: bool | Literal["reduce-overhead"] = False
+    """Compile the forward pass and the loss with torch.compile; `reduce-overhead` also replays them as CUDA graphs,
+    which pays where a GPU computes faster than the host can launch (one process, `accumulate` 1)."""
     threads: int = 1
     """CPU threads a process; part of the result, since sums differ in the last bit between thread counts."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from clplat.architectures.base import Architecture, Output, State, StepOutcome
+from clplat.compilation import answerer, compiled
 from clplat.components import resolve
 from clplat.config import TrainingConfig
 from clplat.errors import ConfigError, NotFiniteError
@@ -25,9 +26,6 @@ from clplat.strategies.world import World
 from clplat.streams.batch import CURRENT, REPLAY, Batch
 
 _REMEDY = "What was saved before is untouched; lower training.optimizer.init_args.lr, or set training.clip_norm."
-
-
-Answer = Callable[[Batch, State], tuple[Output, Tensor | None]]
 
 
 class Watch(Protocol):
@@ -57,7 +55,7 @@ class Learner(LightningModule):
     ) -> None:
         super().__init__()
         self.architecture, self.objective, self.hooks, self.training_config = architecture, objective, hooks, training
-        self.augment = torch.compile(augment) if augment is not None and training.compile else augment
+        self.augment = compiled(augment, training.compile) if augment is not None else None
         # The step is written out in `_step`: Lightning's automatic one costs more than a small model's forward.
         self.automatic_optimization = False
         # In a list, so that the compiled form of the architecture is not registered as a second module.
@@ -73,6 +71,7 @@ class Learner(LightningModule):
         self.scaler_state: Mapping[str, Any] | None = None
         self._fitting = False
         self._current_optimizer: list[Any] = []
+        self._weights: list[Tensor] = []
         self._finished: list[tuple[Batch, Output]] = []
         self.watch: Watch | None = None
 
@@ -100,7 +99,7 @@ class Learner(LightningModule):
             output, parts = self._answer[0](batch, self.carried)
             self._step(self._loss(output, batch, parts))
         if self.architecture.memory_life != "sequence":
-            self.carried = pytree.tree_map(lambda leaf: leaf.detach(), output.state)
+            self.carried = pytree.tree_map(self._kept, output.state)
         # What delayed writes may keep: the rows as they are, not this use's augmentation of them.
         self._finished.append((mixed, output))
 
@@ -129,7 +128,7 @@ class Learner(LightningModule):
         for strategy in self.hooks.with_gradient:
             strategy.gradient()
         if config.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.architecture.parameters(), config.clip_norm)
+            torch.nn.utils.clip_grad_norm_(self._weights, config.clip_norm)
         if scaler is not None:
             scaler.step(optimizer)
             scaler.update()
@@ -150,14 +149,19 @@ class Learner(LightningModule):
     def _note(self, terms: Mapping[str, Tensor]) -> None:
         """Keep loss terms on the device until somebody logs them: no synchronisation in a step."""
         for name, value in terms.items():
-            self.window.setdefault(name, []).append(value.detach())
+            self.window.setdefault(name, []).append(self._kept(value))
         if self.observed is not None and "loss" in terms:
-            self.observed.append(terms["loss"].detach())
+            self.observed.append(self.window["loss"][-1])
+
+    def _kept(self, value: Tensor) -> Tensor:
+        """What outlives the step: a replayed CUDA graph writes its results into the same memory each time."""
+        return value.detach().clone() if self.training_config.compile == "reduce-overhead" else value.detach()
 
     def on_train_start(self) -> None:
         """Continue with the optimizer of the interrupted, or of the last, task where there is one."""
         self._fitting = True
         self._current_optimizer = [self.optimizers(use_pl_optimizer=False)]
+        self._weights = list(self.architecture.parameters())
         if self.optimizer_state is not None:
             self._optimizer().load_state_dict(self.optimizer_state)
         if self.scaler_state:
@@ -271,21 +275,6 @@ class Learner(LightningModule):
         sums = torch.stack([p.detach().float().sum() for p in self.architecture.parameters()])
         if not bool(torch.isfinite(sums).all()):
             raise NotFiniteError(f"a weight became infinite or NaN by step {self.global_steps}. {_REMEDY}")
-
-
-def answerer(architecture: Architecture, objective: Objective | None, compiled: bool) -> Answer:
-    """The forward pass and the default loss as one function, so that a compiler can join the head and the loss.
-
-    The loss is a scalar, or one part for each origin of a mixed batch, or None without `objective`.
-    """
-
-    def answer(batch: Batch, state: State) -> tuple[Output, Tensor | None]:
-        output = architecture(batch, state)
-        if objective is None:
-            return output, None
-        return output, objective(output, batch) if batch.origin is None else objective.by_origin(output, batch)
-
-    return torch.compile(answer) if compiled else answer
 
 
 def rate_factor(step: int, total: int, schedule: str, warmup: float) -> float:

@@ -77,6 +77,10 @@ def test_a_wrong_configuration_names_the_field_and_the_nearest_valid_name(case: 
             r"variant digits: architecture: MLP is not causal.*Transformer",
         ),
         (
+            {"training__compile": "reduce-overhead", "training__accumulate": 2},
+            r"variant digits: training\.compile: reduce-overhead needs accumulate 1",
+        ),
+        (
             {"training__accelerator": "gpu"} if not torch.cuda.is_available() else {"training__devices": 99},
             r"training\.(accelerator|devices)",
         ),

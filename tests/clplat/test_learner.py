@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,3 +37,25 @@ def test_the_compiled_step_is_one_graph_and_trains_the_same(
     for name, weight in states[0]["architecture"].items():
         assert torch.allclose(weight, states[1]["architecture"][name], atol=1e-5), name
     assert table(plain).scores()[-1] == pytest.approx(table(compiled).scores()[-1], abs=1e-3, nan_ok=True)
+
+
+def test_nothing_that_outlives_a_step_stays_in_memory_that_a_replayed_graph_overwrites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replayed(function: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
+        assert mode == "reduce-overhead"
+        results: list[torch.Tensor] = []
+
+        def call(*inputs: Any) -> Any:
+            for old in results:
+                old.data.fill_(torch.nan)
+            output, loss = function(*inputs)
+            results[:] = [output.logits, loss]
+            return output, loss
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", replayed)
+    folder = run_folder(tmp_path, study(strategies={"replay": REPLAY}, training__compile="reduce-overhead"), "graphs")
+    assert execute(folder).status == "FINISHED", (folder / "error.txt").read_text()
+    assert table(folder).scores()[-1].min() > 0.1
