@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -13,20 +14,32 @@ from clplat.objective import Objective
 from clplat.streams.batch import Batch
 
 P, R = ParamSpec("P"), TypeVar("R")
-Answer = Callable[[Batch, State], tuple[Output, Tensor | None]]
+Answer = Callable[[Batch, State], tuple[Batch, Output, Tensor | None]]
 
 
-def answerer(architecture: Architecture, objective: Objective | None, mode: bool | str) -> Answer:
-    """The forward pass and the default loss as one function, so that a compiler can join the head and the loss.
+def answerer(
+    architecture: Architecture,
+    objective: Objective | None,
+    augment: Callable[[Tensor], Tensor] | None,
+    *,
+    open_logits: bool,
+    mode: bool | str,
+) -> Answer:
+    """Augmentation, forward pass and default loss as one function, so that a compiler can join them.
 
-    The loss is a scalar, or one part for each origin of a mixed batch, or None without `objective`.
+    It gives the batch as the model saw it, the output, and the loss: a scalar, or one part for each origin of a mixed
+    batch, or None without `objective`. Without `open_logits` no gradient but the loss's flows through the logits, which
+    spares the backward pass a zero for each of them.
     """
 
-    def answer(batch: Batch, state: State) -> tuple[Output, Tensor | None]:
+    def answer(batch: Batch, state: State) -> tuple[Batch, Output, Tensor | None]:
+        if augment is not None:
+            batch = batch.replaced(inputs=augment(batch.inputs))
         output = architecture(batch, state)
         if objective is None:
-            return output, None
-        return output, objective(output, batch) if batch.origin is None else objective.by_origin(output, batch)
+            return batch, output, None
+        loss = objective(output, batch) if batch.origin is None else objective.by_origin(output, batch)
+        return batch, output if open_logits else replace(output, logits=output.logits.detach()), loss
 
     return compiled(answer, mode)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -65,6 +66,9 @@ def task_loader(run: Run, task: Task) -> TaskLoader:
 
 def new_trainer(training: TrainingConfig, device: Any, processes: int) -> Trainer:
     """One Trainer for one task: a second `fit` on the same one would run no step and say nothing."""
+    if device.type == "cpu":
+        # Lightning's import sets it, and each optimizer step would open the GPU driver's library to count no GPUs.
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     backend = "nccl" if device.type == "cuda" else "gloo"
     strategy = DDPStrategy(process_group_backend=backend) if processes > 1 else _Staying(device)
     return Trainer(

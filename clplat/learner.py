@@ -59,7 +59,15 @@ class Learner(LightningModule):
         # The step is written out in `_step`: Lightning's automatic one costs more than a small model's forward.
         self.automatic_optimization = False
         # In a list, so that the compiled form of the architecture is not registered as a second module.
-        self._answer = [answerer(architecture, objective if hooks.objective is None else None, training.compile)]
+        self._answer = [
+            answerer(
+                architecture,
+                objective if hooks.objective is None else None,
+                augment,
+                open_logits=bool(hooks.with_penalty),
+                mode=training.compile,
+            )
+        ]
         self.carried: State = None
         self.window: dict[str, list[Tensor]] = {}
         self.rows = {"current": 0, "replay": 0}
@@ -89,19 +97,17 @@ class Learner(LightningModule):
             batch = self.hooks.batch(batch)
         self.rows["current"] += rows
         self.rows["replay"] += len(batch) - rows
-        mixed = batch
-        if self.augment is not None:
-            batch = batch.replaced(inputs=self.augment(batch.inputs))
         if self.hooks.step_owner is not None:
-            loss, output = self.hooks.step_owner.step(batch, self._optimizer())
+            seen = batch if self.augment is None else batch.replaced(inputs=self.augment(batch.inputs))
+            loss, output = self.hooks.step_owner.step(seen, self._optimizer())
             self._note({"loss": loss})
         else:
-            output, parts = self._answer[0](batch, self.carried)
-            self._step(self._loss(output, batch, parts))
+            seen, output, parts = self._answer[0](batch, self.carried)
+            self._step(self._loss(output, seen, parts))
         if self.architecture.memory_life != "sequence":
             self.carried = pytree.tree_map(self._kept, output.state)
         # What delayed writes may keep: the rows as they are, not this use's augmentation of them.
-        self._finished.append((mixed, output))
+        self._finished.append((batch, output))
 
     def _loss(self, output: Output, batch: Batch, parts: Tensor | None) -> Tensor:
         """Objective + auxiliary losses + penalties, each logged under its name."""
