@@ -102,7 +102,6 @@ class TaskSteps:
         self.evaluate_every = run.config.evaluation.every
         self.until = run.budget(task).until
         self._resumed_at = time.perf_counter()
-        self._loss_sums: dict[int, list[float]] = {}
 
     def begun(self) -> None:
         """What came before, a new Trainer above all, is no training time."""
