@@ -13,7 +13,8 @@ from clplat.architectures.base import Architecture, Output, State
 from clplat.objective import Objective
 from clplat.streams.batch import Batch
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 Answer = Callable[[Batch, State], tuple[Batch, Output, Tensor | None]]
 
 

@@ -46,8 +46,8 @@ def delta_memory(
 
     `chunk` (16, 32 or 64) is how many tokens are computed at once. It changes results in mode `frozen` alone, where
     all tokens of a chunk take their gradient at its start: 1/‖k‖² is a safe rate divided by how often a key repeats.
-    `state` continues an earlier call, in the middle of a frozen chunk too. `cu_seqlens` (N + 1,) int32, first 0, last T,
-    packs N sequences into B = 1; `state` then has N rows.
+    `state` continues an earlier call, in the middle of a frozen chunk too. `cu_seqlens` (N + 1,) int32, first 0, last
+    T, packs N sequences into B = 1; `state` then has N rows.
 
     `backend`: `auto` takes the Triton kernels on GPUs of compute capability 8.0 and higher and the chunked PyTorch form
     elsewhere; `triton` never falls back; `recurrent` is the token loop that defines the operation.
@@ -91,9 +91,7 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> str:
     elif torch.cuda.get_device_capability(q.device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     if not q.dtype == k.dtype == v.dtype or v.dtype not in types:
-        return (
-            f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; the kernels want one of {', '.join(map(str, types))} for all"
-        )
+        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; the kernels take one of {', '.join(map(str, types))}"
     if max(q.shape[-1], v.shape[-1]) > LARGEST_WIDTH:
         return f"heads are {q.shape[-1]} and {v.shape[-1]} wide; the kernels go up to {LARGEST_WIDTH}"
     if chunk not in CHUNKS:

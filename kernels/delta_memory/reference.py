@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
         return Inputs(*(None if part is None else part[:, start:stop] for part in self))
 
     def heads_first(self) -> Inputs:
-        """q, k (B, V, T, D), v (B, V, T, E), gates (B, V, T) in fp32 or wider; key heads repeated for their value heads."""
+        """q, k (B, V, T, D), v (B, V, T, E), gates (B, V, T) in fp32 or wider; key heads are repeated."""
         group = self.v.shape[2] // self.q.shape[2]
         q, k = (part.repeat_interleave(group, 2) if group > 1 else part for part in (self.q, self.k))
         wide = torch.promote_types(self.v.dtype, torch.float32)
@@ -150,7 +150,7 @@ def chunk_step(
 def decay_matrices(
     like: Tensor, log_decay: Tensor | None, log_momentum: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """G (…, L, L), b, f (…, L), and of the momentum alone Le (…, L, L), m (…, L); `like` (…, L) gives shape and type."""
+    """G (…, L, L), b, f (…, L), and of momentum alone Le (…, L, L), m (…, L); `like` (…, L) gives shape and type."""
     La, b = _triangle(torch.zeros_like(like) if log_decay is None else log_decay)
     if log_momentum is None:
         zero = torch.zeros_like(like)
