@@ -1,0 +1,243 @@
+"""The forward kernels of `delta_memory`: what a chunk knows by itself, all chunks at once, then the walk over chunks.
+
+The mathematics is `reference.chunk_step`'s. `prepare` computes P = tril(q kᵀ) ∘ G ∘ rate, T = (I + A)⁻¹ and the vectors
+of gates; `scan` carries W and S from chunk to chunk in registers, each program one block of value columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from clplat.kernels.delta_memory.layout import Kept, Layout, strides
+from clplat.kernels.delta_memory.reference import Inputs, MemoryState
+from clplat.kernels.delta_memory.triton_tiles import (
+    B1_,
+    B_,
+    EXACT,
+    F1_,
+    F_,
+    FROZEN,
+    GDN,
+    HEBB,
+    M_,
+    NUM_VECTORS,
+    WG_,
+    WL_,
+    chunk_rows,
+    entry_of,
+    first_slot,
+    load_row,
+    load_tile,
+    load_turned,
+    lower,
+    num_chunks,
+    owner,
+    row_of,
+    sequence,
+    store_tile,
+)
+
+
+@triton.jit
+def inverse(A_ij, C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + A)⁻¹ of a strictly lower triangular A: inverses of ever larger diagonal blocks, two of them joined at a time.
+
+    Every intermediate is a block of the true inverse, so that keys that resemble each other do no harm; a Neumann series
+    would explode on them.
+    """
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    T_ij = tl.where(i == j, 1.0, 0.0).to(ACC) - tl.where((i == j + 1) & (i % 2 == 1), A_ij, 0.0)
+    for level in tl.static_range(1, 6):
+        if (1 << level) < C:
+            corner = (i // (1 << level) == j // (1 << level) + 1) & ((i // (1 << level)) % 2 == 1)
+            joint_ij = tl.dot(tl.where(corner, A_ij, 0.0), T_ij, input_precision=PRECISION, out_dtype=ACC)
+            T_ij -= tl.dot(T_ij, joint_ij, input_precision=PRECISION, out_dtype=ACC)
+    return T_ij
+
+
+@triton.jit
+def prepare(
+    q, k, rate, log_decay, log_momentum, P, Tinv, vectors, cu_seqlens, offsets,
+    q_row, q_token, q_head, k_row, k_token, k_head, T, N, slots, D,
+    V: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr,
+    DECAY: tl.constexpr, MOMENTUM: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of one chunk and value head: P (C, C), T (C, C) in the modes that need it, and the vectors (7, C)."""
+    slot, head = tl.program_id(0), tl.program_id(1)
+    n, i = owner(slot, cu_seqlens, slots, N, C, PACKED, BN)
+    row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
+    if i >= num_chunks(length, offset, C):
+        return
+    start, valid = chunk_rows(i, length, offset, C)
+    c, d = tl.arange(0, C), tl.arange(0, BD)
+    token = (row * T + first + start).to(tl.int64)
+    q += row.to(tl.int64) * q_row + (first + start).to(tl.int64) * q_token + head // GROUP * q_head
+    k += row.to(tl.int64) * k_row + (first + start).to(tl.int64) * k_token + head // GROUP * k_head
+    q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)
+    k_DC = load_turned(k, c, valid, k_token, d, D, UPCAST)
+    rate_C = load_row(rate + token * V + head, c, valid, V, ACC)
+    decay_C = load_row(log_decay + token * V + head, c, valid, V, ACC) if DECAY else tl.zeros([C], dtype=ACC)
+    total_C = tl.cumsum(decay_C, 0)
+    La_ij = lower(total_C, total_C, True, C)
+    b_C = tl.exp(total_C)
+    G_ij = La_ij
+    last = valid - 1
+    here = vectors + (slot.to(tl.int64) * V + head) * NUM_VECTORS * C + c
+    if MOMENTUM:
+        momentum_C = tl.cumsum(load_row(log_momentum + token * V + head, c, valid, V, ACC), 0)
+        Le_ij = lower(momentum_C, momentum_C, True, C)
+        m_C = tl.exp(momentum_C)
+        G_ij = tl.dot(La_ij, Le_ij, input_precision=PRECISION, out_dtype=ACC)
+        tl.store(here + F_ * C, tl.sum(La_ij * m_C[None, :], 1))
+        tl.store(here + WL_ * C, row_of(Le_ij, last, C) * rate_C)
+        tl.store(here + M_ * C, m_C)
+    tl.store(here + B_ * C, b_C)
+    tl.store(here + WG_ * C, row_of(G_ij, last, C) * rate_C)
+    square = (slot.to(tl.int64) * V + head) * C * C
+    P_ij = tl.dot(q_CD, k_DC, input_precision=PRECISION, out_dtype=ACC) * G_ij * rate_C[None, :]
+    store_tile(P + square, P_ij, c, C, C, c, C)
+    if MODE >= EXACT:
+        seen_C = total_C if MODE == GDN else total_C - decay_C
+        La1_ij = lower(seen_C, total_C, False, C)
+        tl.store(here + B1_ * C, tl.exp(seen_C))
+        G1_ij = La1_ij
+        if MOMENTUM:
+            G1_ij = tl.dot(La1_ij, Le_ij, input_precision=PRECISION, out_dtype=ACC)
+            tl.store(here + F1_ * C, tl.sum(La1_ij * m_C[None, :], 1))
+        k_CD = load_tile(k, c, valid, k_token, d, D, UPCAST)
+        A_ij = tl.dot(k_CD, k_DC, input_precision=PRECISION, out_dtype=ACC) * G1_ij * rate_C[None, :]
+        store_tile(Tinv + square, inverse(A_ij, C, ACC, PRECISION), c, C, C, c, C)
+
+
+@triton.jit
+def scan(
+    q, k, v, P, Tinv, vectors, W, S, anchor, o, W_end, S_end, anchor_end, W_kept, S_kept, E_kept, cu_seqlens, offsets,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, T, slots, D, E,
+    V: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, MODE: tl.constexpr,
+    MOMENTUM: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs and end states of one sequence, value head and block of value columns.
+
+    With KEEP also what the backward pass needs of every chunk: W and S at its start, and the errors.
+    """
+    e, n, head = tl.program_id(0) * BE + tl.arange(0, BE), tl.program_id(1) // V, tl.program_id(1) % V
+    row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
+    c, d = tl.arange(0, C), tl.arange(0, BD)
+    state = (n * V + head).to(tl.int64) * D * E
+    W_DE = load_tile(W + state, d, D, E, e, E, False).to(ACC)
+    S_DE = load_tile(S + state, d, D, E, e, E, False).to(ACC) if MOMENTUM else W_DE
+    q += row.to(tl.int64) * q_row + first.to(tl.int64) * q_token + head // GROUP * q_head
+    k += row.to(tl.int64) * k_row + first.to(tl.int64) * k_token + head // GROUP * k_head
+    v += row.to(tl.int64) * v_row + first.to(tl.int64) * v_token + head * v_head
+    token = (row * T + first).to(tl.int64)
+    o += (token * V + head) * E
+    if KEEP and MODE != HEBB:
+        E_kept += (token * V + head) * E
+    slot = (first_slot(n, cu_seqlens, slots, C, PACKED)).to(tl.int64) * V + head
+    count = num_chunks(length, offset, C)
+    for i in range(0, count):
+        start, valid = chunk_rows(i, length, offset, C)
+        place = slot + i * V
+        here = vectors + place * NUM_VECTORS * C
+        W_now = W_DE.to(v.dtype.element_ty) if not UPCAST else W_DE
+        if KEEP:
+            store_tile(W_kept + place * D * E, W_DE, d, D, E, e, E)
+        if MODE == FROZEN:
+            if i == count - 1:
+                store_tile(anchor_end + state, W_DE, d, D, E, e, E)
+        v_CE = load_tile(v + start * v_token, c, valid, v_token, e, E, UPCAST)
+        k_CD = load_tile(k + start * k_token, c, valid, k_token, d, D, UPCAST)
+        if MODE == HEBB:
+            E_CE = -v_CE.to(ACC)
+        elif MODE == FROZEN:
+            source = W_now
+            if OFFSETS:
+                if (i == 0) & (offset > 0):
+                    source = load_tile(anchor + state, d, D, E, e, E, False).to(W_now.dtype)
+                    if count == 1:
+                        store_tile(anchor_end + state, source, d, D, E, e, E)
+            E_CE = tl.dot(k_CD, source, input_precision=PRECISION, out_dtype=ACC) - v_CE
+        else:
+            b1_C = tl.load(here + B1_ * C + c)
+            R_CE = b1_C[:, None] * tl.dot(k_CD, W_now, input_precision=PRECISION, out_dtype=ACC) - v_CE
+            if MOMENTUM:
+                f1_C = tl.load(here + F1_ * C + c)
+                S_now = S_DE.to(W_now.dtype)
+                R_CE += f1_C[:, None] * tl.dot(k_CD, S_now, input_precision=PRECISION, out_dtype=ACC)
+            T_ij = load_tile(Tinv + place * C * C, c, C, C, c, C, UPCAST)
+            E_CE = tl.dot(T_ij, R_CE.to(T_ij.dtype), input_precision=PRECISION, out_dtype=ACC)
+        if KEEP and MODE != HEBB:
+            store_tile(E_kept + start * V * E, E_CE, c, valid, V * E, e, E)
+        q_CD = load_tile(q + start * q_token, c, valid, q_token, d, D, UPCAST)
+        P_ij = load_tile(P + place * C * C, c, C, C, c, C, UPCAST)
+        b_C = tl.load(here + B_ * C + c)
+        o_CE = b_C[:, None] * tl.dot(q_CD, W_now, input_precision=PRECISION, out_dtype=ACC)
+        o_CE -= tl.dot(P_ij, E_CE.to(P_ij.dtype), input_precision=PRECISION, out_dtype=ACC)
+        k_DC = load_turned(k + start * k_token, c, valid, k_token, d, D, UPCAST)
+        wg_C = tl.load(here + WG_ * C + c)
+        W_DE *= tl.load(here + B_ * C + valid - 1)
+        if MOMENTUM:
+            f_C = tl.load(here + F_ * C + c)
+            o_CE += f_C[:, None] * tl.dot(q_CD, S_DE.to(W_now.dtype), input_precision=PRECISION, out_dtype=ACC)
+            W_DE += tl.load(here + F_ * C + valid - 1) * S_DE
+            if KEEP:
+                store_tile(S_kept + place * D * E, S_DE, d, D, E, e, E)
+            wl_C = tl.load(here + WL_ * C + c)
+            S_DE *= tl.load(here + M_ * C + valid - 1)
+            S_DE -= tl.dot(k_DC, (wl_C[:, None] * E_CE).to(k_DC.dtype), input_precision=PRECISION, out_dtype=ACC)
+        W_DE -= tl.dot(k_DC, (wg_C[:, None] * E_CE).to(k_DC.dtype), input_precision=PRECISION, out_dtype=ACC)
+        store_tile(o + start * V * E, o_CE, c, valid, V * E, e, E)
+    store_tile(W_end + state, W_DE, d, D, E, e, E)
+    if MOMENTUM:
+        store_tile(S_end + state, S_DE, d, D, E, e, E)
+
+
+def forward(
+    inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, *, mode: int, chunk: int, keep: bool
+) -> tuple[Tensor, MemoryState, Kept]:
+    """Outputs, the state behind them and what the backward pass needs; `state.anchor` and `offset` both or neither."""
+    layout = Layout.of(inputs, state, cu_seqlens, chunk)
+    q, k, v, momentum = *inputs[:3], inputs.log_momentum is not None
+    P, Tinv, vectors = prepared(inputs, state, cu_seqlens, layout, mode)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    W, S = torch.empty_like(state.W), torch.empty_like(state.W) if momentum else None
+    # An empty sequence leaves its open chunk as it is.
+    anchor = (state.W if state.anchor is None else state.anchor).clone() if mode == FROZEN.value else None
+    kept = Kept(None, None, None)
+    if keep:
+        W_kept = v.new_empty(layout.all_slots, layout.V, layout.D, layout.E)
+        kept = Kept(W_kept, torch.empty_like(W_kept) if momentum else None, None if mode == 0 else torch.empty_like(o))
+    block = value_block(layout)
+    scan[(triton.cdiv(layout.E, block), layout.N * layout.V)](
+        q, k, v, P, Tinv, vectors, state.W, state.S, state.anchor, o, W, S, anchor, *kept, cu_seqlens, state.offset,
+        *strides(q), *strides(k), *strides(v), layout.T, layout.slots, layout.D, layout.E,
+        MODE=mode, KEEP=keep, BE=block, **layout.constants(momentum=momentum), num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return o, MemoryState(W, S, anchor, None), kept
+
+
+def prepared(
+    inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, layout: Layout, mode: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """P and T (slots, V, C, C), the latter where the mode has one, and the vectors of gates (slots, V, 7, C)."""
+    q, k, v = inputs[:3]
+    P, Tinv = layout.square(v.device), layout.square(v.device) if mode >= EXACT.value else None
+    shape = (layout.all_slots, layout.V, NUM_VECTORS, layout.C)
+    vectors = torch.empty(shape, dtype=layout.accumulator, device=v.device)
+    prepare[(layout.all_slots, layout.V)](
+        q, k, inputs.rate, inputs.log_decay, inputs.log_momentum, P, Tinv, vectors, cu_seqlens, state.offset,
+        *strides(q), *strides(k), layout.T, layout.N, layout.slots, layout.D,
+        BN=triton.next_power_of_2(layout.N), MODE=mode, DECAY=inputs.log_decay is not None,
+        **layout.constants(momentum=inputs.log_momentum is not None), num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return P, Tinv, vectors
+
+
+def value_block(layout: Layout) -> int:
+    """Columns of values that one program of `scan` carries: narrow ones fill the card, wide ones read less."""
+    return min(32 if layout.D > 64 else 64, max(16, triton.next_power_of_2(layout.E)))

@@ -1,0 +1,124 @@
+"""What all kernels of `delta_memory` share: where a chunk lies, and its matrices of decay.
+
+Names in kernels: C tokens of a chunk, D and E the widths of keys and values, N sequences, H key heads, V value heads; a
+tile's shape stands behind its name, and ij means (C, C). Every chunk of every sequence has a slot, its place in the buffers that hold one entry per chunk. Empty
+segments and ragged ends need no information on the host: slots are handed out generously and idle programs leave at once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+HEBB, FROZEN, EXACT, GDN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+NUM_VECTORS = 7
+B_, F_, WG_, WL_, M_, B1_, F1_ = (tl.constexpr(number) for number in range(NUM_VECTORS))
+
+
+@triton.jit
+def sequence(n, cu_seqlens, offsets, T, PACKED: tl.constexpr, OFFSETS: tl.constexpr):
+    """Batch row, first token and length of sequence n, and how many tokens of its first chunk are written already."""
+    if PACKED:
+        first = tl.load(cu_seqlens + n).to(tl.int32)
+        length = tl.load(cu_seqlens + n + 1).to(tl.int32) - first
+        row = n * 0
+    else:
+        first = n * 0
+        length = n * 0 + T
+        row = n
+    offset = tl.load(offsets + n).to(tl.int32) if OFFSETS else n * 0
+    return row, first, length, offset
+
+
+@triton.jit
+def num_chunks(length, offset, C: tl.constexpr):
+    """Chunks of a sequence; the first holds `offset` earlier tokens."""
+    return tl.where(length > 0, (length + offset + C - 1) // C, 0)
+
+
+@triton.jit
+def chunk_rows(i, length, offset, C: tl.constexpr):
+    """First token of chunk i within its sequence, and how many tokens it has."""
+    start = tl.maximum(0, i * C - offset)
+    return start, tl.minimum(length, (i + 1) * C - offset) - start
+
+
+@triton.jit
+def first_slot(n, cu_seqlens, slots, C: tl.constexpr, PACKED: tl.constexpr):
+    """The slot of the first chunk of sequence n; `slots` a sequence where they are not packed."""
+    if PACKED:
+        return tl.load(cu_seqlens + n).to(tl.int32) // C + 2 * n
+    else:
+        return n * slots
+
+
+@triton.jit
+def owner(slot, cu_seqlens, slots, N, C: tl.constexpr, PACKED: tl.constexpr, BN: tl.constexpr):
+    """The sequence that a slot belongs to, and which of its chunks the slot is."""
+    if PACKED:
+        n_BN = tl.arange(0, BN)
+        first_BN = tl.load(cu_seqlens + n_BN, mask=n_BN < N, other=0).to(tl.int32) // C + 2 * n_BN
+        n = tl.sum(tl.where((n_BN < N) & (first_BN <= slot), 1, 0), 0) - 1
+        return n, slot - (tl.load(cu_seqlens + n).to(tl.int32) // C + 2 * n)
+    else:
+        return slot // slots, slot % slots
+
+
+@triton.jit
+def lower(total_C, base_C, DIAGONAL: tl.constexpr, C: tl.constexpr):
+    """exp(total_i − base_j) for j < i, and j = i with DIAGONAL; zero elsewhere."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    kept = i >= j if DIAGONAL else i > j
+    return tl.where(kept, tl.exp(tl.where(kept, total_C[:, None] - base_C[None, :], 0.0)), 0.0)
+
+
+@triton.jit
+def upper(total_C, base_C, DIAGONAL: tl.constexpr, C: tl.constexpr):
+    """The transpose of `lower`, computed and not transposed: Hopper's compilers mistake transposed accumulators."""
+    i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    kept = i <= j if DIAGONAL else i < j
+    return tl.where(kept, tl.exp(tl.where(kept, total_C[None, :] - base_C[:, None], 0.0)), 0.0)
+
+
+@triton.jit
+def row_of(tile, r, C: tl.constexpr):
+    """Row r of a (C, C) tile."""
+    return tl.sum(tl.where(tl.arange(0, C)[:, None] == r, tile, 0.0), 0)
+
+
+@triton.jit
+def entry_of(vector, r, C: tl.constexpr):
+    """Entry r of a (C,) vector."""
+    return tl.sum(tl.where(tl.arange(0, C) == r, vector, 0.0), 0)
+
+
+@triton.jit
+def load_tile(pointer, rows, valid, stride, columns, width, UPCAST: tl.constexpr):
+    """A tile (rows, columns) of a matrix with `valid` rows, `stride` apart, and `width` columns; zero outside.
+
+    UPCAST is for the interpreter, which cannot compute in bf16.
+    """
+    mask = (rows < valid)[:, None] & (columns < width)[None, :]
+    tile = tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+    return tile.to(tl.float32) if UPCAST else tile
+
+
+@triton.jit
+def load_turned(pointer, rows, valid, stride, columns, width, UPCAST: tl.constexpr):
+    """The same tile transposed (columns, rows), by the order of its addresses."""
+    mask = (columns < width)[:, None] & (rows < valid)[None, :]
+    tile = tl.load(pointer + rows[None, :] * stride + columns[:, None], mask=mask, other=0.0)
+    return tile.to(tl.float32) if UPCAST else tile
+
+
+@triton.jit
+def store_tile(pointer, tile, rows, valid, stride, columns, width):
+    """Writes what of a tile lies inside a matrix, in the matrix's type."""
+    mask = (rows < valid)[:, None] & (columns < width)[None, :]
+    tl.store(pointer + rows[:, None] * stride + columns[None, :], tile.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_row(pointer, rows, valid, stride, ACC: tl.constexpr):
+    """One number a token, zero outside."""
+    return tl.load(pointer + rows * stride, mask=rows < valid, other=0.0).to(ACC)
