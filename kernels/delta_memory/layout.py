@@ -53,6 +53,10 @@ class Layout:
         return max(16, triton.next_power_of_2(self.D))
 
     @property
+    def block_E(self) -> int:
+        return max(16, triton.next_power_of_2(self.E))
+
+    @property
     def accumulator(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 

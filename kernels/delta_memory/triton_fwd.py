@@ -27,7 +27,6 @@ from clplat.kernels.delta_memory.triton_tiles import (
     WG_,
     WL_,
     chunk_rows,
-    entry_of,
     first_slot,
     load_row,
     load_tile,
@@ -240,4 +239,4 @@ def prepared(
 
 def value_block(layout: Layout) -> int:
     """Columns of values that one program of `scan` carries: narrow ones fill the card, wide ones read less."""
-    return min(32 if layout.D > 64 else 64, max(16, triton.next_power_of_2(layout.E)))
+    return min(32 if layout.D > 64 else 64, layout.block_E)

@@ -87,12 +87,6 @@ def row_of(tile, r, C: tl.constexpr):
 
 
 @triton.jit
-def entry_of(vector, r, C: tl.constexpr):
-    """Entry r of a (C,) vector."""
-    return tl.sum(tl.where(tl.arange(0, C) == r, vector, 0.0), 0)
-
-
-@triton.jit
 def load_tile(pointer, rows, valid, stride, columns, width, UPCAST: tl.constexpr):
     """A tile (rows, columns) of a matrix with `valid` rows, `stride` apart, and `width` columns; zero outside.
 
