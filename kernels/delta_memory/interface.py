@@ -53,6 +53,15 @@ def delta_memory(
     elsewhere; `triton` never falls back; `recurrent` is the token loop that defines the operation.
     Raises ValueError for shapes, types and values that no form, or not the one asked for, supports.
     """
+    if torch.is_autocast_enabled(q.device.type):
+        narrow = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(narrow), k.to(narrow), v.to(narrow)
+        # Products of the states stay in fp32: the chunked form's own matrix products must not be narrowed.
+        with torch.autocast(q.device.type, enabled=False):
+            return delta_memory(
+                q, k, v, rate, log_decay, log_momentum, mode=mode, chunk=chunk, state=state, cu_seqlens=cu_seqlens,
+                backend=backend,
+            )  # fmt: skip
     inputs = Inputs(q, k, v, rate, _clamped(log_decay), _clamped(log_momentum))
     sequences = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
     _check(inputs, mode, chunk, state, cu_seqlens, sequences)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clplat.kernels.delta_memory.interface import interpreting
+from clplat.kernels.delta_memory.op import num_slots
 from clplat.kernels.delta_memory.reference import Inputs, MemoryState
 
 
@@ -18,8 +19,7 @@ from clplat.kernels.delta_memory.reference import Inputs, MemoryState
 class Layout:
     """N sequences of at most T tokens, V value heads on keys of D and values of E features, in chunks of C.
 
-    `slots` are the places for chunks of each sequence, or of all where they are packed: none depends on a value that
-    lies on the device.
+    `slots` are the places for chunks of each sequence, or of all where they are packed.
     """
 
     N: int
@@ -32,21 +32,18 @@ class Layout:
     packed: bool
     offsets: bool
     slots: int
+    all_slots: int
     dtype: torch.dtype
 
     @classmethod
     def of(cls, inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, chunk: int) -> Layout:
         (_, T, V, E), (H, D), N = inputs.v.shape, inputs.q.shape[2:], len(state.W)
         packed, offsets = cu_seqlens is not None, state.offset is not None
-        slots = T // chunk + 2 * N if packed else triton.cdiv(T + (chunk - 1 if offsets else 0), chunk)
+        every = num_slots(N, T, chunk, packed=packed, offsets=offsets)
         return cls(
-            N=N, T=T, V=V, D=D, E=E, C=chunk, group=V // H, packed=packed, offsets=offsets, slots=slots,
-            dtype=inputs.v.dtype,
+            N=N, T=T, V=V, D=D, E=E, C=chunk, group=V // H, packed=packed, offsets=offsets, all_slots=every,
+            slots=every if packed else every // N, dtype=inputs.v.dtype,
         )  # fmt: skip
-
-    @property
-    def all_slots(self) -> int:
-        return self.slots if self.packed else self.N * self.slots
 
     @property
     def block_D(self) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clplat.kernels.delta_memory.layout import Kept, Layout, strides
 from clplat.kernels.delta_memory.reference import Inputs, MemoryState
-from clplat.kernels.delta_memory.triton_fwd import prepared, value_block
+from clplat.kernels.delta_memory.triton_fwd import prepared
 from clplat.kernels.delta_memory.triton_tiles import (
     B1_,
     B_,
@@ -43,6 +43,7 @@ from clplat.kernels.delta_memory.triton_tiles import (
     store_tile,
     upper,
 )
+from clplat.kernels.delta_memory.tuning import options
 
 
 @triton.jit
@@ -73,7 +74,7 @@ def scan_back(
             store_tile(danchor + state, untouched_DE * tl.where(count == 0, 1.0, 0.0), d, D, E, e, E)
         elif count == 0:
             dW_DE += load_tile(danchor_end + state, d, D, E, e, E, False).to(ACC)
-    for back in range(0, count):
+    for back in range(count):
         i = count - 1 - back
         start, valid = chunk_rows(i, length, offset, C)
         place = slot + i * V
@@ -383,25 +384,26 @@ def backward(
     gates = [None if gate is None else torch.empty_like(gate) for gate in (rate, decay, momentum)]
     states = [None if part is None else torch.empty_like(part) for part in (state.W, state.S, state.anchor)]
     dkept = [None if part is None else torch.empty_like(part) for part in (kept.W, kept.S)]
-    constants = layout.constants(momentum=momentum is not None) | {"MODE": mode, "num_stages": 2}
+    constants = layout.constants(momentum=momentum is not None) | {"MODE": mode}
     q_strides, k_strides, v_strides = strides(q), strides(k), strides(v)
-    block = value_block(layout)
-    scan_back[(triton.cdiv(layout.E, block), layout.N * layout.V)](
+    tuned = options("scan_back", layout)
+    scan_back[(triton.cdiv(layout.E, tuned["BE"]), layout.N * layout.V)](
         q, k, do, P, Tinv, vectors, dstate.W, dstate.S, dstate.anchor, dv, *states, *dkept,
         cu_seqlens, state.offset, *q_strides, *k_strides, layout.T, layout.slots, layout.D, layout.E,
-        BE=block, num_warps=4, **constants,
+        **tuned, **constants,
     )  # fmt: skip
     # The walk is over: what it read of P and T is free for the adjoints of q kᵀ and k kᵀ.
     sizes = (layout.T, layout.N, layout.slots, layout.D, layout.E)
     constants |= {"BN": triton.next_power_of_2(layout.N), "DECAY": decay is not None}
     scores[(layout.all_slots, layout.V)](
         q, k, v, kept.E, do, dv, rate, decay, momentum, P, Tinv, *gates, cu_seqlens, state.offset,
-        *q_strides, *k_strides, *v_strides, *sizes, BE=layout.block_E, num_warps=4, **constants,
+        *q_strides, *k_strides, *v_strides, *sizes,
+        **options("scores", layout), **constants,
     )  # fmt: skip
     gather[(layout.all_slots, layout.V)](
         q, k, v, kept.E, do, dv, rate, decay, momentum, vectors, kept.W, kept.S, state.anchor, *dkept, P, Tinv,
         dq, dk, *gates, cu_seqlens, state.offset, *q_strides, *k_strides, *v_strides, *sizes,
-        BE=min(layout.block_E, 64), num_warps=8, **constants,
+        **options("gather", layout), **constants,
     )  # fmt: skip
     if layout.group > 1:
         dq, dk = (part.unflatten(2, (-1, layout.group)).sum(3) for part in (dq, dk))

@@ -38,6 +38,7 @@ from clplat.kernels.delta_memory.triton_tiles import (
     sequence,
     store_tile,
 )
+from clplat.kernels.delta_memory.tuning import options
 
 
 @triton.jit
@@ -139,7 +140,7 @@ def scan(
         E_kept += (token * V + head) * E
     slot = (first_slot(n, cu_seqlens, slots, C, PACKED)).to(tl.int64) * V + head
     count = num_chunks(length, offset, C)
-    for i in range(0, count):
+    for i in range(count):
         start, valid = chunk_rows(i, length, offset, C)
         place = slot + i * V
         here = vectors + place * NUM_VECTORS * C
@@ -211,11 +212,11 @@ def forward(
     if keep:
         W_kept = v.new_empty(layout.all_slots, layout.V, layout.D, layout.E)
         kept = Kept(W_kept, torch.empty_like(W_kept) if momentum else None, None if mode == 0 else torch.empty_like(o))
-    block = value_block(layout)
-    scan[(triton.cdiv(layout.E, block), layout.N * layout.V)](
+    tuned = options("scan", layout)
+    scan[(triton.cdiv(layout.E, tuned["BE"]), layout.N * layout.V)](
         q, k, v, P, Tinv, vectors, state.W, state.S, state.anchor, o, W, S, anchor, *kept, cu_seqlens, state.offset,
         *strides(q), *strides(k), *strides(v), layout.T, layout.slots, layout.D, layout.E,
-        MODE=mode, KEEP=keep, BE=block, **layout.constants(momentum=momentum), num_warps=4, num_stages=2,
+        MODE=mode, KEEP=keep, **layout.constants(momentum=momentum), **tuned,
     )  # fmt: skip
     return o, MemoryState(W, S, anchor, None), kept
 
@@ -232,11 +233,6 @@ def prepared(
         q, k, inputs.rate, inputs.log_decay, inputs.log_momentum, P, Tinv, vectors, cu_seqlens, state.offset,
         *strides(q), *strides(k), layout.T, layout.N, layout.slots, layout.D,
         BN=triton.next_power_of_2(layout.N), MODE=mode, DECAY=inputs.log_decay is not None,
-        **layout.constants(momentum=inputs.log_momentum is not None), num_warps=4, num_stages=2,
+        **layout.constants(momentum=inputs.log_momentum is not None), **options("prepare", layout),
     )  # fmt: skip
     return P, Tinv, vectors
-
-
-def value_block(layout: Layout) -> int:
-    """Columns of values that one program of `scan` carries: narrow ones fill the card, wide ones read less."""
-    return min(32 if layout.D > 64 else 64, layout.block_E)

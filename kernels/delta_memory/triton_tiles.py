@@ -48,8 +48,7 @@ def first_slot(n, cu_seqlens, slots, C: tl.constexpr, PACKED: tl.constexpr):
     """The slot of the first chunk of sequence n; `slots` a sequence where they are not packed."""
     if PACKED:
         return tl.load(cu_seqlens + n).to(tl.int32) // C + 2 * n
-    else:
-        return n * slots
+    return n * slots
 
 
 @triton.jit
@@ -60,8 +59,7 @@ def owner(slot, cu_seqlens, slots, N, C: tl.constexpr, PACKED: tl.constexpr, BN:
         first_BN = tl.load(cu_seqlens + n_BN, mask=n_BN < N, other=0).to(tl.int32) // C + 2 * n_BN
         n = tl.sum(tl.where((n_BN < N) & (first_BN <= slot), 1, 0), 0) - 1
         return n, slot - (tl.load(cu_seqlens + n).to(tl.int32) // C + 2 * n)
-    else:
-        return slot // slots, slot % slots
+    return slot // slots, slot % slots
 
 
 @triton.jit

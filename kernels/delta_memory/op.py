@@ -1,0 +1,159 @@
+"""The Triton kernels as two PyTorch operators, with shapes for the compiler, autograd, autocast and FLOP counts.
+
+`clplat::delta_memory_forward` and `clplat::delta_memory_backward` take only tensors and numbers, so that torch.compile and
+CUDA graphs see one opaque step each. What an operator does not return is an empty tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from clplat.kernels.delta_memory.reference import MODES, Inputs, MemoryState, Mode, empty_state
+
+
+def fused(
+    inputs: Inputs, *, mode: Mode, chunk: int, state: MemoryState | None, cu_seqlens: Tensor | None, sequences: int
+) -> tuple[Tensor, MemoryState]:
+    """`delta_memory` by the kernels; arguments are checked already."""
+    state = state or empty_state(inputs, sequences)
+    wide = state.W.dtype if state.W.dtype == torch.float64 else torch.float32
+    inputs = Inputs(*inputs[:3], *(None if gate is None else gate.to(wide) for gate in inputs[3:]))
+    state = MemoryState(*(None if part is None else part.to(wide) for part in state[:3]), state.offset)
+    keep = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (*inputs, *state))
+    o, W, S, anchor, *_ = torch.ops.clplat.delta_memory_forward(
+        *inputs, state.W, state.S, state.anchor, state.offset, cu_seqlens, MODES.index(mode), chunk, keep
+    )
+    S = S if state.S is not None else None
+    if mode != "frozen" or (cu_seqlens is None and state.offset is None and inputs.v.shape[1] % chunk == 0):
+        return o, MemoryState(W, S)
+    offset = _written(inputs, state, cu_seqlens, chunk)
+    return o, MemoryState(W, S, torch.where((offset == 0)[:, None, None, None], W, anchor), offset)
+
+
+def _written(inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, chunk: int) -> Tensor:
+    """Tokens in every sequence's open chunk."""
+    if cu_seqlens is None:
+        lengths = torch.full((len(state.W),), inputs.v.shape[1], dtype=torch.int32, device=state.W.device)
+    else:
+        lengths = cu_seqlens.diff().to(torch.int32)
+    return (lengths if state.offset is None else lengths + state.offset) % chunk
+
+
+def _parts(tensors: tuple[Tensor | None, ...]) -> tuple[Inputs, MemoryState, Tensor | None]:
+    q, k, v, *rest = tensors
+    dense = (part if part is None or part.stride(-1) == 1 else part.contiguous() for part in (q, k, v))
+    rate, decay, momentum, W, S, anchor, offset, cu_seqlens = (None if p is None else p.contiguous() for p in rest)
+    return Inputs(*dense, rate, decay, momentum), MemoryState(W, S, anchor, offset), cu_seqlens  # type: ignore[arg-type]
+
+
+def num_slots(sequences: int, length: int, chunk: int, *, packed: bool, offsets: bool) -> int:
+    """Places for chunks: of all sequences, whatever their lengths and offsets, which lie on the device."""
+    if packed:
+        return length // chunk + 2 * sequences
+    return sequences * -(-(length + (chunk - 1 if offsets else 0)) // chunk)
+
+
+@torch.library.custom_op("clplat::delta_memory_forward", mutates_args=())
+def forward_op(
+    q: Tensor, k: Tensor, v: Tensor, rate: Tensor, log_decay: Tensor | None, log_momentum: Tensor | None,
+    W: Tensor, S: Tensor | None, anchor: Tensor | None, offset: Tensor | None, cu_seqlens: Tensor | None,
+    mode: int, chunk: int, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """o, the end state's W, S and anchor, and what the backward pass needs: W, S and errors of every chunk."""
+    from clplat.kernels.delta_memory.triton_fwd import forward
+
+    inputs, state, cu = _parts((q, k, v, rate, log_decay, log_momentum, W, S, anchor, offset, cu_seqlens))
+    o, end, kept = forward(inputs, state, cu, mode=mode, chunk=chunk, keep=keep)
+    return tuple(v.new_empty(0) if part is None else part for part in (o, end.W, end.S, end.anchor, *kept))  # type: ignore[return-value]
+
+
+@forward_op.register_fake
+def _(q, k, v, rate, log_decay, log_momentum, W, S, anchor, offset, cu_seqlens, mode, chunk, keep):  # type: ignore[no-untyped-def]
+    none, momentum = v.new_empty(0), log_momentum is not None
+    N, T, V = len(W), v.shape[1], v.shape[2]
+    slots = num_slots(N, T, chunk, packed=cu_seqlens is not None, offsets=offset is not None)
+    W_kept = v.new_empty(slots, V, *W.shape[2:]) if keep else none
+    return (
+        torch.empty(v.shape, dtype=v.dtype, device=v.device), torch.empty_like(W),
+        torch.empty_like(W) if momentum else none,
+        torch.empty_like(W) if mode == MODES.index("frozen") else none,
+        W_kept, torch.empty_like(W_kept) if keep and momentum else none,
+        torch.empty(v.shape, dtype=v.dtype, device=v.device) if keep and mode else none,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("clplat::delta_memory_backward", mutates_args=())
+def backward_op(
+    q: Tensor, k: Tensor, v: Tensor, rate: Tensor, log_decay: Tensor | None, log_momentum: Tensor | None,
+    W: Tensor, S: Tensor | None, anchor: Tensor | None, offset: Tensor | None, cu_seqlens: Tensor | None,
+    W_kept: Tensor, S_kept: Tensor, errors: Tensor, do: Tensor, dW: Tensor, dS: Tensor, danchor: Tensor,
+    mode: int, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Adjoints of q, k, v, rate, log_decay, log_momentum, W, S and anchor."""
+    from clplat.kernels.delta_memory.layout import Kept
+    from clplat.kernels.delta_memory.triton_bwd import backward
+
+    inputs, state, cu = _parts((q, k, v, rate, log_decay, log_momentum, W, S, anchor, offset, cu_seqlens))
+    found = backward(
+        inputs, state, cu, Kept(W_kept, S_kept if S is not None else None, errors if mode else None), do.contiguous(),
+        MemoryState(dW.contiguous(), dS.contiguous(), danchor.contiguous()), mode=mode, chunk=chunk,
+    )  # fmt: skip
+    return tuple(v.new_empty(0) if part is None else part for part in found)  # type: ignore[return-value]
+
+
+@backward_op.register_fake
+def _(q, k, v, rate, log_decay, log_momentum, W, S, anchor, offset, cu_seqlens, *rest):  # type: ignore[no-untyped-def]
+    tensors = (q, k, v, rate, log_decay, log_momentum, W, S, anchor)
+    return tuple(
+        v.new_empty(0) if part is None else torch.empty(part.shape, dtype=part.dtype, device=part.device)
+        for part in tensors
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.mode, ctx.chunk, keep = inputs
+    if not keep:
+        raise RuntimeError("delta_memory_forward was called with keep=False for tensors that need gradients")
+    ctx.save_for_backward(*tensors, *output[4:])
+    ctx.mark_non_differentiable(*output[4:])
+
+
+def _backward(ctx: Any, do: Tensor, dW: Tensor, dS: Tensor, danchor: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    found = torch.ops.clplat.delta_memory_backward(*saved, do, dW, dS, danchor, ctx.mode, ctx.chunk)
+    gradients = [None if part is None else gradient for part, gradient in zip(saved[:9], found, strict=True)]
+    return (*gradients, None, None, None, None, None)
+
+
+forward_op.register_autograd(_backward, setup_context=_setup)
+
+
+def flops(
+    tokens: int, value_heads: int, D: int, E: int, chunk: int, *, mode: str, momentum: bool, passes: float = 1.0
+) -> int:
+    """Multiplications and additions of the forward pass, in products of matrices alone; the backward one has 2.5 as many."""
+    products = {"hebb": 2, "frozen": 3, "exact": 3, "gdn": 3}[mode] + (
+        0 if not momentum else 2 if mode != "exact" else 3
+    )
+    products += momentum and mode == "gdn"
+    squares = 1 + (mode in ("exact", "gdn"))
+    inner = 2 * chunk * D * E * products + 2 * chunk**2 * (D + E) * squares
+    inner += 2 * chunk**3 * ((mode in ("exact", "gdn")) + momentum * squares)
+    return round(passes * tokens / chunk * value_heads * inner)
+
+
+@register_flop_formula(torch.ops.clplat.delta_memory_forward)
+def _forward_flops(q, k, v, rate, decay, momentum, *rest, **_):  # type: ignore[no-untyped-def]
+    mode, chunk = rest[5:7]
+    sizes = (v[0] * v[1], v[2], q[3], v[3], chunk)
+    return flops(*sizes, mode=MODES[mode], momentum=momentum is not None)
+
+
+@register_flop_formula(torch.ops.clplat.delta_memory_backward)
+def _backward_flops(q, k, v, rate, decay, momentum, *rest, **_):  # type: ignore[no-untyped-def]
+    sizes = (v[0] * v[1], v[2], q[3], v[3], rest[-1])
+    return flops(*sizes, mode=MODES[rest[-2]], momentum=momentum is not None, passes=2.5)

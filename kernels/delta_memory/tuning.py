@@ -1,0 +1,17 @@
+"""How wide and with how many warps the kernels run: what was fastest on an H100, see docs/results/kernels.md."""
+
+from __future__ import annotations
+
+from clplat.kernels.delta_memory.layout import Layout
+
+WALKS = ("scan", "scan_back")
+
+
+def options(kernel: str, layout: Layout) -> dict[str, int]:
+    """Constants of a launch: columns of values a program holds (BE), warps, and stages of the pipeline of loads."""
+    if kernel in WALKS:
+        # Narrow blocks: the walk over chunks is one long chain, and many short chains hide each other's waits.
+        return {"BE": min(32, layout.block_E), "num_warps": 4, "num_stages": 2}
+    if kernel == "gather":
+        return {"BE": min(64, layout.block_E), "num_warps": 8, "num_stages": 2}
+    return ({"BE": layout.block_E} if kernel == "scores" else {}) | {"num_warps": 4, "num_stages": 2}
