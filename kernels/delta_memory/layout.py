@@ -68,7 +68,7 @@ class Layout:
             "PACKED": self.packed, "OFFSETS": self.offsets,
             "UPCAST": interpreting() and self.dtype == torch.bfloat16,
             "ACC": tl.float64 if self.dtype == torch.float64 else tl.float32,
-            "PRECISION": "tf32" if self.dtype in (torch.bfloat16, torch.float16) else "ieee",
+            "PRECISION": "tf32" if self.dtype in (torch.bfloat16, torch.float16) else "tf32x3",
         }  # fmt: skip
 
 

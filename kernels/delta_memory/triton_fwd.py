@@ -30,7 +30,6 @@ from clplat.kernels.delta_memory.triton_tiles import (
     first_slot,
     load_row,
     load_tile,
-    load_turned,
     lower,
     num_chunks,
     owner,
@@ -78,7 +77,7 @@ def prepare(
     q += row.to(tl.int64) * q_row + (first + start).to(tl.int64) * q_token + head // GROUP * q_head
     k += row.to(tl.int64) * k_row + (first + start).to(tl.int64) * k_token + head // GROUP * k_head
     q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)
-    k_DC = load_turned(k, c, valid, k_token, d, D, UPCAST)
+    k_CD = load_tile(k, c, valid, k_token, d, D, UPCAST)
     rate_C = load_row(rate + token * V + head, c, valid, V, ACC)
     decay_C = load_row(log_decay + token * V + head, c, valid, V, ACC) if DECAY else tl.zeros([C], dtype=ACC)
     total_C = tl.cumsum(decay_C, 0)
@@ -98,7 +97,7 @@ def prepare(
     tl.store(here + B_ * C, b_C)
     tl.store(here + WG_ * C, row_of(G_ij, last, C) * rate_C)
     square = (slot.to(tl.int64) * V + head) * C * C
-    P_ij = tl.dot(q_CD, k_DC, input_precision=PRECISION, out_dtype=ACC) * G_ij * rate_C[None, :]
+    P_ij = tl.dot(q_CD, tl.trans(k_CD), input_precision=PRECISION, out_dtype=ACC) * G_ij * rate_C[None, :]
     store_tile(P + square, P_ij, c, C, C, c, C)
     if MODE >= EXACT:
         seen_C = total_C if MODE == GDN else total_C - decay_C
@@ -108,8 +107,7 @@ def prepare(
         if MOMENTUM:
             G1_ij = tl.dot(La1_ij, Le_ij, input_precision=PRECISION, out_dtype=ACC)
             tl.store(here + F1_ * C, tl.sum(La1_ij * m_C[None, :], 1))
-        k_CD = load_tile(k, c, valid, k_token, d, D, UPCAST)
-        A_ij = tl.dot(k_CD, k_DC, input_precision=PRECISION, out_dtype=ACC) * G1_ij * rate_C[None, :]
+        A_ij = tl.dot(k_CD, tl.trans(k_CD), input_precision=PRECISION, out_dtype=ACC) * G1_ij * rate_C[None, :]
         store_tile(Tinv + square, inverse(A_ij, C, ACC, PRECISION), c, C, C, c, C)
 
 
@@ -178,7 +176,7 @@ def scan(
         b_C = tl.load(here + B_ * C + c)
         o_CE = b_C[:, None] * tl.dot(q_CD, W_now, input_precision=PRECISION, out_dtype=ACC)
         o_CE -= tl.dot(P_ij, E_CE.to(P_ij.dtype), input_precision=PRECISION, out_dtype=ACC)
-        k_DC = load_turned(k + start * k_token, c, valid, k_token, d, D, UPCAST)
+        k_DC = tl.trans(k_CD)
         wg_C = tl.load(here + WG_ * C + c)
         W_DE *= tl.load(here + B_ * C + valid - 1)
         if MOMENTUM:
@@ -227,7 +225,7 @@ def prepared(
     """P and T (slots, V, C, C), the latter where the mode has one, and the vectors of gates (slots, V, 7, C)."""
     q, k, v = inputs[:3]
     P, Tinv = layout.square(v.device), layout.square(v.device) if mode >= EXACT.value else None
-    shape = (layout.all_slots, layout.V, NUM_VECTORS, layout.C)
+    shape = (layout.all_slots, layout.V, NUM_VECTORS.value, layout.C)
     vectors = torch.empty(shape, dtype=layout.accumulator, device=v.device)
     prepare[(layout.all_slots, layout.V)](
         q, k, inputs.rate, inputs.log_decay, inputs.log_momentum, P, Tinv, vectors, cu_seqlens, state.offset,

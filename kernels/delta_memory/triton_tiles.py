@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 HEBB, FROZEN, EXACT, GDN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-NUM_VECTORS = 7
-B_, F_, WG_, WL_, M_, B1_, F1_ = (tl.constexpr(number) for number in range(NUM_VECTORS))
+NUM_VECTORS = tl.constexpr(7)
+B_, F_, WG_, WL_, M_, B1_, F1_ = (tl.constexpr(number) for number in range(7))
 
 
 @triton.jit

@@ -12,6 +12,6 @@ def options(kernel: str, layout: Layout) -> dict[str, int]:
     if kernel in WALKS:
         # Narrow blocks: the walk over chunks is one long chain, and many short chains hide each other's waits.
         return {"BE": min(32, layout.block_E), "num_warps": 4, "num_stages": 2}
-    if kernel == "gather":
-        return {"BE": min(64, layout.block_E), "num_warps": 8, "num_stages": 2}
+    if kernel in ("gather_q", "gather_k"):
+        return {"BE": min(32, layout.block_E), "num_warps": 4, "num_stages": 2}
     return ({"BE": layout.block_E} if kernel == "scores" else {}) | {"num_warps": 4, "num_stages": 2}

@@ -1,0 +1,197 @@
+"""Adjoints of the gates, of P = tril(q kᵀ) ∘ G ∘ rate and of A, all chunks at once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from clplat.kernels.delta_memory.triton_tiles import (
+    B1_,
+    B_,
+    EXACT,
+    F1_,
+    F_,
+    GDN,
+    HEBB,
+    M_,
+    NUM_VECTORS,
+    WG_,
+    WL_,
+    chunk_rows,
+    load_row,
+    load_tile,
+    load_turned,
+    lower,
+    num_chunks,
+    owner,
+    row_of,
+    sequence,
+    store_tile,
+    upper,
+)
+
+
+@triton.jit
+def scores(
+    q, k, v, errors, do, dv, rate, log_decay, log_momentum, dX, dY, drate, ddecay, dmomentum, cu_seqlens, offsets,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, T, N, slots, D, E,
+    V: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+    MODE: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr,
+    UPCAST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adjoints dX of q kᵀ and dY of k kᵀ in one chunk, and of its gates what comes through P and A."""
+    slot, head = tl.program_id(0), tl.program_id(1)
+    n, i = owner(slot, cu_seqlens, slots, N, C, PACKED, BN)
+    row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
+    if i >= num_chunks(length, offset, C):
+        return
+    start, valid = chunk_rows(i, length, offset, C)
+    c, d, e = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BE)
+    token = (row * T + first + start).to(tl.int64)
+    q += row.to(tl.int64) * q_row + (first + start).to(tl.int64) * q_token + head // GROUP * q_head
+    k += row.to(tl.int64) * k_row + (first + start).to(tl.int64) * k_token + head // GROUP * k_head
+    do += (token * V + head) * E
+    do_CE = load_tile(do, c, valid, V * E, e, E, UPCAST)
+    if MODE == HEBB:
+        v += row.to(tl.int64) * v_row + (first + start).to(tl.int64) * v_token + head * v_head
+        E_EC = -load_turned(v, c, valid, v_token, e, E, UPCAST)
+    else:
+        E_EC = load_turned(errors + (token * V + head) * E, c, valid, V * E, e, E, UPCAST)
+    k_DC = load_turned(k, c, valid, k_token, d, D, UPCAST)
+    q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)
+    rate_C = load_row(rate + token * V + head, c, valid, V, ACC)
+    decay_C = load_row(log_decay + token * V + head, c, valid, V, ACC) if DECAY else tl.zeros([C], dtype=ACC)
+    total_C = tl.cumsum(decay_C, 0)
+    G_ij = lower(total_C, total_C, True, C)
+    if MOMENTUM:
+        momentum_C = tl.cumsum(load_row(log_momentum + token * V + head, c, valid, V, ACC), 0)
+        Le_ij = lower(momentum_C, momentum_C, True, C)
+        Le_ji = upper(momentum_C, momentum_C, True, C)
+        La_ij = G_ij
+        G_ij = tl.dot(La_ij, Le_ij, input_precision=PRECISION, out_dtype=ACC)
+    causal = c[:, None] >= c[None, :]
+    dP_ij = tl.where(causal, -tl.dot(do_CE, E_EC, input_precision=PRECISION, out_dtype=ACC), 0.0)
+    square = (slot.to(tl.int64) * V + head) * C * C
+    dX_ij = dP_ij * G_ij
+    store_tile(dX + square, dX_ij * rate_C[None, :], c, C, C, c, C)
+    X_ij = tl.dot(q_CD, k_DC, input_precision=PRECISION, out_dtype=ACC)
+    drate_C = tl.sum(dX_ij * X_ij, 0)
+    dG_ij = dP_ij * X_ij * rate_C[None, :]
+    if MOMENTUM:
+        dLa_ij = tl.dot(dG_ij, Le_ji, input_precision=PRECISION, out_dtype=ACC) * La_ij
+        La_ji = upper(total_C, total_C, True, C)
+        dLe_ij = tl.dot(La_ji, dG_ij, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        dLa_ij = dG_ij * G_ij
+    dtotal_C = tl.sum(dLa_ij, 1) - tl.sum(dLa_ij, 0)
+    dseen_C = tl.zeros([C], dtype=ACC)
+    if MODE >= EXACT:
+        dR_CE = -load_tile(dv + (token * V + head) * E, c, valid, V * E, e, E, UPCAST)
+        seen_C = total_C if MODE == GDN else total_C - decay_C
+        La1_ij = lower(seen_C, total_C, False, C)
+        G1_ij = La1_ij
+        if MOMENTUM:
+            G1_ij = tl.dot(La1_ij, Le_ij, input_precision=PRECISION, out_dtype=ACC)
+        strict = c[:, None] > c[None, :]
+        dA_ij = tl.where(strict, -tl.dot(dR_CE, E_EC, input_precision=PRECISION, out_dtype=ACC), 0.0)
+        k_CD = load_tile(k, c, valid, k_token, d, D, UPCAST)
+        Y_ij = tl.dot(k_CD, k_DC, input_precision=PRECISION, out_dtype=ACC)
+        dY_ij = dA_ij * G1_ij
+        store_tile(dY + square, dY_ij * rate_C[None, :], c, C, C, c, C)
+        drate_C += tl.sum(dY_ij * Y_ij, 0)
+        dG1_ij = dA_ij * Y_ij * rate_C[None, :]
+        if MOMENTUM:
+            dLa1_ij = tl.dot(dG1_ij, Le_ji, input_precision=PRECISION, out_dtype=ACC) * La1_ij
+            La1_ji = upper(seen_C, total_C, False, C)
+            dLe_ij += tl.dot(La1_ji, dG1_ij, input_precision=PRECISION, out_dtype=ACC)
+        else:
+            dLa1_ij = dG1_ij * La1_ij
+        dseen_C += tl.sum(dLa1_ij, 1)
+        dtotal_C -= tl.sum(dLa1_ij, 0)
+    kept = c < valid
+    tl.store(drate + (token + c) * V + head, drate_C, mask=kept)
+    if DECAY:
+        tl.store(ddecay + (token + c) * V + head, _summed(dtotal_C, dseen_C, MODE), mask=kept)
+    if MOMENTUM:
+        dLe_ij = tl.where(causal, dLe_ij, 0.0) * Le_ij
+        dlog_C = tl.cumsum(tl.sum(dLe_ij, 1) - tl.sum(dLe_ij, 0), 0, reverse=True)
+        tl.store(dmomentum + (token + c) * V + head, dlog_C, mask=kept)
+
+
+@triton.jit
+def _summed(dtotal_C, dseen_C, MODE: tl.constexpr):
+    """From the adjoints of running sums to those of log gates; what `exact` sees leaves the token's own decay out."""
+    dlog_C = tl.cumsum(dtotal_C + dseen_C, 0, reverse=True)
+    return dlog_C - dseen_C if MODE == EXACT else dlog_C
+
+
+@triton.jit
+def gates(
+    rate, log_decay, log_momentum, vectors, adjoints, drate, ddecay, dmomentum, cu_seqlens, offsets, T, N, slots,
+    V: tl.constexpr, C: tl.constexpr, BN: tl.constexpr, MODE: tl.constexpr, DECAY: tl.constexpr,
+    MOMENTUM: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Adds what reaches the gates of one chunk through the vectors, after `scores` and both gatherings."""
+    slot, head = tl.program_id(0), tl.program_id(1)
+    n, i = owner(slot, cu_seqlens, slots, N, C, PACKED, BN)
+    row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
+    if i >= num_chunks(length, offset, C):
+        return
+    start, valid = chunk_rows(i, length, offset, C)
+    c = tl.arange(0, C)
+    token = (row * T + first + start).to(tl.int64)
+    place = (slot.to(tl.int64) * V + head) * NUM_VECTORS * C
+    here, found = vectors + place + c, adjoints + place + c
+    zero_C = tl.zeros([C], dtype=ACC)
+    dwg_C, states = tl.load(found + WG_ * C), adjoints + place + M_ * C
+    WW, b_C, db_C = tl.load(states), tl.load(here + B_ * C), tl.load(found + B_ * C)
+    if MODE >= EXACT:
+        b1_C, db1_C = tl.load(here + B1_ * C), tl.load(found + B1_ * C)
+    if MOMENTUM:
+        WS, SS, df_C = tl.load(states + 1), tl.load(states + 2), tl.load(found + F_ * C)
+        dwl_C, df1_C = tl.load(found + WL_ * C), tl.load(found + F1_ * C)
+    last, kept = valid - 1, c < valid
+    gate = (token + c) * V + head
+    rate_C = load_row(rate + token * V + head, c, valid, V, ACC)
+    decay_C = load_row(log_decay + token * V + head, c, valid, V, ACC) if DECAY else zero_C
+    total_C = tl.cumsum(decay_C, 0)
+    seen_C = total_C if MODE == GDN else total_C - decay_C
+    La_ij = lower(total_C, total_C, True, C)
+    b_end = tl.where(c == last, WW, 0.0)
+    dtotal_C = (db_C + b_end) * b_C
+    dseen_C = zero_C
+    if MODE >= EXACT:
+        dseen_C += db1_C * b1_C
+    drow_C = dwg_C * rate_C
+    if MOMENTUM:
+        momentum_C = tl.cumsum(load_row(log_momentum + token * V + head, c, valid, V, ACC), 0)
+        Le_ij = lower(momentum_C, momentum_C, True, C)
+        m_C = tl.exp(momentum_C)
+        df_C += tl.where(c == last, WS, 0.0)
+        La_row = row_of(La_ij, last, C)
+        G_row = tl.sum(La_row[:, None] * Le_ij, 0)
+        dLa_ij = df_C[:, None] * m_C[None, :]
+        dLa_ij += tl.where(c[:, None] == last, tl.sum(Le_ij * drow_C[None, :], 1)[None, :], 0.0)
+        dLa_ij *= La_ij
+        dLe_ij = La_row[:, None] * drow_C[None, :]
+        dLe_ij += tl.where(c[:, None] == last, (dwl_C * rate_C)[None, :], 0.0)
+        dm_C = tl.sum(La_ij * df_C[:, None], 0) + tl.where(c == last, SS, 0.0)
+        if MODE >= EXACT:
+            La1_ij = lower(seen_C, total_C, False, C)
+            dLa1_ij = df1_C[:, None] * m_C[None, :] * La1_ij
+            dseen_C += tl.sum(dLa1_ij, 1)
+            dtotal_C -= tl.sum(dLa1_ij, 0)
+            dm_C += tl.sum(La1_ij * df1_C[:, None], 0)
+        dLe_ij *= Le_ij
+        dlog_C = tl.cumsum(tl.sum(dLe_ij, 1) - tl.sum(dLe_ij, 0) + dm_C * m_C, 0, reverse=True)
+        tl.store(dmomentum + gate, tl.load(dmomentum + gate, mask=kept, other=0.0) + dlog_C, mask=kept)
+        drate_C = dwg_C * G_row + dwl_C * row_of(Le_ij, last, C)
+    else:
+        La_row = row_of(La_ij, last, C)
+        dLa_ij = tl.where(c[:, None] == last, (drow_C * La_row)[None, :], 0.0)
+        drate_C = dwg_C * La_row
+    dtotal_C += tl.sum(dLa_ij, 1) - tl.sum(dLa_ij, 0)
+    tl.store(drate + gate, tl.load(drate + gate, mask=kept, other=0.0) + drate_C, mask=kept)
+    if DECAY:
+        dlog_C = _summed(dtotal_C, dseen_C, MODE)
+        tl.store(ddecay + gate, tl.load(ddecay + gate, mask=kept, other=0.0) + dlog_C, mask=kept)

@@ -1,0 +1,156 @@
+"""What reaches q, k and the vectors of gates through the two states of a chunk, all chunks at once."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from clplat.kernels.delta_memory.triton_tiles import (
+    B1_,
+    B_,
+    EXACT,
+    F1_,
+    F_,
+    FROZEN,
+    HEBB,
+    M_,
+    NUM_VECTORS,
+    WG_,
+    WL_,
+    chunk_rows,
+    load_tile,
+    load_turned,
+    num_chunks,
+    owner,
+    sequence,
+    store_tile,
+)
+
+
+@triton.jit
+def reached(dx_CD, dgate_C, x_CD, dy_CE, W_DE, gate_C, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds to the adjoints of x and of the gate what y = gate · (x W) sends back."""
+    y_CE = tl.dot(x_CD, W_DE, input_precision=PRECISION, out_dtype=ACC)
+    dgate_C += tl.sum(dy_CE * y_CE, 1)
+    scaled_CE = (gate_C[:, None] * dy_CE).to(W_DE.dtype)
+    return tl.dot(scaled_CE, tl.trans(W_DE), dx_CD, input_precision=PRECISION, out_dtype=ACC), dgate_C
+
+
+@triton.jit
+def gather_q(
+    q, k, do, vectors, W_kept, S_kept, dX, dq, adjoints, cu_seqlens, offsets,
+    q_row, q_token, q_head, k_row, k_token, k_head, T, N, slots, D, E,
+    V: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+    MODE: tl.constexpr, MOMENTUM: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq (B, T, V, D) of every value head, and the adjoints of b and f."""
+    slot, head = tl.program_id(0), tl.program_id(1)
+    n, i = owner(slot, cu_seqlens, slots, N, C, PACKED, BN)
+    row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
+    if i >= num_chunks(length, offset, C):
+        return
+    start, valid = chunk_rows(i, length, offset, C)
+    c, d = tl.arange(0, C), tl.arange(0, BD)
+    token = (row * T + first + start).to(tl.int64)
+    q += row.to(tl.int64) * q_row + (first + start).to(tl.int64) * q_token + head // GROUP * q_head
+    k += row.to(tl.int64) * k_row + (first + start).to(tl.int64) * k_token + head // GROUP * k_head
+    place = slot.to(tl.int64) * V + head
+    tokens = (token * V + head) * E
+    q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)
+    k_CD = load_tile(k, c, valid, k_token, d, D, UPCAST)
+    here = vectors + place * NUM_VECTORS * C + c
+    found = adjoints + place * NUM_VECTORS * C + c
+    X_ij = load_tile(dX + place * C * C, c, C, C, c, C, UPCAST)
+    dq_CD = tl.dot(X_ij, k_CD, input_precision=PRECISION, out_dtype=ACC)
+    b_C, db_C = tl.load(here + B_ * C), tl.zeros([C], dtype=ACC)
+    f_C, df_C = tl.load(here + F_ * C) if MOMENTUM else b_C, db_C
+    for block in range(0, E, BE):
+        e = block + tl.arange(0, BE)
+        do_CE = load_tile(do + tokens, c, valid, V * E, e, E, UPCAST)
+        W_DE = load_tile(W_kept + place * D * E, d, D, E, e, E, UPCAST)
+        dq_CD, db_C = reached(dq_CD, db_C, q_CD, do_CE, W_DE, b_C, ACC, PRECISION)
+        if MOMENTUM:
+            S_DE = load_tile(S_kept + place * D * E, d, D, E, e, E, UPCAST)
+            dq_CD, df_C = reached(dq_CD, df_C, q_CD, do_CE, S_DE, f_C, ACC, PRECISION)
+    store_tile(dq + (token * V + head) * D, dq_CD, c, valid, V * D, d, D)
+    tl.store(found + B_ * C, db_C)
+    tl.store(found + F_ * C, df_C)
+
+
+@triton.jit
+def gather_k(
+    q, k, v, errors, do, dv, vectors, W_kept, S_kept, anchor, dW_kept, dS_kept, dX, dY, dk, adjoints, cu_seqlens, offsets,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, T, N, slots, D, E,
+    V: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+    MODE: tl.constexpr, MOMENTUM: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk (B, T, V, D) of every value head, the adjoints of b′, f′ and of the writes' weights, and of the states' own."""
+    slot, head = tl.program_id(0), tl.program_id(1)
+    n, i = owner(slot, cu_seqlens, slots, N, C, PACKED, BN)
+    row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
+    if i >= num_chunks(length, offset, C):
+        return
+    start, valid = chunk_rows(i, length, offset, C)
+    c, d = tl.arange(0, C), tl.arange(0, BD)
+    token = (row * T + first + start).to(tl.int64)
+    q += row.to(tl.int64) * q_row + (first + start).to(tl.int64) * q_token + head // GROUP * q_head
+    k += row.to(tl.int64) * k_row + (first + start).to(tl.int64) * k_token + head // GROUP * k_head
+    v += row.to(tl.int64) * v_row + (first + start).to(tl.int64) * v_token + head * v_head
+    place = slot.to(tl.int64) * V + head
+    tokens = (token * V + head) * E
+    q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)
+    k_CD = load_tile(k, c, valid, k_token, d, D, UPCAST)
+    here = vectors + place * NUM_VECTORS * C + c
+    found = adjoints + place * NUM_VECTORS * C + c
+    X_ji = load_turned(dX + place * C * C, c, C, C, c, C, UPCAST)
+    dk_CD = tl.dot(X_ji, q_CD, input_precision=PRECISION, out_dtype=ACC)
+    wg_C, zero_C = tl.load(here + WG_ * C), tl.zeros([C], dtype=ACC)
+    db1_C, df1_C, dwg_C, dwl_C = zero_C, zero_C, zero_C, zero_C
+    WW, WS, SS = tl.sum(zero_C, 0), tl.sum(zero_C, 0), tl.sum(zero_C, 0)
+    if MODE >= EXACT:
+        Y_ij = load_tile(dY + place * C * C, c, C, C, c, C, UPCAST)
+        Y_ji = load_turned(dY + place * C * C, c, C, C, c, C, UPCAST)
+        dk_CD += tl.dot((Y_ij + Y_ji).to(Y_ij.dtype), k_CD, input_precision=PRECISION, out_dtype=ACC)
+        b1_C = tl.load(here + B1_ * C)
+    if MOMENTUM:
+        wl_C = tl.load(here + WL_ * C)
+        if MODE >= EXACT:
+            f1_C = tl.load(here + F1_ * C)
+    for block in range(0, E, BE):
+        e = block + tl.arange(0, BE)
+        if MODE == HEBB:
+            minus_E_CE = load_tile(v, c, valid, v_token, e, E, UPCAST)
+        else:
+            minus_E_CE = -load_tile(errors + tokens, c, valid, V * E, e, E, UPCAST)
+        dW_DE = load_tile(dW_kept + place * D * E, d, D, E, e, E, UPCAST)
+        dk_CD, dwg_C = reached(dk_CD, dwg_C, k_CD, minus_E_CE, dW_DE, wg_C, ACC, PRECISION)
+        W_DE = load_tile(W_kept + place * D * E, d, D, E, e, E, UPCAST)
+        WW += tl.sum(tl.sum(W_DE.to(ACC) * dW_DE.to(ACC), 1), 0)
+        if MODE != HEBB:
+            dR_CE = -load_tile(dv + tokens, c, valid, V * E, e, E, UPCAST)
+            if MODE == FROZEN:
+                source_DE = W_DE
+                if OFFSETS:
+                    if (i == 0) & (offset > 0):
+                        state = (n * V + head).to(tl.int64) * D * E
+                        source_DE = load_tile(anchor + state, d, D, E, e, E, False).to(W_DE.dtype)
+                dk_CD = tl.dot(dR_CE, tl.trans(source_DE), dk_CD, input_precision=PRECISION, out_dtype=ACC)
+            else:
+                dk_CD, db1_C = reached(dk_CD, db1_C, k_CD, dR_CE, W_DE, b1_C, ACC, PRECISION)
+        if MOMENTUM:
+            S_DE = load_tile(S_kept + place * D * E, d, D, E, e, E, UPCAST)
+            WS += tl.sum(tl.sum(S_DE.to(ACC) * dW_DE.to(ACC), 1), 0)
+            if MODE >= EXACT:
+                dk_CD, df1_C = reached(dk_CD, df1_C, k_CD, dR_CE, S_DE, f1_C, ACC, PRECISION)
+            dS_DE = load_tile(dS_kept + place * D * E, d, D, E, e, E, UPCAST)
+            SS += tl.sum(tl.sum(S_DE.to(ACC) * dS_DE.to(ACC), 1), 0)
+            dk_CD, dwl_C = reached(dk_CD, dwl_C, k_CD, minus_E_CE, dS_DE, wl_C, ACC, PRECISION)
+    store_tile(dk + (token * V + head) * D, dk_CD, c, valid, V * D, d, D)
+    tl.store(found + B1_ * C, db1_C)
+    tl.store(found + F1_ * C, df1_C)
+    tl.store(found + WG_ * C, dwg_C)
+    tl.store(found + WL_ * C, dwl_C)
+    # The place of m, whose adjoint `gates` finds, holds what the states' own factors get: <W, dW>, <S, dW>, <S, dS>.
+    tl.store(found + M_ * C, tl.where(c == 0, WW, tl.where(c == 1, WS, SS)))
