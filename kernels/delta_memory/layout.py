@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,14 @@ class Layout:
             N=N, T=T, V=V, D=D, E=E, C=chunk, group=V // H, packed=packed, offsets=offsets, all_slots=every,
             slots=every if packed else every // N, dtype=inputs.v.dtype,
         )  # fmt: skip
+
+    def cut(self, groups: int) -> Layout:
+        """The same rows as `groups` times as many sequences."""
+        return replace(self, N=self.N * groups, T=self.T // groups, slots=self.slots // groups)
+
+    def squared(self) -> Layout:
+        """For states of D columns."""
+        return replace(self, E=self.D)
 
     @property
     def block_D(self) -> int:

@@ -37,7 +37,7 @@ from clplat.kernels.delta_memory.triton_tiles import (
     sequence,
     store_tile,
 )
-from clplat.kernels.delta_memory.tuning import options
+from clplat.kernels.delta_memory.tuning import num_groups, options
 
 
 @triton.jit
@@ -116,12 +116,13 @@ def scan(
     q, k, v, P, Tinv, vectors, W, S, anchor, o, W_end, S_end, anchor_end, W_kept, S_kept, E_kept, cu_seqlens, offsets,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, T, slots, D, E,
     V: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, MODE: tl.constexpr,
-    MOMENTUM: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    MOMENTUM: tl.constexpr, KEEP: tl.constexpr, READ: tl.constexpr, VALUES: tl.constexpr, PACKED: tl.constexpr,
+    OFFSETS: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and end states of one sequence, value head and block of value columns.
+    """End states of one sequence, value head and block of value columns, and with READ the outputs.
 
-    With KEEP also what the backward pass needs of every chunk: W and S at its start, and the errors.
+    With KEEP also what the backward pass needs of every chunk: W and S at its start, and the errors. Without VALUES all
+    values are zero: how the memory would move by itself.
     """
     e, n, head = tl.program_id(0) * BE + tl.arange(0, BE), tl.program_id(1) // V, tl.program_id(1) % V
     row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
@@ -148,7 +149,10 @@ def scan(
         if MODE == FROZEN:
             if i == count - 1:
                 store_tile(anchor_end + state, W_DE, d, D, E, e, E)
-        v_CE = load_tile(v + start * v_token, c, valid, v_token, e, E, UPCAST)
+        if VALUES:
+            v_CE = load_tile(v + start * v_token, c, valid, v_token, e, E, UPCAST)
+        else:
+            v_CE = tl.zeros([C, BE], dtype=W_now.dtype)
         k_CD = load_tile(k + start * k_token, c, valid, k_token, d, D, UPCAST)
         if MODE == HEBB:
             E_CE = -v_CE.to(ACC)
@@ -171,17 +175,20 @@ def scan(
             E_CE = tl.dot(T_ij, R_CE.to(T_ij.dtype), input_precision=PRECISION, out_dtype=ACC)
         if KEEP and MODE != HEBB:
             store_tile(E_kept + start * V * E, E_CE, c, valid, V * E, e, E)
-        q_CD = load_tile(q + start * q_token, c, valid, q_token, d, D, UPCAST)
-        P_ij = load_tile(P + place * C * C, c, C, C, c, C, UPCAST)
-        b_C = tl.load(here + B_ * C + c)
-        o_CE = b_C[:, None] * tl.dot(q_CD, W_now, input_precision=PRECISION, out_dtype=ACC)
-        o_CE -= tl.dot(P_ij, E_CE.to(P_ij.dtype), input_precision=PRECISION, out_dtype=ACC)
+        if READ:
+            q_CD = load_tile(q + start * q_token, c, valid, q_token, d, D, UPCAST)
+            P_ij = load_tile(P + place * C * C, c, C, C, c, C, UPCAST)
+            b_C = tl.load(here + B_ * C + c)
+            o_CE = b_C[:, None] * tl.dot(q_CD, W_now, input_precision=PRECISION, out_dtype=ACC)
+            o_CE -= tl.dot(P_ij, E_CE.to(P_ij.dtype), input_precision=PRECISION, out_dtype=ACC)
+            if MOMENTUM:
+                f_C = tl.load(here + F_ * C + c)
+                o_CE += f_C[:, None] * tl.dot(q_CD, S_DE.to(W_now.dtype), input_precision=PRECISION, out_dtype=ACC)
+            store_tile(o + start * V * E, o_CE, c, valid, V * E, e, E)
         k_DC = tl.trans(k_CD)
         wg_C = tl.load(here + WG_ * C + c)
         W_DE *= tl.load(here + B_ * C + valid - 1)
         if MOMENTUM:
-            f_C = tl.load(here + F_ * C + c)
-            o_CE += f_C[:, None] * tl.dot(q_CD, S_DE.to(W_now.dtype), input_precision=PRECISION, out_dtype=ACC)
             W_DE += tl.load(here + F_ * C + valid - 1) * S_DE
             if KEEP:
                 store_tile(S_kept + place * D * E, S_DE, d, D, E, e, E)
@@ -189,7 +196,6 @@ def scan(
             S_DE *= tl.load(here + M_ * C + valid - 1)
             S_DE -= tl.dot(k_DC, (wl_C[:, None] * E_CE).to(k_DC.dtype), input_precision=PRECISION, out_dtype=ACC)
         W_DE -= tl.dot(k_DC, (wg_C[:, None] * E_CE).to(k_DC.dtype), input_precision=PRECISION, out_dtype=ACC)
-        store_tile(o + start * V * E, o_CE, c, valid, V * E, e, E)
     store_tile(W_end + state, W_DE, d, D, E, e, E)
     if MOMENTUM:
         store_tile(S_end + state, S_DE, d, D, E, e, E)
@@ -200,28 +206,81 @@ def forward(
 ) -> tuple[Tensor, MemoryState, Kept]:
     """Outputs, the state behind them and what the backward pass needs; `state.anchor` and `offset` both or neither."""
     layout = Layout.of(inputs, state, cu_seqlens, chunk)
-    q, k, v, momentum = *inputs[:3], inputs.log_momentum is not None
-    P, Tinv, vectors = prepared(inputs, state, cu_seqlens, layout, mode)
+    v, momentum = inputs.v, inputs.log_momentum is not None
+    prepared_ = prepared(inputs, state, cu_seqlens, layout, mode)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    W, S = torch.empty_like(state.W), torch.empty_like(state.W) if momentum else None
-    # An empty sequence leaves its open chunk as it is.
-    anchor = (state.W if state.anchor is None else state.anchor).clone() if mode == FROZEN.value else None
     kept = Kept(None, None, None)
     if keep:
         W_kept = v.new_empty(layout.all_slots, layout.V, layout.D, layout.E)
         kept = Kept(W_kept, torch.empty_like(W_kept) if momentum else None, None if mode == 0 else torch.empty_like(o))
+    groups = num_groups(layout)
+    if groups == 1:
+        return o, walk(inputs, prepared_, state, layout, mode, o=o, kept=kept, cu_seqlens=cu_seqlens), kept
+    # Too few sequences to fill the card: the walk is cut into groups of chunks, each begun where the last one ended.
+    grouped = Inputs(*(None if x is None else x.unflatten(1, (groups, -1)).flatten(0, 1) for x in inputs))
+    parts = layout.cut(groups)
+    starts = group_starts(grouped, prepared_, state, parts, mode, groups)
+    end = walk(grouped, prepared_, starts, parts, mode, o=o, kept=kept)
+    last = (None if x is None else x.unflatten(0, (-1, groups))[:, -1].contiguous() for x in end)
+    return o, MemoryState(*last), kept
+
+
+Prepared = tuple[Tensor, Tensor | None, Tensor]
+
+
+def walk(
+    inputs: Inputs, prepared_: Prepared, state: MemoryState, layout: Layout, mode: int, *, o: Tensor | None = None,
+    kept: Kept = Kept(None, None, None), cu_seqlens: Tensor | None = None, values: bool = True,
+) -> MemoryState:  # fmt: skip
+    """Launches `scan` from `state` and gives the state behind it, the anchor that of the last chunk."""
+    q, k, v = inputs[:3]
+    W, S = torch.empty_like(state.W), None if state.S is None else torch.empty_like(state.S)
+    # An empty sequence leaves its open chunk as it is.
+    anchor = (state.W if state.anchor is None else state.anchor).clone() if mode == FROZEN.value else None
     tuned = options("scan", layout)
     scan[(triton.cdiv(layout.E, tuned["BE"]), layout.N * layout.V)](
-        q, k, v, P, Tinv, vectors, state.W, state.S, state.anchor, o, W, S, anchor, *kept, cu_seqlens, state.offset,
+        q, k, v, *prepared_, state.W, state.S, state.anchor, o, W, S, anchor, *kept, cu_seqlens, state.offset,
         *strides(q), *strides(k), *strides(v), layout.T, layout.slots, layout.D, layout.E,
-        MODE=mode, KEEP=keep, **layout.constants(momentum=momentum), **tuned,
+        MODE=mode, KEEP=kept.W is not None, READ=o is not None, VALUES=values,
+        **layout.constants(momentum=state.S is not None), **tuned,
     )  # fmt: skip
-    return o, MemoryState(W, S, anchor, None), kept
+    return MemoryState(W, S, anchor)
+
+
+def group_starts(
+    inputs: Inputs, prepared_: Prepared, state: MemoryState, layout: Layout, mode: int, groups: int
+) -> MemoryState:
+    """The state at the start of every group; `inputs` and `layout` have a row for each.
+
+    A group maps states linearly but for what its values write: x → M x + n. Walks from zero and from unit states find n
+    and M of all groups at once, a short loop chains them.
+    """
+    zero = torch.zeros_like(state.W).repeat_interleave(groups, 0)
+    momentum = state.S is not None
+    written = walk(inputs, prepared_, MemoryState(zero, zero if momentum else None), layout, mode)
+    square = layout.squared()
+    unit = torch.eye(layout.D, dtype=zero.dtype, device=zero.device).expand(*zero.shape[:2], -1, -1).contiguous()
+    none = torch.zeros_like(unit)
+    columns = [walk(inputs, prepared_, MemoryState(unit, none if momentum else None), square, mode, values=False)]
+    if momentum:
+        columns.append(walk(inputs, prepared_, MemoryState(none, unit), square, mode, values=False))
+    # W above S: (B, groups, V, D or 2 D, …)
+    stacked = [torch.cat([part for part in (s.W, s.S) if part is not None], 2) for s in columns]
+    M = torch.cat(stacked, 3).unflatten(0, (-1, groups))
+    n = torch.cat([part for part in (written.W, written.S) if part is not None], 2).unflatten(0, (-1, groups))
+    x = torch.cat([part for part in (state.W, state.S) if part is not None], 2)
+    starts = [x]
+    for group in range(groups - 1):
+        x = torch.matmul(M[:, group], x).add_(n[:, group])
+        starts.append(x)
+    every = torch.stack(starts, 1).flatten(0, 1)
+    W, *S = (part.contiguous() for part in every.split(layout.D, 2))
+    return MemoryState(W, S[0] if S else None)
 
 
 def prepared(
     inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, layout: Layout, mode: int
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> Prepared:
     """P and T (slots, V, C, C), the latter where the mode has one, and the vectors of gates (slots, V, 7, C)."""
     q, k, v = inputs[:3]
     P, Tinv = layout.square(v.device), layout.square(v.device) if mode >= EXACT.value else None

@@ -15,3 +15,16 @@ def options(kernel: str, layout: Layout) -> dict[str, int]:
     if kernel in ("gather_q", "gather_k"):
         return {"BE": min(32, layout.block_E), "num_warps": 4, "num_stages": 2}
     return ({"BE": layout.block_E} if kernel == "scores" else {}) | {"num_warps": 4, "num_stages": 2}
+
+
+def num_groups(layout: Layout) -> int:
+    """Into how many groups of chunks the walk over each sequence is cut; 1 where the sequences alone fill the card.
+
+    A cut walk is walked three times, but by so many more programs at once.
+    """
+    groups, programs = 1, layout.N * layout.V * -(-layout.E // 32)
+    if layout.packed or layout.offsets:
+        return 1
+    while groups < 16 and programs * groups < 512 and layout.T % (2 * groups * layout.C) == 0:
+        groups *= 2
+    return groups if groups >= 8 and layout.T >= 16 * groups * layout.C else 1
