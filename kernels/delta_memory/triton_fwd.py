@@ -134,7 +134,8 @@ def scan(
     k += row.to(tl.int64) * k_row + first.to(tl.int64) * k_token + head // GROUP * k_head
     v += row.to(tl.int64) * v_row + first.to(tl.int64) * v_token + head * v_head
     token = (row * T + first).to(tl.int64)
-    o += (token * V + head) * E
+    if READ:
+        o += (token * V + head) * E
     if KEEP and MODE != HEBB:
         E_kept += (token * V + head) * E
     slot = (first_slot(n, cu_seqlens, slots, C, PACKED)).to(tl.int64) * V + head
