@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from delta_memories import Case, Tensors, assert_close, by, covering, definition, distances, problem, solved
+from delta_memories import Case, Tensors, assert_close, by, covering, definition, distances, problem, read, solved
 
 from clplat.kernels.delta_memory import MemoryState, delta_memory
 from clplat.kernels.delta_memory.interface import interpreting
@@ -31,14 +31,14 @@ CASES = [
     )
 ]  # fmt: skip
 LARGER = [
-    Case(mode="hebb", tokens=67, chunk=32, batch=2, heads=2),
+    Case(mode="hebb", tokens=67, chunk=32),
     Case(mode="frozen", tokens=130, chunk=64),
-    Case(mode="frozen", tokens=31, chunk=32, batch=2, heads=2, group=2),
+    Case(mode="frozen", tokens=31, chunk=32, heads=2, group=2),
     Case(mode="exact", tokens=65, chunk=64, group=2),
     Case(mode="gdn", tokens=33, chunk=32, batch=2, D=64, E=60),
     Case(mode="gdn", tokens=63, chunk=64, heads=2),
 ]
-SEGMENTS = (5, 0, 16, 1, 33, 0)
+SEGMENTS = (5, 0, 16, 1, 19, 0)
 
 
 def agrees(case: Case, backend: str, given: Tensors | None = None) -> Tensors:
@@ -67,9 +67,9 @@ def test_a_memory_without_a_state_begins_with_zeros(mode: Any, backend: str) -> 
 
 
 @every_mode
-@pytest.mark.parametrize("lengths", [(32, 3), (20, 2, 13)], ids=["at a chunk's end", "in the middle of a chunk"])
+@pytest.mark.parametrize("lengths", [(16, 3), (10, 2, 9)], ids=["at a chunk's end", "in the middle of a chunk"])
 def test_calls_one_after_another_are_one_call(lengths: tuple[int, ...], mode: Any, backend: str) -> None:
-    case = Case(mode=mode, batch=2)
+    case = Case(mode=mode, tokens=sum(lengths))
     given = problem(case)
 
     def in_parts(inputs: Any, state: MemoryState) -> tuple[torch.Tensor, MemoryState]:
@@ -81,13 +81,14 @@ def test_calls_one_after_another_are_one_call(lengths: tuple[int, ...], mode: An
             start += length
         return torch.cat(outputs, 1), state
 
-    assert_close(solved(case, given, in_parts), agrees(case, backend, given), forward=FORWARD, backward=BACKWARD)
+    found = solved(case, given, in_parts)
+    assert_close(found, definition(case, given), forward=FORWARD, backward=BACKWARD)
 
 
 @every_mode
 @pytest.mark.parametrize("momentum", [True, False])
 def test_packed_sequences_are_as_good_as_alone(mode: Any, momentum: bool, backend: str) -> None:
-    agrees(Case(mode=mode, lengths=SEGMENTS, group=2, momentum=momentum), backend)
+    agrees(Case(mode=mode, lengths=SEGMENTS, momentum=momentum), backend)
 
 
 @every_mode
@@ -139,14 +140,14 @@ def test_momentum_vanishes_at_its_lowest_gate_and_only_there(mode: Any, backend:
     case = Case(mode=mode)
     given = problem(case)
     given["log_momentum"] = torch.full_like(given["log_momentum"], -torch.inf)
-    none = agrees(case, backend, given)
-    assert none["dlog_momentum"].abs().max() == 0
+    vanished = agrees(case, backend, given)
+    assert vanished["dlog_momentum"].abs().max() == 0
     given["log_momentum"] = torch.full_like(given["log_momentum"], 0.99).log()
-    strong = agrees(case, backend, given)
+    strong = read(case, given, backend)
     del given["log_momentum"], given["S"]
-    without = by(replace(case, momentum=False), given, backend)
-    assert distances({"o": none["o"], "W": none["W"]}, {"o": without["o"], "W": without["W"]})["o"] < 1e-4
-    assert (strong["o"] - without["o"]).norm() > 0.1 * without["o"].norm()
+    without = read(replace(case, momentum=False), given, backend)
+    assert distances({"o": vanished["o"]}, {"o": without})["o"] < 1e-4
+    assert distances({"o": strong}, {"o": without})["o"] > 0.1
 
 
 @every_mode
@@ -175,19 +176,19 @@ def test_keys_that_resemble_each_other_do_no_harm(mode: Any, momentum: bool, bac
 
 @every_mode
 def test_inputs_may_lie_in_memory_in_any_order(mode: Any, backend: str) -> None:
-    case = Case(mode=mode, heads=2, group=2, batch=2)
+    case = Case(mode=mode, heads=2)
     given = problem(case)
     strange = {name: given[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("q", "v", "do")}
     strange["k"] = torch.stack([given["k"], given["k"]], -1)[..., 0]
     strange |= {name: given[name].mT.contiguous().mT for name in ("W", "dW", "dS", "S")}
-    strange |= {name: given[name][..., :1].expand(-1, -1, 4) for name in ("rate", "log_decay", "log_momentum")}
+    strange |= {name: given[name][..., :1].expand(-1, -1, 2) for name in ("rate", "log_decay", "log_momentum")}
     assert not any(part.is_contiguous() for part in strange.values())
-    dense = {name: part.contiguous() for name, part in (given | strange).items()}
-    assert_close(by(case, given | strange, backend), agrees(case, backend, dense), forward=FORWARD, backward=BACKWARD)
+    agrees(case, backend, given | strange)
 
 
-@every_mode
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [*((mode, torch.bfloat16) for mode in MODES), ("gdn", torch.float16)], ids=str
+)
 def test_half_precision_is_rounding_away_from_the_token_loop(mode: Any, dtype: torch.dtype, backend: str) -> None:
     case = Case(mode=mode, D=32, E=32, group=2)
     given = problem(case, dtype)
@@ -201,33 +202,40 @@ def test_half_precision_is_rounding_away_from_the_token_loop(mode: Any, dtype: t
 def test_no_output_knows_a_later_token(mode: Any, backend: str) -> None:
     case = Case(mode=mode)
     given = problem(case)
-    before = by(case, given, backend)["o"]
-    for t in (1, 15, 16, 20, 34):
+    before = read(case, given, backend)
+    for t in (1, 15, 17):
         changed = {name: part.clone() for name, part in given.items()}
         for name in ("q", "k", "v", "rate"):
             changed[name][:, t] *= -3
         for name in ("log_decay", "log_momentum"):
             changed[name][:, t] *= 0.5
-        after = by(case, changed, backend)["o"]
+        after = read(case, changed, backend)
         assert torch.equal(after[:, :t], before[:, :t]) and not torch.equal(after[:, t], before[:, t])
 
 
 @every_mode
-@pytest.mark.parametrize("packed", [True, False])
-def test_sequences_and_heads_know_nothing_of_each_other(mode: Any, packed: bool, backend: str) -> None:
-    sizes: dict[str, Any] = {"lengths": (20, 17)} if packed else {"tokens": 20, "batch": 2}
-    case = Case(mode=mode, heads=2, **sizes)
+def test_packed_sequences_and_heads_know_nothing_of_each_other(mode: Any, backend: str) -> None:
+    case = Case(mode=mode, heads=2, lengths=(6, 7))
     given = problem(case)
     changed = {name: part.clone() for name, part in given.items()}
-    other = (slice(None), slice(20, None)) if packed else (slice(1, None),)
     for name in ("q", "k", "v", "rate", "do"):
-        changed[name][other] *= -3
-        changed[name][:, :, 1] *= -3
+        changed[name][:, 6:] *= -0.5
+        changed[name][:, :, 1] *= -0.5
     changed["W"][1], changed["dW"][:, 1] = 7, 7
     before, after = by(case, given, backend), by(case, changed, backend)
-    own = (0, slice(0, 20), 0)
     for name in ("o", "dq", "dk", "dv", "drate", "dlog_decay", "dlog_momentum"):
-        assert torch.equal(before[name][own], after[name][own]), name
+        assert torch.equal(before[name][0, :6, 0], after[name][0, :6, 0]), name
         assert not torch.equal(before[name], after[name]), name
     for name in ("W", "S", "dW", "dS"):
         assert torch.equal(before[name][0, 0], after[name][0, 0]), name
+
+
+@every_mode
+def test_rows_of_a_batch_know_nothing_of_each_other(mode: Any, backend: str) -> None:
+    case = Case(mode=mode, batch=2)
+    given = problem(case)
+    changed = {name: part.clone() for name, part in given.items()}
+    for name in ("q", "k", "v", "rate"):
+        changed[name][1] *= -0.5
+    before, after = read(case, given, backend), read(case, changed, backend)
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])

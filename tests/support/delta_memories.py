@@ -1,6 +1,6 @@
 """Problems for `delta_memory` and their solutions: outputs, end states and the gradient of every input by name.
 
-Names in problems and solutions: the arguments' own; `do`, `dW`, `dS`, `danchor` are what flows back into the outputs and
+Names in problems: the arguments' own, and `do`, `dW`, `dS`, `danchor` for what flows back into the outputs. In solutions
 `d` before an argument's name is its gradient. Shapes: see `clplat.kernels.delta_memory.reference`.
 """
 
@@ -27,10 +27,10 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Sizes of a problem; `lengths` packs sequences into one row, `offsets` continues an open chunk of each sequence."""
+    """Sizes of a problem; `lengths` packs sequences into one row, `offsets` continues open chunks of each."""
 
     mode: Mode
-    tokens: int = 35
+    tokens: int = 18
     chunk: int = 16
     D: int = 16
     E: int = 16
@@ -76,7 +76,7 @@ def problem(case: Case, dtype: torch.dtype = torch.float32, device: str | torch.
     parts = {"q": normal(*keys), "k": unit, "v": normal(*values), "do": normal(*values)}
     # All tokens of a frozen chunk correct the same error: together they must not overshoot.
     parts["rate"] = uniform(0.02, 0.2) if case.mode == "frozen" else uniform(0.05, 1.0)
-    parts["log_decay"], parts["log_momentum"] = -uniform(0, 1.6) ** 4, uniform(0.5, 0.99).log()
+    parts["log_decay"], parts["log_momentum"] = -(uniform(0, 1.6) ** 4), uniform(0.5, 0.99).log()
     for name in STATES:
         parts[name], parts["d" + name] = normal(N, V, case.D, case.E), normal(N, V, case.D, case.E)
     left_out = {"log_decay"} if not case.decay else set()
@@ -116,6 +116,14 @@ def by(case: Case, given: Tensors, backend: str) -> Tensors:
     return solved(case, given, lambda inputs, state: delta_memory(*inputs, state=state, backend=backend, **arguments))  # type: ignore[arg-type]
 
 
+def read(case: Case, given: Tensors, backend: str) -> Tensor:
+    """The outputs of one backend alone."""
+    tokens = (given.get(name) for name in TOKENWISE)
+    state = MemoryState(*(given.get(name) for name in STATES), offsets_of(case, given["v"].device))  # type: ignore[arg-type]
+    with torch.no_grad():
+        return delta_memory(*tokens, state=state, backend=backend, **case.arguments(given["v"].device))[0]  # type: ignore[arg-type]
+
+
 def definition(case: Case, given: Tensors, form: Callable[..., tuple[Tensor, MemoryState]] = recurrent) -> Tensors:
     """The solution of the token loop in fp64, one sequence after another, or of another `form` of the reference."""
 
@@ -152,9 +160,7 @@ def distances(found: Tensors, expected: Tensors) -> dict[str, float]:
     """Relative error of everything, in the Frobenius norm; NaN where anything is NaN."""
     assert found.keys() == expected.keys()
     pairs = {name: (found[name].double(), expected[name].double()) for name in expected}
-    return {
-        name: float((one - other).norm() / other.norm().clamp(min=1e-6)) for name, (one, other) in pairs.items()
-    }
+    return {name: float((one - other).norm() / other.norm().clamp(min=1e-6)) for name, (one, other) in pairs.items()}
 
 
 def assert_close(found: Tensors, expected: Tensors, *, forward: float, backward: float, gates: float = 0.0) -> None:
