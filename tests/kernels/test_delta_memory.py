@@ -1,0 +1,241 @@
+"""Every form of `delta_memory` against the token loop in fp64: outputs, end states and the gradient of every input.
+
+On a computer without a GPU the Triton kernels run in Triton's interpreter; with one, see tests/gpu.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from delta_memories import Case, Tensors, assert_close, by, covering, definition, distances, problem, read, solved
+
+from clplat.kernels.delta_memory import MemoryState, delta_memory
+from clplat.kernels.delta_memory.interface import interpreting
+from clplat.kernels.delta_memory.reference import MODES
+
+BACKENDS = ("torch", "triton") if interpreting() else ("torch",)
+FORWARD, BACKWARD = 2e-6, 1e-5
+
+pytestmark = [pytest.mark.usefixtures("unwritten_is_nan"), pytest.mark.parametrize("backend", BACKENDS)]
+every_mode = pytest.mark.parametrize("mode", MODES)
+
+CASES = [
+    Case(**levels)
+    for levels in covering(
+        ("mode", "decay", "momentum"),
+        mode=MODES, decay=(True, False), momentum=(True, False), tokens=(1, 15, 16, 17, 35), D=(16, 60, 64),
+        E=(16, 32, 60), group=(1, 2),
+    )
+]  # fmt: skip
+LARGER = [
+    Case(mode="hebb", tokens=67, chunk=32),
+    Case(mode="frozen", tokens=130, chunk=64),
+    Case(mode="frozen", tokens=31, chunk=32, heads=2, group=2),
+    Case(mode="exact", tokens=65, chunk=64, group=2),
+    Case(mode="gdn", tokens=33, chunk=32, batch=2, D=64, E=60),
+    Case(mode="gdn", tokens=63, chunk=64, heads=2),
+]
+SEGMENTS = (5, 0, 16, 1, 19, 0)
+
+
+def agrees(case: Case, backend: str, given: Tensors | None = None) -> Tensors:
+    """The solution of a backend, after it was found to be the definition's."""
+    given = problem(case) if given is None else given
+    found = by(case, given, backend)
+    assert_close(found, definition(case, given), forward=FORWARD, backward=BACKWARD)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES + LARGER, ids=str)
+def test_outputs_states_and_gradients_are_those_of_the_token_loop(case: Case, backend: str) -> None:
+    agrees(case, backend)
+
+
+@every_mode
+def test_a_memory_without_a_state_begins_with_zeros(mode: Any, backend: str) -> None:
+    case = Case(mode=mode)
+    given = problem(case)
+    given["W"], given["S"] = torch.zeros_like(given["W"]), torch.zeros_like(given["S"])
+    tokens = [given[name] for name in ("q", "k", "v", "rate", "log_decay", "log_momentum")]
+    o, end = delta_memory(*tokens, mode=mode, chunk=case.chunk, backend=backend)  # type: ignore[arg-type]
+    expected = definition(case, given)
+    found = {"o": o, "W": end.W, "S": end.S}
+    assert max(distances(found, {name: expected[name] for name in found}).values()) <= FORWARD  # type: ignore[arg-type]
+
+
+@every_mode
+@pytest.mark.parametrize("lengths", [(16, 3), (10, 2, 9)], ids=["at a chunk's end", "in the middle of a chunk"])
+def test_calls_one_after_another_are_one_call(lengths: tuple[int, ...], mode: Any, backend: str) -> None:
+    case = Case(mode=mode, tokens=sum(lengths))
+    given = problem(case)
+
+    def in_parts(inputs: Any, state: MemoryState) -> tuple[torch.Tensor, MemoryState]:
+        outputs, start = [], 0
+        for length in lengths:
+            tokens = inputs.tokens(start, start + length)
+            o, state = delta_memory(*tokens, mode=mode, chunk=case.chunk, state=state, backend=backend)  # type: ignore[arg-type]
+            outputs.append(o)
+            start += length
+        return torch.cat(outputs, 1), state
+
+    found = solved(case, given, in_parts)
+    assert_close(found, definition(case, given), forward=FORWARD, backward=BACKWARD)
+
+
+@every_mode
+@pytest.mark.parametrize("momentum", [True, False])
+def test_packed_sequences_are_as_good_as_alone(mode: Any, momentum: bool, backend: str) -> None:
+    agrees(Case(mode=mode, lengths=SEGMENTS, momentum=momentum), backend)
+
+
+@every_mode
+def test_packed_sequences_continue_chunks_of_their_own(mode: Any, backend: str) -> None:
+    agrees(Case(mode=mode, lengths=SEGMENTS, offsets=(3, 7, 0, 15, 5, 0)), backend)
+
+
+@pytest.mark.parametrize("tokens", [3, 21])
+@every_mode
+def test_the_rows_of_a_batch_continue_chunks_of_their_own(tokens: int, mode: Any, backend: str) -> None:
+    agrees(Case(mode=mode, tokens=tokens, batch=3, offsets=(0, 3, 13)), backend)
+
+
+@every_mode
+@pytest.mark.parametrize("offsets", [None, (0, 5)])
+def test_no_tokens_change_nothing(mode: Any, offsets: Any, backend: str) -> None:
+    case = Case(mode=mode, tokens=0, batch=2, offsets=offsets)
+    given = problem(case)
+    found = by(case, given, backend)
+    assert found["o"].shape == (2, 0, 1, 16)
+    assert torch.equal(found["W"], given["W"]) and torch.equal(found["S"], given["S"])
+    assert torch.equal(found["dS"], given["dS"])
+    if mode == "frozen" and offsets:
+        assert found["offset"].tolist() == [0, 5] and torch.equal(found["anchor"][1], given["anchor"][1])
+
+
+@every_mode
+def test_rate_zero_leaves_the_memory_alone(mode: Any, backend: str) -> None:
+    case = Case(mode=mode, momentum=False, decay=False)
+    given = problem(case)
+    given["rate"] = torch.zeros_like(given["rate"])
+    found = agrees(case, backend, given)
+    assert torch.equal(found["W"], given["W"])
+    assert torch.allclose(found["o"][:, :, 0], given["q"][:, :, 0] @ given["W"][:, 0], atol=1e-5)
+
+
+@every_mode
+def test_decay_one_is_no_decay(mode: Any, backend: str) -> None:
+    with_decay, without = Case(mode=mode), Case(mode=mode, decay=False)
+    given = problem(with_decay)
+    given["log_decay"] = torch.zeros_like(given["log_decay"])
+    found = agrees(with_decay, backend, given)
+    del found["dlog_decay"], given["log_decay"]
+    assert_close(found, by(without, given, backend), forward=FORWARD, backward=BACKWARD)
+
+
+@every_mode
+def test_momentum_vanishes_at_its_lowest_gate_and_only_there(mode: Any, backend: str) -> None:
+    case = Case(mode=mode)
+    given = problem(case)
+    given["log_momentum"] = torch.full_like(given["log_momentum"], -torch.inf)
+    vanished = agrees(case, backend, given)
+    assert vanished["dlog_momentum"].abs().max() == 0
+    given["log_momentum"] = torch.full_like(given["log_momentum"], 0.99).log()
+    strong = read(case, given, backend)
+    del given["log_momentum"], given["S"]
+    without = read(replace(case, momentum=False), given, backend)
+    assert distances({"o": vanished["o"]}, {"o": without})["o"] < 1e-4
+    assert distances({"o": strong}, {"o": without})["o"] > 0.1
+
+
+@every_mode
+@pytest.mark.parametrize("lowest", [-12.0, -torch.inf])
+def test_a_memory_that_forgets_all_at_some_tokens_stays_finite(mode: Any, lowest: float, backend: str) -> None:
+    case = Case(mode=mode)
+    given = problem(case)
+    given["log_decay"][:, ::3] = lowest
+    given["log_momentum"][:, ::5] = lowest
+    agrees(case, backend, given)
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+@pytest.mark.parametrize("mode", ["exact", "gdn"])
+def test_keys_that_resemble_each_other_do_no_harm(mode: Any, momentum: bool, backend: str) -> None:
+    # Where (I + A)⁻¹ is found by a Neumann series, its terms reach 1e8 and more here.
+    case = Case(mode=mode, tokens=130, chunk=64, D=32, momentum=momentum)
+    given = problem(case)
+    direction = torch.nn.functional.normalize(given["k"] + 20 * given["k"][:, :1], dim=-1)
+    given |= {"k": direction, "rate": torch.ones_like(given["rate"])}
+    given["log_decay"] = given["log_decay"].clamp(min=-0.01)
+    if momentum:
+        given["log_momentum"] = torch.full_like(given["log_momentum"], 0.1).log()
+    assert_close(by(case, given, backend), definition(case, given), forward=1e-5, backward=1e-4)
+
+
+@every_mode
+def test_inputs_may_lie_in_memory_in_any_order(mode: Any, backend: str) -> None:
+    case = Case(mode=mode, heads=2)
+    given = problem(case)
+    strange = {name: given[name].transpose(1, 2).contiguous().transpose(1, 2) for name in ("q", "v", "do")}
+    strange["k"] = torch.stack([given["k"], given["k"]], -1)[..., 0]
+    strange |= {name: given[name].mT.contiguous().mT for name in ("W", "dW", "dS", "S")}
+    strange |= {name: given[name][..., :1].expand(-1, -1, 2) for name in ("rate", "log_decay", "log_momentum")}
+    assert not any(part.is_contiguous() for part in strange.values())
+    agrees(case, backend, given | strange)
+
+
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [*((mode, torch.bfloat16) for mode in MODES), ("gdn", torch.float16)], ids=str
+)
+def test_half_precision_is_rounding_away_from_the_token_loop(mode: Any, dtype: torch.dtype, backend: str) -> None:
+    case = Case(mode=mode, D=32, E=32, group=2)
+    given = problem(case, dtype)
+    found = by(case, given, backend)
+    assert found["o"].dtype == found["dq"].dtype == found["dv"].dtype == dtype
+    assert found["W"].dtype == found["drate"].dtype == torch.float32
+    assert_close(found, definition(case, given), forward=8e-3, backward=2e-2)
+
+
+@every_mode
+def test_no_output_knows_a_later_token(mode: Any, backend: str) -> None:
+    case = Case(mode=mode)
+    given = problem(case)
+    before = read(case, given, backend)
+    for t in (1, 15, 17):
+        changed = {name: part.clone() for name, part in given.items()}
+        for name in ("q", "k", "v", "rate"):
+            changed[name][:, t] *= -3
+        for name in ("log_decay", "log_momentum"):
+            changed[name][:, t] *= 0.5
+        after = read(case, changed, backend)
+        assert torch.equal(after[:, :t], before[:, :t]) and not torch.equal(after[:, t], before[:, t])
+
+
+@every_mode
+def test_packed_sequences_and_heads_know_nothing_of_each_other(mode: Any, backend: str) -> None:
+    case = Case(mode=mode, heads=2, lengths=(6, 7))
+    given = problem(case)
+    changed = {name: part.clone() for name, part in given.items()}
+    for name in ("q", "k", "v", "rate", "do"):
+        changed[name][:, 6:] *= -0.5
+        changed[name][:, :, 1] *= -0.5
+    changed["W"][1], changed["dW"][:, 1] = 7, 7
+    before, after = by(case, given, backend), by(case, changed, backend)
+    for name in ("o", "dq", "dk", "dv", "drate", "dlog_decay", "dlog_momentum"):
+        assert torch.equal(before[name][0, :6, 0], after[name][0, :6, 0]), name
+        assert not torch.equal(before[name], after[name]), name
+    for name in ("W", "S", "dW", "dS"):
+        assert torch.equal(before[name][0, 0], after[name][0, 0]), name
+
+
+@every_mode
+def test_rows_of_a_batch_know_nothing_of_each_other(mode: Any, backend: str) -> None:
+    case = Case(mode=mode, batch=2)
+    given = problem(case)
+    changed = {name: part.clone() for name, part in given.items()}
+    for name in ("q", "k", "v", "rate"):
+        changed[name][1] *= -0.5
+    before, after = read(case, given, backend), read(case, changed, backend)
+    assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
