@@ -7,6 +7,7 @@ in the table. Heads come first or last, gates as logarithms or not, as each libr
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,11 @@ def libraries(case: Case) -> list[Peer]:
         ("gdn", False, False): [Peer("fla chunk_delta_rule", _delta_rule)],
         # The library has no rate: it is multiplied into v beforehand, at no cost to the library.
         ("hebb", True, False): [Peer("fla chunk_simple_gla", _simple_gla, _rate_in_values, ("dv", "drate"))],
-        ("exact", True, True): [Peer("fla chunk_momentum_delta_rule", _momentum_delta_rule)],
+        ("exact", True, True): [
+            # In chunks of 64, its default, release 0.6.0 is far off where momentum is near to the decay.
+            Peer(f"fla chunk_momentum_delta_rule, chunks of {size}", partial(_momentum_delta_rule, size))
+            for size in (16, CHUNK)
+        ],
         ("frozen", True, True): [Peer("titans-pytorch", lambda: _titans_pytorch(case))],
     }.get((case.mode, case.decay, case.momentum), [])
     if case.mode == "frozen" and case.momentum and case.shape[1] <= 512:
@@ -90,12 +95,12 @@ def _rate_in_values(inputs: Inputs) -> Inputs:
     return inputs._replace(v=(inputs.v * inputs.rate[..., None]).to(inputs.v.dtype))
 
 
-def _momentum_delta_rule() -> Call:
+def _momentum_delta_rule(size: int) -> Call:
     from fla.ops.momentum_delta_rule import chunk_momentum_delta_rule as rule
 
     return lambda x: {
         "o": rule(x.q, x.k, x.v, x.log_decay, x.log_momentum, eta=x.rate, scale=1.0, use_qk_l2norm_in_kernel=False,
-                  use_p_times_alpha=False, chunk_size=CHUNK)[0]
+                  use_p_times_alpha=False, chunk_size=size)[0]
     }  # fmt: skip
 
 

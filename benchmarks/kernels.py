@@ -26,6 +26,9 @@ from pathlib import Path
 import torch
 from kernel_cases import FAMILY, Case, Outputs, drawn, floor_ms, input_bytes, ours, reference, sliced, work, worst
 from kernel_peers import Peer, libraries, loops
+from torch import Tensor
+
+from clplat.kernels.delta_memory.reference import Inputs
 
 SHAPES = ["8,4096,16,64", "8,4096,16,128", "1,32768,8,128", "32,512,8,64", "64,196,6,64"]
 TOY_SHAPES = ["2,100,2,16", "1,64,2,16"]
@@ -148,9 +151,14 @@ class Benchmark:
         """Compiles, and compares with fp64."""
         inputs, upstream = drawn(case, self.device, self.type)
         found = sliced(work(ours(case, self.backend), inputs, upstream, backward)())
-        self.expected[case, backward] = reference(case, inputs, upstream, backward)
-        error, name = worst(found, self.expected[case, backward])
+        error, name = worst(found, self.reference(case, backward, inputs, upstream))
         return [f"{error:.1e} ({name})"]
+
+    def reference(self, case: Case, backward: bool, inputs: Inputs, upstream: Tensor) -> Outputs:
+        """The slice in fp64, computed once."""
+        if (case, backward) not in self.expected:
+            self.expected[case, backward] = reference(case, inputs, upstream, backward)
+        return self.expected[case, backward]
 
     def own(self, case: Case, backward: bool) -> list[str]:
         error = self.once(case, backward)
@@ -169,25 +177,23 @@ class Benchmark:
     def pair(self, peer: Peer, case: Case, backward: bool) -> list[str]:
         """A peer and ours in turns, twice; ours may fail, then the peer's time stands alone."""
         inputs, upstream = drawn(case, self.device, self.type)
-        if (case, backward) not in self.expected:
-            self.expected[case, backward] = reference(case, inputs, upstream, backward)
         its = work(peer.build(), peer.prepare(inputs), upstream, backward)
         found = {name: part for name, part in its().items() if name not in peer.other}
-        error, name = worst(sliced(found), self.expected[case, backward])
+        error, name = worst(sliced(found), self.reference(case, backward, inputs, upstream))
         del found
         peak = self.clock.peak(its)
+        rest = [_megabytes(peak), f"{error:.1e} ({name})"]
         if error > AGREES:
-            return [f"{self.clock.quantiles(its)[0]:.3f}", "", "differs", _megabytes(peak), f"{error:.1e} ({name})"]
-        mine, turns = work(ours(case, self.backend), inputs, upstream, backward), []
+            return [f"{self.clock.quantiles(its)[0]:.3f}", "", "differs", *rest]
+        mine = work(ours(case, self.backend), inputs, upstream, backward)
         try:
             mine()
-            turns = [(self.clock.quantiles(mine)[0], self.clock.quantiles(its)[0]) for _ in range(2)]
-        except Exception as problem:  # noqa: BLE001 - ours has its own line, with the text
-            turns = [(float("nan"), self.clock.quantiles(its)[0])]
-            name += f"; ours: {type(problem).__name__}"
-        (our, their), ratios = (sum(side) / len(turns) for side in zip(*turns)), [b / a for a, b in turns]
+        except Exception:  # noqa: BLE001 - ours has its own line, with the text
+            return [f"{self.clock.quantiles(its)[0]:.3f}", "failed", "–", *rest]
+        turns = [(self.clock.quantiles(mine)[0], self.clock.quantiles(its)[0]) for _ in range(2)]
+        (our, their), ratios = (sum(side) / 2 for side in zip(*turns)), [b / a for a, b in turns]
         ratio = f"{their / our:.2f} ({' and '.join(f'{one:.2f}' for one in ratios)})"
-        return [f"{their:.3f}", f"{our:.3f}", ratio, _megabytes(peak), f"{error:.1e} ({name})"]
+        return [f"{their:.3f}", f"{our:.3f}", ratio, *rest]
 
     def head(self) -> str:
         """Card, versions, date."""
