@@ -1,7 +1,7 @@
 """The Triton kernels as two PyTorch operators, with shapes for the compiler, autograd, autocast and FLOP counts.
 
-`clplat::delta_memory_forward` and `clplat::delta_memory_backward` take only tensors and numbers, so that torch.compile and
-CUDA graphs see one opaque step each. What an operator does not return is an empty tensor.
+`clplat::delta_memory_forward` and `clplat::delta_memory_backward` take only tensors and numbers, so that torch.compile
+and CUDA graphs see one opaque step each. What an operator does not return is an empty tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def fused(
     state = state or empty_state(inputs, sequences)
     wide = state.W.dtype if state.W.dtype == torch.float64 else torch.float32
     inputs = Inputs(*inputs[:3], *(None if gate is None else gate.to(wide) for gate in inputs[3:]))
-    state = MemoryState(*(None if part is None else part.to(wide) for part in state[:3]), state.offset)
+    W, S, anchor = (None if part is None else part.to(wide) for part in state[:3])
+    assert W is not None
+    state = MemoryState(W, S, anchor, state.offset)
     keep = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (*inputs, *state))
     o, W, S, anchor, *_ = torch.ops.clplat.delta_memory_forward(
         *inputs, state.W, state.S, state.anchor, state.offset, cu_seqlens, MODES.index(mode), chunk, keep
@@ -44,10 +46,11 @@ def _written(inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, chun
 
 
 def _parts(tensors: tuple[Tensor | None, ...]) -> tuple[Inputs, MemoryState, Tensor | None]:
-    q, k, v, *rest = tensors
-    dense = (part if part is None or part.stride(-1) == 1 else part.contiguous() for part in (q, k, v))
-    rate, decay, momentum, W, S, anchor, offset, cu_seqlens = (None if p is None else p.contiguous() for p in rest)
-    return Inputs(*dense, rate, decay, momentum), MemoryState(W, S, anchor, offset), cu_seqlens  # type: ignore[arg-type]
+    q, k, v = (part if part is None or part.stride(-1) == 1 else part.contiguous() for part in tensors[:3])
+    rest = (None if part is None else part.contiguous() for part in tensors[3:])
+    rate, decay, momentum, W, S, anchor, offset, cu_seqlens = rest
+    assert q is not None and k is not None and v is not None and rate is not None and W is not None
+    return Inputs(q, k, v, rate, decay, momentum), MemoryState(W, S, anchor, offset), cu_seqlens
 
 
 def num_slots(sequences: int, length: int, chunk: int, *, packed: bool, offsets: bool) -> int:
@@ -64,7 +67,7 @@ def forward_op(
     mode: int, chunk: int, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o, the end state's W, S and anchor, and what the backward pass needs: W, S and errors of every chunk."""
-    from clplat.kernels.delta_memory.triton_fwd import forward
+    from clplat.kernels.delta_memory.launch import forward
 
     inputs, state, cu = _parts((q, k, v, rate, log_decay, log_momentum, W, S, anchor, offset, cu_seqlens))
     o, end, kept = forward(inputs, state, cu, mode=mode, chunk=chunk, keep=keep)
@@ -72,17 +75,19 @@ def forward_op(
 
 
 @forward_op.register_fake
-def _(q, k, v, rate, log_decay, log_momentum, W, S, anchor, offset, cu_seqlens, mode, chunk, keep):  # type: ignore[no-untyped-def]
-    none, momentum = v.new_empty(0), log_momentum is not None
-    N, T, V = len(W), v.shape[1], v.shape[2]
-    slots = num_slots(N, T, chunk, packed=cu_seqlens is not None, offsets=offset is not None)
-    W_kept = v.new_empty(slots, V, *W.shape[2:]) if keep else none
+def _forward_shapes(
+    q: Tensor, k: Tensor, v: Tensor, rate: Tensor, log_decay: Tensor | None, log_momentum: Tensor | None,
+    W: Tensor, S: Tensor | None, anchor: Tensor | None, offset: Tensor | None, cu_seqlens: Tensor | None,
+    mode: int, chunk: int, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    none, o = v.new_empty(0), torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    slots = num_slots(len(W), v.shape[1], chunk, packed=cu_seqlens is not None, offsets=offset is not None)
+    W_kept = v.new_empty(slots, v.shape[2], *W.shape[2:]) if keep else none
     return (
-        torch.empty(v.shape, dtype=v.dtype, device=v.device), torch.empty_like(W),
-        torch.empty_like(W) if momentum else none,
-        torch.empty_like(W) if mode == MODES.index("frozen") else none,
-        W_kept, torch.empty_like(W_kept) if keep and momentum else none,
-        torch.empty(v.shape, dtype=v.dtype, device=v.device) if keep and mode else none,
+        o, torch.empty_like(W), none if log_momentum is None else torch.empty_like(W),
+        torch.empty_like(W) if MODES[mode] == "frozen" else none,
+        W_kept, torch.empty_like(W_kept) if keep and log_momentum is not None else none,
+        torch.empty_like(o) if keep and MODES[mode] != "hebb" else none,
     )  # fmt: skip
 
 
@@ -94,8 +99,8 @@ def backward_op(
     mode: int, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Adjoints of q, k, v, rate, log_decay, log_momentum, W, S and anchor."""
+    from clplat.kernels.delta_memory.launch import backward
     from clplat.kernels.delta_memory.layout import Kept
-    from clplat.kernels.delta_memory.triton_bwd import backward
 
     inputs, state, cu = _parts((q, k, v, rate, log_decay, log_momentum, W, S, anchor, offset, cu_seqlens))
     found = backward(
@@ -106,11 +111,13 @@ def backward_op(
 
 
 @backward_op.register_fake
-def _(q, k, v, rate, log_decay, log_momentum, W, S, anchor, offset, cu_seqlens, *rest):  # type: ignore[no-untyped-def]
-    tensors = (q, k, v, rate, log_decay, log_momentum, W, S, anchor)
+def _backward_shapes(
+    q: Tensor, k: Tensor, v: Tensor, rate: Tensor, log_decay: Tensor | None, log_momentum: Tensor | None,
+    W: Tensor, S: Tensor | None, anchor: Tensor | None, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return tuple(
         v.new_empty(0) if part is None else torch.empty(part.shape, dtype=part.dtype, device=part.device)
-        for part in tensors
+        for part in (q, k, v, rate, log_decay, log_momentum, W, S, anchor)
     )
 
 
@@ -135,25 +142,25 @@ forward_op.register_autograd(_backward, setup_context=_setup)
 def flops(
     tokens: int, value_heads: int, D: int, E: int, chunk: int, *, mode: str, momentum: bool, passes: float = 1.0
 ) -> int:
-    """Multiplications and additions of the forward pass, in products of matrices alone; the backward one has 2.5 as many."""
-    products = {"hebb": 2, "frozen": 3, "exact": 3, "gdn": 3}[mode] + (
-        0 if not momentum else 2 if mode != "exact" else 3
-    )
-    products += momentum and mode == "gdn"
-    squares = 1 + (mode in ("exact", "gdn"))
-    inner = 2 * chunk * D * E * products + 2 * chunk**2 * (D + E) * squares
-    inner += 2 * chunk**3 * ((mode in ("exact", "gdn")) + momentum * squares)
-    return round(passes * tokens / chunk * value_heads * inner)
+    """Multiplications and additions of the forward pass's matrix products; the backward pass has 2.5 times as many."""
+    corrected = mode in ("exact", "gdn")
+    with_state = {"hebb": 2, "frozen": 3, "exact": 3, "gdn": 3}[mode] + momentum * (2 + corrected)
+    one_chunk = 2 * chunk * D * E * with_state + chunk**2 * (D + E) * (5 if corrected else 2)
+    one_chunk += 2 * chunk**3 * (corrected + momentum)
+    return round(passes * tokens / chunk * value_heads * one_chunk)
+
+
+Shape = tuple[int, ...]
 
 
 @register_flop_formula(torch.ops.clplat.delta_memory_forward)
-def _forward_flops(q, k, v, rate, decay, momentum, *rest, **_):  # type: ignore[no-untyped-def]
-    mode, chunk = rest[5:7]
-    sizes = (v[0] * v[1], v[2], q[3], v[3], chunk)
-    return flops(*sizes, mode=MODES[mode], momentum=momentum is not None)
+def _forward_flops(q: Shape, k: Shape, v: Shape, rate: Shape, decay: Any, momentum: Any, *rest: Any, **_: Any) -> int:
+    mode, chunk, _keep = rest[-3:]
+    return flops(v[0] * v[1], v[2], q[3], v[3], chunk, mode=MODES[mode], momentum=momentum is not None)
 
 
 @register_flop_formula(torch.ops.clplat.delta_memory_backward)
-def _backward_flops(q, k, v, rate, decay, momentum, *rest, **_):  # type: ignore[no-untyped-def]
-    sizes = (v[0] * v[1], v[2], q[3], v[3], rest[-1])
-    return flops(*sizes, mode=MODES[rest[-2]], momentum=momentum is not None, passes=2.5)
+def _backward_flops(q: Shape, k: Shape, v: Shape, rate: Shape, decay: Any, momentum: Any, *rest: Any, **_: Any) -> int:
+    mode, chunk = rest[-2:]
+    sizes = (v[0] * v[1], v[2], q[3], v[3], chunk)
+    return flops(*sizes, mode=MODES[mode], momentum=momentum is not None, passes=2.5)

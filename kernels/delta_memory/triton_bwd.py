@@ -1,24 +1,10 @@
-"""The backward kernels of `delta_memory`; the forward pass's tiles and names, adjoints with a d in front.
-
-`scores` computes what a chunk's own tokens owe each other, all chunks at once; `scan_back` carries dW and dS from chunk to
-chunk against time; `gather` adds up, all chunks at once, what reaches q, k and the gates through the chunk's two states.
-Nothing is added atomically: results are the same in every run.
-"""
+"""The walk of `delta_memory` back through the chunks: the forward pass's names, adjoints with a d in front."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from clplat.kernels.delta_memory.layout import Kept, Layout, strides
-from clplat.kernels.delta_memory.reference import Inputs, MemoryState
-from clplat.kernels.delta_memory.triton_fwd import prepared
-from clplat.kernels.delta_memory.triton_gates import gates, scores
-from clplat.kernels.delta_memory.triton_gather import gather_k, gather_q
 from clplat.kernels.delta_memory.triton_tiles import (
     B1_,
     B_,
@@ -38,7 +24,6 @@ from clplat.kernels.delta_memory.triton_tiles import (
     sequence,
     store_tile,
 )
-from clplat.kernels.delta_memory.tuning import options
 
 
 @triton.jit
@@ -120,67 +105,3 @@ def scan_back(
     store_tile(dW + state, dW_DE, d, D, E, e, E)
     if MOMENTUM:
         store_tile(dS + state, dS_DE, d, D, E, e, E)
-
-
-class Gradients(NamedTuple):
-    """Adjoints of the tensors of the same names; None where there was no such input."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    rate: Tensor
-    log_decay: Tensor | None
-    log_momentum: Tensor | None
-    W: Tensor
-    S: Tensor | None
-    anchor: Tensor | None
-
-
-def backward(
-    inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, kept: Kept, do: Tensor, dstate: MemoryState,
-    *, mode: int, chunk: int,
-) -> Gradients:  # fmt: skip
-    """Adjoints of all inputs; `do` (B, T, V, E) dense, `dstate` those of the end state."""
-    layout = Layout.of(inputs, state, cu_seqlens, chunk)
-    (q, k, v, rate, decay, momentum), device = inputs, inputs.v.device
-    P, Tinv, vectors = prepared(inputs, state, cu_seqlens, layout, mode)
-    shape = (*v.shape[:3], layout.D)
-    dq, dk, dv = v.new_empty(shape), v.new_empty(shape), torch.empty(v.shape, dtype=v.dtype, device=device)
-    dgates = [None if gate is None else torch.empty_like(gate) for gate in (rate, decay, momentum)]
-    states = [None if part is None else torch.empty_like(part) for part in (state.W, state.S, state.anchor)]
-    dkept = [None if part is None else torch.empty_like(part) for part in (kept.W, kept.S)]
-    constants = layout.constants(momentum=momentum is not None) | {"MODE": mode}
-    q_strides, k_strides, v_strides = strides(q), strides(k), strides(v)
-    tuned = options("scan_back", layout)
-    scan_back[(triton.cdiv(layout.E, tuned["BE"]), layout.N * layout.V)](
-        q, k, do, P, Tinv, vectors, dstate.W, dstate.S, dstate.anchor, dv, *states, *dkept,
-        cu_seqlens, state.offset, *q_strides, *k_strides, layout.T, layout.slots, layout.D, layout.E,
-        **tuned, **constants,
-    )  # fmt: skip
-    # The walk is over: what it read of P and T is free for the adjoints of q kᵀ and k kᵀ.
-    sizes = (layout.T, layout.N, layout.slots, layout.D, layout.E)
-    constants["BN"] = triton.next_power_of_2(layout.N)
-    grid = (layout.all_slots, layout.V)
-    scores[grid](
-        q, k, v, kept.E, do, dv, rate, decay, momentum, P, Tinv, *dgates, cu_seqlens, state.offset,
-        *q_strides, *k_strides, *v_strides, *sizes,
-        DECAY=decay is not None, **options("scores", layout), **constants,
-    )  # fmt: skip
-    adjoints = torch.empty_like(vectors)
-    gather_q[grid](
-        q, k, do, vectors, kept.W, kept.S, P, dq, adjoints, cu_seqlens, state.offset, *q_strides, *k_strides, *sizes,
-        **options("gather_q", layout), **constants,
-    )  # fmt: skip
-    gather_k[grid](
-        q, k, v, kept.E, do, dv, vectors, kept.W, kept.S, state.anchor, *dkept, P, Tinv, dk, adjoints, cu_seqlens,
-        state.offset, *q_strides, *k_strides, *v_strides, *sizes, **options("gather_k", layout), **constants,
-    )  # fmt: skip
-    for name in ("GROUP", "BD", "UPCAST", "PRECISION"):
-        del constants[name]
-    gates[grid](
-        rate, decay, momentum, vectors, adjoints, *dgates, cu_seqlens, state.offset, layout.T, layout.N, layout.slots,
-        DECAY=decay is not None, **options("gates", layout), **constants,
-    )  # fmt: skip
-    if layout.group > 1:
-        dq, dk = (part.unflatten(2, (-1, layout.group)).sum(3) for part in (dq, dk))
-    return Gradients(dq, dk, dv, *dgates, *states)

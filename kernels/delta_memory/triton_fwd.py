@@ -6,13 +6,9 @@ of gates; `scan` carries W and S from chunk to chunk in registers, each program 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from clplat.kernels.delta_memory.layout import Kept, Layout, strides
-from clplat.kernels.delta_memory.reference import Inputs, MemoryState
 from clplat.kernels.delta_memory.triton_tiles import (
     B1_,
     B_,
@@ -37,15 +33,14 @@ from clplat.kernels.delta_memory.triton_tiles import (
     sequence,
     store_tile,
 )
-from clplat.kernels.delta_memory.tuning import num_groups, options
 
 
 @triton.jit
 def inverse(A_ij, C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + A)⁻¹ of a strictly lower triangular A: inverses of ever larger diagonal blocks, two of them joined at a time.
+    """(I + A)⁻¹ of a strictly lower triangular A: inverses of ever larger diagonal blocks, joined two by two.
 
-    Every intermediate is a block of the true inverse, so that keys that resemble each other do no harm; a Neumann series
-    would explode on them.
+    Every intermediate is a block of the true inverse, so that keys that resemble each other do no harm; a Neumann
+    series would explode on them.
     """
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     T_ij = tl.where(i == j, 1.0, 0.0).to(ACC) - tl.where((i == j + 1) & (i % 2 == 1), A_ij, 0.0)
@@ -200,97 +195,3 @@ def scan(
     store_tile(W_end + state, W_DE, d, D, E, e, E)
     if MOMENTUM:
         store_tile(S_end + state, S_DE, d, D, E, e, E)
-
-
-def forward(
-    inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, *, mode: int, chunk: int, keep: bool
-) -> tuple[Tensor, MemoryState, Kept]:
-    """Outputs, the state behind them and what the backward pass needs; `state.anchor` and `offset` both or neither."""
-    layout = Layout.of(inputs, state, cu_seqlens, chunk)
-    v, momentum = inputs.v, inputs.log_momentum is not None
-    prepared_ = prepared(inputs, state, cu_seqlens, layout, mode)
-    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    kept = Kept(None, None, None)
-    if keep:
-        W_kept = v.new_empty(layout.all_slots, layout.V, layout.D, layout.E)
-        kept = Kept(W_kept, torch.empty_like(W_kept) if momentum else None, None if mode == 0 else torch.empty_like(o))
-    groups = num_groups(layout)
-    if groups == 1:
-        return o, walk(inputs, prepared_, state, layout, mode, o=o, kept=kept, cu_seqlens=cu_seqlens), kept
-    # Too few sequences to fill the card: the walk is cut into groups of chunks, each begun where the last one ended.
-    grouped = Inputs(*(None if x is None else x.unflatten(1, (groups, -1)).flatten(0, 1) for x in inputs))
-    parts = layout.cut(groups)
-    starts = group_starts(grouped, prepared_, state, parts, mode, groups)
-    end = walk(grouped, prepared_, starts, parts, mode, o=o, kept=kept)
-    last = (None if x is None else x.unflatten(0, (-1, groups))[:, -1].contiguous() for x in end)
-    return o, MemoryState(*last), kept
-
-
-Prepared = tuple[Tensor, Tensor | None, Tensor]
-
-
-def walk(
-    inputs: Inputs, prepared_: Prepared, state: MemoryState, layout: Layout, mode: int, *, o: Tensor | None = None,
-    kept: Kept = Kept(None, None, None), cu_seqlens: Tensor | None = None, values: bool = True,
-) -> MemoryState:  # fmt: skip
-    """Launches `scan` from `state` and gives the state behind it, the anchor that of the last chunk."""
-    q, k, v = inputs[:3]
-    W, S = torch.empty_like(state.W), None if state.S is None else torch.empty_like(state.S)
-    # An empty sequence leaves its open chunk as it is.
-    anchor = (state.W if state.anchor is None else state.anchor).clone() if mode == FROZEN.value else None
-    tuned = options("scan", layout)
-    scan[(triton.cdiv(layout.E, tuned["BE"]), layout.N * layout.V)](
-        q, k, v, *prepared_, state.W, state.S, state.anchor, o, W, S, anchor, *kept, cu_seqlens, state.offset,
-        *strides(q), *strides(k), *strides(v), layout.T, layout.slots, layout.D, layout.E,
-        MODE=mode, KEEP=kept.W is not None, READ=o is not None, VALUES=values,
-        **layout.constants(momentum=state.S is not None), **tuned,
-    )  # fmt: skip
-    return MemoryState(W, S, anchor)
-
-
-def group_starts(
-    inputs: Inputs, prepared_: Prepared, state: MemoryState, layout: Layout, mode: int, groups: int
-) -> MemoryState:
-    """The state at the start of every group; `inputs` and `layout` have a row for each.
-
-    A group maps states linearly but for what its values write: x → M x + n. Walks from zero and from unit states find n
-    and M of all groups at once, a short loop chains them.
-    """
-    zero = torch.zeros_like(state.W).repeat_interleave(groups, 0)
-    momentum = state.S is not None
-    written = walk(inputs, prepared_, MemoryState(zero, zero if momentum else None), layout, mode)
-    square = layout.squared()
-    unit = torch.eye(layout.D, dtype=zero.dtype, device=zero.device).expand(*zero.shape[:2], -1, -1).contiguous()
-    none = torch.zeros_like(unit)
-    columns = [walk(inputs, prepared_, MemoryState(unit, none if momentum else None), square, mode, values=False)]
-    if momentum:
-        columns.append(walk(inputs, prepared_, MemoryState(none, unit), square, mode, values=False))
-    # W above S: (B, groups, V, D or 2 D, …)
-    stacked = [torch.cat([part for part in (s.W, s.S) if part is not None], 2) for s in columns]
-    M = torch.cat(stacked, 3).unflatten(0, (-1, groups))
-    n = torch.cat([part for part in (written.W, written.S) if part is not None], 2).unflatten(0, (-1, groups))
-    x = torch.cat([part for part in (state.W, state.S) if part is not None], 2)
-    starts = [x]
-    for group in range(groups - 1):
-        x = torch.matmul(M[:, group], x).add_(n[:, group])
-        starts.append(x)
-    every = torch.stack(starts, 1).flatten(0, 1)
-    W, *S = (part.contiguous() for part in every.split(layout.D, 2))
-    return MemoryState(W, S[0] if S else None)
-
-
-def prepared(
-    inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, layout: Layout, mode: int
-) -> Prepared:
-    """P and T (slots, V, C, C), the latter where the mode has one, and the vectors of gates (slots, V, 7, C)."""
-    q, k, v = inputs[:3]
-    P, Tinv = layout.square(v.device), layout.square(v.device) if mode >= EXACT.value else None
-    shape = (layout.all_slots, layout.V, NUM_VECTORS.value, layout.C)
-    vectors = torch.empty(shape, dtype=layout.accumulator, device=v.device)
-    prepare[(layout.all_slots, layout.V)](
-        q, k, inputs.rate, inputs.log_decay, inputs.log_momentum, P, Tinv, vectors, cu_seqlens, state.offset,
-        *strides(q), *strides(k), layout.T, layout.N, layout.slots, layout.D,
-        BN=triton.next_power_of_2(layout.N), MODE=mode, DECAY=inputs.log_decay is not None,
-        **layout.constants(momentum=inputs.log_momentum is not None), **options("prepare", layout),
-    )  # fmt: skip
-    return P, Tinv, vectors

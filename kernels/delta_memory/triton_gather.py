@@ -80,13 +80,14 @@ def gather_q(
 
 @triton.jit
 def gather_k(
-    q, k, v, errors, do, dv, vectors, W_kept, S_kept, anchor, dW_kept, dS_kept, dX, dY, dk, adjoints, cu_seqlens, offsets,
+    q, k, v, errors, do, dv, vectors, W_kept, S_kept, anchor, dW_kept, dS_kept, dX, dY, dk, adjoints,
+    cu_seqlens, offsets,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, T, N, slots, D, E,
     V: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
     MODE: tl.constexpr, MOMENTUM: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk (B, T, V, D) of every value head, the adjoints of b′, f′ and of the writes' weights, and of the states' own."""
+    """dk (B, T, V, D) of every value head, and the adjoints of b′, f′, the writes' weights and the states' factors."""
     slot, head = tl.program_id(0), tl.program_id(1)
     n, i = owner(slot, cu_seqlens, slots, N, C, PACKED, BN)
     row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)

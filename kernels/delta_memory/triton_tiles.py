@@ -1,8 +1,9 @@
-"""What all kernels of `delta_memory` share: where a chunk lies, and its matrices of decay.
+"""What all kernels of `delta_memory` share: where a chunk lies, its matrices of decay, its tiles in memory.
 
 Names in kernels: C tokens of a chunk, D and E the widths of keys and values, N sequences, H key heads, V value heads; a
-tile's shape stands behind its name, and ij means (C, C). Every chunk of every sequence has a slot, its place in the buffers that hold one entry per chunk. Empty
-segments and ragged ends need no information on the host: slots are handed out generously and idle programs leave at once.
+tile's shape stands behind its name, and ij means (C, C). Every chunk of every sequence has a slot, its place in buffers
+that hold one entry per chunk. Empty segments and ragged ends need no information on the host: slots are handed out
+generously and idle programs leave at once.
 """
 
 from __future__ import annotations

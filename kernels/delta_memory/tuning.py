@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import triton
+
 from clplat.kernels.delta_memory.layout import Layout
 
 WALKS = ("scan", "scan_back")
@@ -13,7 +15,7 @@ def options(kernel: str, layout: Layout) -> dict[str, int]:
         # Narrow blocks: the walk over chunks is one long chain, and many short chains hide each other's waits.
         return {"BE": min(32, layout.block_E), "num_warps": 4, "num_stages": 2}
     if kernel in ("gather_q", "gather_k"):
-        return {"BE": min(32, layout.block_E), "num_warps": 4, "num_stages": 2}
+        return {"BE": min(32, layout.block_E), "num_warps": 8, "num_stages": 2}
     return ({"BE": layout.block_E} if kernel == "scores" else {}) | {"num_warps": 4, "num_stages": 2}
 
 
@@ -22,9 +24,9 @@ def num_groups(layout: Layout) -> int:
 
     A cut walk is walked three times, but by so many more programs at once.
     """
-    groups, programs = 1, layout.N * layout.V * -(-layout.E // 32)
+    groups, programs = 1, layout.N * layout.V * triton.cdiv(layout.E, 32)
     if layout.packed or layout.offsets:
         return 1
-    while groups < 16 and programs * groups < 512 and layout.T % (2 * groups * layout.C) == 0:
+    while groups < 16 and programs * groups < 512 and not layout.T % (2 * groups * layout.C):
         groups *= 2
-    return groups if groups >= 8 and layout.T >= 16 * groups * layout.C else 1
+    return groups if groups >= 8 and 16 * groups * layout.C <= layout.T else 1

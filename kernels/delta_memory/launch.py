@@ -1,0 +1,184 @@
+"""Launches the kernels of `delta_memory`: forward, from a state to outputs and the next state, and back.
+
+Forward: `prepare` computes what every chunk knows by itself, `scan` walks from chunk to chunk; a long walk of few
+sequences is cut into groups of chunks. Back: `prepare` again, `scan_back` walks the other way, `scores` finds what a
+chunk's tokens owe each other, `gather_q` and `gather_k` what reaches them through the chunk's states, `gates` adds the
+gates' share.
+Nothing is added atomically: results are the same in every run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from clplat.kernels.delta_memory.layout import Kept, Layout, strides
+from clplat.kernels.delta_memory.reference import Inputs, MemoryState
+from clplat.kernels.delta_memory.triton_bwd import scan_back
+from clplat.kernels.delta_memory.triton_fwd import prepare, scan
+from clplat.kernels.delta_memory.triton_gates import gates, scores
+from clplat.kernels.delta_memory.triton_gather import gather_k, gather_q
+from clplat.kernels.delta_memory.triton_tiles import EXACT, FROZEN, NUM_VECTORS
+from clplat.kernels.delta_memory.tuning import num_groups, options
+
+NOTHING = Kept(None, None, None)
+Prepared = tuple[Tensor, Tensor | None, Tensor]
+
+
+def forward(
+    inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, *, mode: int, chunk: int, keep: bool
+) -> tuple[Tensor, MemoryState, Kept]:
+    """Outputs, the state behind them and what the backward pass needs; `state.anchor` and `offset` both or neither."""
+    layout = Layout.of(inputs, state, cu_seqlens, chunk)
+    v, momentum = inputs.v, inputs.log_momentum is not None
+    ready = prepared(inputs, state, cu_seqlens, layout, mode)
+    o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    kept = NOTHING
+    if keep:
+        W_kept = v.new_empty(layout.all_slots, layout.V, layout.D, layout.E)
+        kept = Kept(W_kept, torch.empty_like(W_kept) if momentum else None, None if mode == 0 else torch.empty_like(o))
+    groups = num_groups(layout)
+    if groups == 1:
+        return o, walk(inputs, ready, state, layout, mode, o=o, kept=kept, cu_seqlens=cu_seqlens), kept
+    # Too few sequences to fill the card: the walk is cut into groups of chunks, each begun where the last one ended.
+    grouped = Inputs(*(None if x is None else x.unflatten(1, (groups, -1)).flatten(0, 1) for x in inputs))
+    parts = layout.cut(groups)
+    starts = group_starts(grouped, ready, state, parts, mode, groups)
+    end = walk(grouped, ready, starts, parts, mode, o=o, kept=kept)
+    last = (None if x is None else x.unflatten(0, (-1, groups))[:, -1].contiguous() for x in end)
+    return o, MemoryState(*last), kept
+
+
+def walk(
+    inputs: Inputs, ready: Prepared, state: MemoryState, layout: Layout, mode: int, *, o: Tensor | None = None,
+    kept: Kept = NOTHING, cu_seqlens: Tensor | None = None, values: bool = True,
+) -> MemoryState:  # fmt: skip
+    """Launches `scan` from `state` and gives the state behind it, the anchor that of the last chunk."""
+    q, k, v = inputs[:3]
+    W, S = torch.empty_like(state.W), None if state.S is None else torch.empty_like(state.S)
+    # An empty sequence leaves its open chunk as it is.
+    anchor = (state.W if state.anchor is None else state.anchor).clone() if mode == FROZEN.value else None
+    tuned = options("scan", layout)
+    scan[(triton.cdiv(layout.E, tuned["BE"]), layout.N * layout.V)](
+        q, k, v, *ready, state.W, state.S, state.anchor, o, W, S, anchor, *kept, cu_seqlens, state.offset,
+        *strides(q), *strides(k), *strides(v), layout.T, layout.slots, layout.D, layout.E,
+        MODE=mode, KEEP=kept.W is not None, READ=o is not None, VALUES=values,
+        **layout.constants(momentum=state.S is not None), **tuned,
+    )  # fmt: skip
+    return MemoryState(W, S, anchor)
+
+
+def group_starts(
+    inputs: Inputs, ready: Prepared, state: MemoryState, layout: Layout, mode: int, groups: int
+) -> MemoryState:
+    """The state at the start of every group; `inputs` and `layout` have a row for each.
+
+    A group maps states linearly but for what its values write: x → M x + n. Walks from zero and from unit states find n
+    and M of all groups at once, a short loop chains them.
+    """
+    zero = torch.zeros_like(state.W).repeat_interleave(groups, 0)
+    momentum = state.S is not None
+    written = walk(inputs, ready, MemoryState(zero, zero if momentum else None), layout, mode)
+    square = layout.squared()
+    unit = torch.eye(layout.D, dtype=zero.dtype, device=zero.device).expand(*zero.shape[:2], -1, -1).contiguous()
+    none = torch.zeros_like(unit)
+    columns = [walk(inputs, ready, MemoryState(unit, none if momentum else None), square, mode, values=False)]
+    if momentum:
+        columns.append(walk(inputs, ready, MemoryState(none, unit), square, mode, values=False))
+    # W above S: (B, groups, V, D or 2 D, …)
+    stacked = [torch.cat([part for part in (s.W, s.S) if part is not None], 2) for s in columns]
+    M = torch.cat(stacked, 3).unflatten(0, (-1, groups))
+    n = torch.cat([part for part in (written.W, written.S) if part is not None], 2).unflatten(0, (-1, groups))
+    x = torch.cat([part for part in (state.W, state.S) if part is not None], 2)
+    starts = [x]
+    for group in range(groups - 1):
+        x = torch.matmul(M[:, group], x).add_(n[:, group])
+        starts.append(x)
+    every = torch.stack(starts, 1).flatten(0, 1)
+    W, *S = (part.contiguous() for part in every.split(layout.D, 2))
+    return MemoryState(W, S[0] if S else None)
+
+
+def prepared(inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, layout: Layout, mode: int) -> Prepared:
+    """P and T (slots, V, C, C), the latter where the mode has one, and the vectors of gates (slots, V, 7, C)."""
+    q, k, v = inputs[:3]
+    P, Tinv = layout.square(v.device), layout.square(v.device) if mode >= EXACT.value else None
+    shape = (layout.all_slots, layout.V, NUM_VECTORS.value, layout.C)
+    vectors = torch.empty(shape, dtype=layout.accumulator, device=v.device)
+    prepare[(layout.all_slots, layout.V)](
+        q, k, inputs.rate, inputs.log_decay, inputs.log_momentum, P, Tinv, vectors, cu_seqlens, state.offset,
+        *strides(q), *strides(k), layout.T, layout.N, layout.slots, layout.D,
+        BN=triton.next_power_of_2(layout.N), MODE=mode, DECAY=inputs.log_decay is not None,
+        **layout.constants(momentum=inputs.log_momentum is not None), **options("prepare", layout),
+    )  # fmt: skip
+    return P, Tinv, vectors
+
+
+class Gradients(NamedTuple):
+    """Adjoints of the tensors of the same names; None where there was no such input."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rate: Tensor
+    log_decay: Tensor | None
+    log_momentum: Tensor | None
+    W: Tensor
+    S: Tensor | None
+    anchor: Tensor | None
+
+
+def backward(
+    inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, kept: Kept, do: Tensor, dstate: MemoryState,
+    *, mode: int, chunk: int,
+) -> Gradients:  # fmt: skip
+    """Adjoints of all inputs; `do` (B, T, V, E) dense, `dstate` those of the end state."""
+    layout = Layout.of(inputs, state, cu_seqlens, chunk)
+    (q, k, v, rate, decay, momentum), device = inputs, inputs.v.device
+    P, Tinv, vectors = prepared(inputs, state, cu_seqlens, layout, mode)
+    shape = (*v.shape[:3], layout.D)
+    dq, dk, dv = v.new_empty(shape), v.new_empty(shape), torch.empty(v.shape, dtype=v.dtype, device=device)
+    dgates = [None if gate is None else torch.empty_like(gate) for gate in (rate, decay, momentum)]
+    states = [None if part is None else torch.empty_like(part) for part in (state.W, state.S)]
+    # Only `frozen` looks at the anchor.
+    empty = torch.empty_like if mode == FROZEN.value else torch.zeros_like
+    states.append(None if state.anchor is None else empty(state.anchor))
+    dkept = [None if part is None else torch.empty_like(part) for part in (kept.W, kept.S)]
+    constants = layout.constants(momentum=momentum is not None) | {"MODE": mode}
+    q_strides, k_strides, v_strides = strides(q), strides(k), strides(v)
+    tuned = options("scan_back", layout)
+    scan_back[(triton.cdiv(layout.E, tuned["BE"]), layout.N * layout.V)](
+        q, k, do, P, Tinv, vectors, dstate.W, dstate.S, dstate.anchor, dv, *states, *dkept,
+        cu_seqlens, state.offset, *q_strides, *k_strides, layout.T, layout.slots, layout.D, layout.E,
+        **tuned, **constants,
+    )  # fmt: skip
+    # The walk is over: what it read of P and T is free for the adjoints of q kᵀ and k kᵀ.
+    sizes = (layout.T, layout.N, layout.slots, layout.D, layout.E)
+    constants["BN"] = triton.next_power_of_2(layout.N)
+    grid = (layout.all_slots, layout.V)
+    scores[grid](
+        q, k, v, kept.E, do, dv, rate, decay, momentum, P, Tinv, *dgates, cu_seqlens, state.offset,
+        *q_strides, *k_strides, *v_strides, *sizes,
+        DECAY=decay is not None, **options("scores", layout), **constants,
+    )  # fmt: skip
+    adjoints = torch.empty_like(vectors)
+    gather_q[grid](
+        q, k, do, vectors, kept.W, kept.S, P, dq, adjoints, cu_seqlens, state.offset, *q_strides, *k_strides, *sizes,
+        **options("gather_q", layout), **constants,
+    )  # fmt: skip
+    gather_k[grid](
+        q, k, v, kept.E, do, dv, vectors, kept.W, kept.S, state.anchor, *dkept, P, Tinv, dk, adjoints, cu_seqlens,
+        state.offset, *q_strides, *k_strides, *v_strides, *sizes, **options("gather_k", layout), **constants,
+    )  # fmt: skip
+    for name in ("GROUP", "BD", "UPCAST", "PRECISION"):
+        del constants[name]
+    gates[grid](
+        rate, decay, momentum, vectors, adjoints, *dgates, cu_seqlens, state.offset, layout.T, layout.N, layout.slots,
+        DECAY=decay is not None, **options("gates", layout), **constants,
+    )  # fmt: skip
+    if layout.group > 1:
+        dq, dk = (part.unflatten(2, (-1, layout.group)).sum(3) for part in (dq, dk))
+    return Gradients(dq, dk, dv, *dgates, *states)
