@@ -48,9 +48,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.GridExecutor, "_init_args_hst", placed)
     builder = interpreter.InterpreterBuilder
     for name in ("create_masked_load", "create_masked_store"):
-        monkeypatch.setattr(
-            interpreter.InterpreterBuilder, name, watched(getattr(interpreter.InterpreterBuilder, name))
-        )
+        monkeypatch.setattr(builder, name, watched(getattr(builder, name)))
 
 
 GUARDED = [
