@@ -1,6 +1,6 @@
 """Problems for `delta_memory` and their solutions: outputs, end states and the gradient of every input by name.
 
-Names in problems: the arguments' own, and `do`, `dW`, `dS`, `danchor` for what flows back into the outputs. In solutions
+Names in problems: the arguments' own, and `do`, `dW`, `dS`, `danchor` for what flows back into outputs. In solutions
 `d` before an argument's name is its gradient. Shapes: see `clplat.kernels.delta_memory.reference`.
 """
 
