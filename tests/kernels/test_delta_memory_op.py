@@ -42,7 +42,7 @@ OP_CASES = [
 @pytest.mark.parametrize("case", OP_CASES, ids=str)
 def test_the_forward_operator_is_what_it_is_registered_as(case: Case) -> None:
     checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
-    # Packed, places for chunks stay empty; what lies there differs from call to call, which the last check takes for wrong.
+    # Packed, places for chunks stay empty, and the last check takes it for wrong that what lies there differs.
     checks = checks[:3] if case.lengths else checks
     torch.library.opcheck(
         torch.ops.clplat.delta_memory_forward.default, operands(case, gradients=True), test_utils=checks
