@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/ready
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-gpu lint clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml
@@ -27,6 +27,9 @@ test: lint
 
 test-all: $(READY)
 	$(BIN)/pytest -m long
+
+test-gpu: $(READY)
+	$(BIN)/pytest tests/gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -136,6 +136,9 @@ def _check(
     for name, gate in (("rate", inputs.rate), ("log_decay", inputs.log_decay), ("log_momentum", inputs.log_momentum)):
         if gate is not None and gate.shape != v.shape[:3]:
             raise ValueError(f"{name}: must be (B, T, V) = {tuple(v.shape[:3])}, got {tuple(gate.shape)}")
+    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64)):
+        kind = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
+        raise ValueError(f"cu_seqlens: must be (sequences + 1,) integers, got {kind}")
     if cu_seqlens is not None and len(q) != 1:
         raise ValueError(f"cu_seqlens: packed sequences come as one row, B = 1, got B = {len(q)}")
     if state is None:
@@ -144,6 +147,8 @@ def _check(
     for name, part in (("W", state.W), ("S", state.S), ("anchor", state.anchor)):
         if part is not None and part.shape != shape:
             raise ValueError(f"state.{name}: must be (sequences, V, D, E) = {shape}, got {tuple(part.shape)}")
+    if state.offset is not None and state.offset.shape != (sequences,):
+        raise ValueError(f"state.offset: must be (sequences,) = ({sequences},), got {tuple(state.offset.shape)}")
     if (state.S is None) != (inputs.log_momentum is None):
         raise ValueError("state.S and log_momentum: give both or neither")
     if (state.anchor is None) != (state.offset is None):
