@@ -41,7 +41,7 @@ def libraries(case: Case) -> list[Peer]:
         # The library has no rate: it is multiplied into v beforehand, at no cost to the library.
         ("hebb", True, False): [Peer("fla chunk_simple_gla", _simple_gla, _rate_in_values, ("dv", "drate"))],
         ("exact", True, True): [
-            # In chunks of 64, its default, release 0.6.0 is far off where momentum is near to the decay.
+            # In chunks of 64, its default, release 0.6.0 is far off on a CPU where momentum fades faster than W.
             Peer(f"fla chunk_momentum_delta_rule, chunks of {size}", partial(_momentum_delta_rule, size))
             for size in (16, CHUNK)
         ],

@@ -80,14 +80,17 @@ def _forward_shapes(
     W: Tensor, S: Tensor | None, anchor: Tensor | None, offset: Tensor | None, cu_seqlens: Tensor | None,
     mode: int, chunk: int, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    none, o = v.new_empty(0), torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    slots = num_slots(len(W), v.shape[1], chunk, packed=cu_seqlens is not None, offsets=offset is not None)
-    W_kept = v.new_empty(slots, v.shape[2], *W.shape[2:]) if keep else none
+    def maybe(wanted: bool, like: Tensor) -> Tensor:
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device) if wanted else v.new_empty(0)
+
+    momentum, slots = (
+        log_momentum is not None,
+        num_slots(len(W), v.shape[1], chunk, packed=cu_seqlens is not None, offsets=offset is not None),
+    )
+    kept = v.new_empty(slots if keep else 0, v.shape[2], *W.shape[2:])
     return (
-        o, torch.empty_like(W), none if log_momentum is None else torch.empty_like(W),
-        torch.empty_like(W) if MODES[mode] == "frozen" else none,
-        W_kept, torch.empty_like(W_kept) if keep and log_momentum is not None else none,
-        torch.empty_like(o) if keep and MODES[mode] != "hebb" else none,
+        maybe(True, v), maybe(True, W), maybe(momentum, W), maybe(MODES[mode] == "frozen", W),
+        maybe(keep, kept), maybe(keep and momentum, kept), maybe(keep and MODES[mode] != "hebb", v),
     )  # fmt: skip
 
 
