@@ -24,7 +24,6 @@ def answerer(
     augment: Callable[[Tensor], Tensor] | None,
     *,
     open_logits: bool,
-    mode: bool | str,
 ) -> Answer:
     """Augmentation, forward pass and default loss as one function, so that a compiler can join them.
 
@@ -42,9 +41,11 @@ def answerer(
         loss = objective(output, batch) if batch.origin is None else objective.by_origin(output, batch)
         return batch, output if open_logits else replace(output, logits=output.logits.detach()), loss
 
-    return compiled(answer, mode)
+    return answer
 
 
-def compiled(function: Callable[P, R], mode: bool | str) -> Callable[P, R]:
-    """The function as `training.compile` wants it."""
-    return torch.compile(function, mode=mode if isinstance(mode, str) else None) if mode else function
+def compiled(function: Callable[P, R], mode: bool | str, *, dynamic: bool | None = None) -> Callable[P, R]:
+    """The function as `training.compile` wants it; `dynamic` as in torch.compile."""
+    if not mode:
+        return function
+    return torch.compile(function, mode=mode if isinstance(mode, str) else None, dynamic=dynamic)

@@ -18,6 +18,7 @@ from clplat.loaders import RowOrder, TaskLoader
 from clplat.streams.base import Task
 
 if TYPE_CHECKING:
+    from clplat.learner import Means
     from clplat.loop import Run
 
 
@@ -25,6 +26,7 @@ def fit(run: Run, task: Task) -> None:
     """Train until the task's budget is used, starting at the batch after the last finished one."""
     loader = task_loader(run, task)
     learner = run.parts.learner
+    learner.full_rows = run.config.training.batch_size // run.world.size
     learner.watch = steps = TaskSteps(run, task, total=loader.stop // run.config.training.accumulate)
     if len(loader):
         learner.train()
@@ -102,6 +104,7 @@ class TaskSteps:
         self.evaluate_every = run.config.evaluation.every
         self.until = run.budget(task).until
         self._resumed_at = time.perf_counter()
+        self._means: tuple[Means, dict[str, float], int] | None = None
 
     def begun(self) -> None:
         """What came before, a new Trainer above all, is no training time."""
@@ -114,7 +117,7 @@ class TaskSteps:
         run.parts.context.step = step
         log = step % self.log_every == 0
         if log:
-            self._log(step)
+            self._log()
         if self.evaluate_every and step % self.evaluate_every == 0:
             self._score(step)
         self._observe_steps(step)
@@ -123,19 +126,28 @@ class TaskSteps:
 
     def ended(self) -> None:
         """The task's last, incomplete window of losses."""
-        self._log(self.run.parts.learner.global_steps)
+        self._log()
+        self._write()
 
-    def _log(self, step: int) -> None:
-        run, learner = self.run, self.run.parts.learner
-        logged = learner.flush(run.world)
+    def _log(self) -> None:
+        """Writes the last window of losses and sends for this one's: a GPU that is asked waits for no answer."""
+        self._write()
+        learner = self.run.parts.learner
+        means, rate = learner.flush(self.run.world), learner.current_rate()
+        if means is not None:
+            done = learner.batches // self.run.config.training.accumulate
+            self._means = (means, {} if rate is None else {"train/learning_rate": rate}, done)
         self._count_time()
-        if logged:
-            rate = learner.current_rate()
-            if run.journal is not None:
-                values = {f"train/{name}": value for name, value in logged.items()}
-                run.journal.metrics(step, values | ({"train/learning_rate": rate} if rate is not None else {}))
-            done = learner.batches // run.config.training.accumulate
-            run.progress.step(self.task.name, done, self.total, logged.get("loss"))
+
+    def _write(self) -> None:
+        """Writes what was sent for, before anything is saved at the latest."""
+        if self._means is None:
+            return
+        (means, rate, done), self._means = self._means, None
+        values = means.read()
+        if self.run.journal is not None:
+            self.run.journal.metrics(means.step, {f"train/{name}": value for name, value in values.items()} | rate)
+        self.run.progress.step(self.task.name, done, self.total, values.get("loss"))
 
     def _count_time(self) -> None:
         """Move what was counted since the last time into the run's totals."""
@@ -180,6 +192,8 @@ class TaskSteps:
     def _save_if_due(self) -> None:
         run = self.run
         due, stop = run.agreed(run.checkpoints.due()), run.agreed(run.interruption.requested is not None)
+        if stop or due:
+            self._write()
         if stop:
             self._count_time()
             run.save("train")

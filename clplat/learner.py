@@ -38,6 +38,28 @@ class Watch(Protocol):
     def ended(self) -> None: ...
 
 
+class Means:
+    """Means of loss terms of the steps up to `step`, copied to the host while the device goes on."""
+
+    def __init__(self, names: list[str], values: Tensor, step: int) -> None:
+        self.names, self.step = names, step
+        self._values = values.to("cpu", non_blocking=True)
+        self._arrived = None
+        if values.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> dict[str, float]:
+        """The means by name; waits until they have come. Raises NotFiniteError for one that is not finite."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        means = dict(zip(self.names, self._values.tolist(), strict=True))
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise NotFiniteError(f"{name}: became {value} by step {self.step}. {_REMEDY}")
+        return means
+
+
 class Learner(LightningModule):
     """Trains one architecture under the strategies of a run; the run loop owns everything between tasks.
 
@@ -58,16 +80,17 @@ class Learner(LightningModule):
         self.augment = compiled(augment, training.compile) if augment is not None else None
         # The step is written out in `_step`: Lightning's automatic one costs more than a small model's forward.
         self.automatic_optimization = False
-        # In a list, so that the compiled form of the architecture is not registered as a second module.
-        self._answer = [
-            answerer(
-                architecture,
-                objective if hooks.objective is None else None,
-                augment,
-                open_logits=bool(hooks.with_penalty),
-                mode=training.compile,
-            )
-        ]
+        plain = answerer(
+            architecture,
+            objective if hooks.objective is None else None,
+            augment,
+            open_logits=bool(hooks.with_penalty),
+        )
+        # A ResNet compiled for rows of any number takes 1.6 times as long as one for a single size; controllers change
+        # the rows of replay too often for that. In a tuple, so that no second module is registered.
+        dynamic = None if hooks.controllers else False
+        self._answers = (plain, compiled(plain, training.compile, dynamic=dynamic))
+        self.full_rows = training.batch_size
         self.carried: State = None
         self.window: dict[str, list[Tensor]] = {}
         self.rows = {"current": 0, "replay": 0}
@@ -102,7 +125,9 @@ class Learner(LightningModule):
             loss, output = self.hooks.step_owner.step(seen, self._optimizer())
             self._note({"loss": loss})
         else:
-            seen, output, parts = self._answer[0](batch, self.carried)
+            # The shorter batch that ends a pass is not worth a compilation.
+            answer = self._answers[rows == self.full_rows]
+            seen, output, parts = answer(batch, self.carried)
             self._step(self._loss(output, seen, parts))
         if self.architecture.memory_life != "sequence":
             self.carried = pytree.tree_map(self._kept, output.state)
@@ -256,17 +281,13 @@ class Learner(LightningModule):
         """The learning rate of the first parameter group; None outside training."""
         return float(self._optimizer().param_groups[0]["lr"]) if self._fitting else None
 
-    def flush(self, world: World) -> dict[str, float]:
-        """Means of the loss terms since the last flush: the one place where training waits for the device."""
+    def flush(self, world: World) -> Means | None:
+        """Means of the loss terms since the last flush, on their way to the host; None without any."""
         means = {name: torch.stack(values).float().mean() for name, values in self.window.items() if values}
         self.window.clear()
         if not means:
-            return {}
-        values = (world.sum(torch.stack(list(means.values()))) / world.size).tolist()
-        for name, value in zip(means, values, strict=True):
-            if not math.isfinite(value):
-                raise NotFiniteError(f"{name}: became {value} by step {self.global_steps}. {_REMEDY}")
-        return dict(zip(means, values, strict=True))
+            return None
+        return Means(list(means), world.sum(torch.stack(list(means.values()))) / world.size, self.global_steps)
 
     def take_observed(self, world: World) -> float | None:
         """Mean loss since the last time a controller was told."""

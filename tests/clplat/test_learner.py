@@ -42,8 +42,8 @@ def test_the_compiled_step_is_one_graph_and_trains_the_same(
 def test_nothing_that_outlives_a_step_stays_in_memory_that_a_replayed_graph_overwrites(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def replayed(function: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
-        assert mode == "reduce-overhead"
+    def replayed(function: Callable[..., Any], mode: str | None, dynamic: bool | None) -> Callable[..., Any]:
+        assert mode == "reduce-overhead" and dynamic is False
         results: list[torch.Tensor] = []
 
         def call(*inputs: Any) -> Any:
@@ -59,3 +59,21 @@ def test_nothing_that_outlives_a_step_stays_in_memory_that_a_replayed_graph_over
     folder = run_folder(tmp_path, study(strategies={"replay": REPLAY}, training__compile="reduce-overhead"), "graphs")
     assert execute(folder).status == "FINISHED", (folder / "error.txt").read_text()
     assert table(folder).scores()[-1].min() > 0.1
+
+
+def test_only_full_batches_are_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def recorded(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        def call(*inputs: Any) -> Any:
+            sizes.append(len(inputs[0]))
+            return function(*inputs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", recorded)
+    data = study(training__compile=True, training__batch_size=100, training__budget={"epochs": 2})
+    folder = run_folder(tmp_path, data, "full")
+    assert execute(folder).status == "FINISHED", (folder / "error.txt").read_text()
+    # Every pass over a task ends with fewer rows than that.
+    assert set(sizes) == {100} and len(sizes) < Checkpoints(folder, every_seconds=0).load()["global_steps"]
