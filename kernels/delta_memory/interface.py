@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from clplat.kernels.delta_memory.assembler import fault_on_hopper
 from clplat.kernels.delta_memory.reference import (
     LOWEST_GATE,
     MODES,
@@ -49,9 +50,8 @@ def delta_memory(
     `state` continues an earlier call, in the middle of a frozen chunk too. `cu_seqlens` (N + 1,) int32, first 0, last
     T, packs N sequences into B = 1; `state` then has N rows.
 
-    `backend`: `auto` takes the Triton kernels on GPUs of compute capability 8.0 and higher, but for Hopper as long as
-    docs/results/kernels.md reports a fault there, and the chunked PyTorch form elsewhere; `triton` never falls back;
-    `recurrent` is the token loop that defines the operation.
+    `backend`: `auto` takes the Triton kernels on GPUs of compute capability 8.0 and higher and the chunked PyTorch form
+    elsewhere; `triton` never falls back; `recurrent` is the token loop that defines the operation.
     Raises ValueError for shapes, types and values that no form, or not the one asked for, supports.
     """
     if torch.is_autocast_enabled(q.device.type):
@@ -88,12 +88,7 @@ def which_backend(q: Tensor, k: Tensor, v: Tensor, *, chunk: int = 64, backend: 
         if obstacle:
             raise ValueError(f"backend: triton is asked for, but {obstacle}")
         return "triton"
-    return "torch" if obstacle or not q.is_cuda or _unproven(q.device) else "triton"
-
-
-def _unproven(device: torch.device) -> bool:
-    """Whether `auto` keeps away from the kernels: on Hopper one of them has faulted, see docs/results/kernels.md."""
-    return torch.cuda.get_device_capability(device)[0] == 9
+    return "torch" if obstacle or not q.is_cuda else "triton"
 
 
 def _obstacle(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> str:
@@ -111,6 +106,8 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> str:
         return f"heads are {q.shape[-1]} and {v.shape[-1]} wide; the kernels go up to {LARGEST_WIDTH}"
     if chunk not in CHUNKS:
         return f"chunk is {chunk}; the kernels know {CHUNKS}"
+    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9:
+        return fault_on_hopper()
     return ""
 
 

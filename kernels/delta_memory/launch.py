@@ -1,7 +1,7 @@
 """Launches the kernels of `delta_memory`: forward, from a state to outputs and the next state, and back.
 
 Forward: `prepare` computes what every chunk knows by itself, `scan` walks from chunk to chunk; a long walk of few
-sequences is cut into groups of chunks. Back: `prepare` again, `scan_back` walks the other way, `scores` finds what a
+sequences is cut into groups of chunks. Back: `scan_back` walks the other way, `scores` finds what a
 chunk's tokens owe each other, `gather_q` and `gather_k` what reaches them through the chunk's states, `gates` adds the
 gates' share.
 Nothing is added atomically: results are the same in every run.
@@ -24,7 +24,7 @@ from clplat.kernels.delta_memory.triton_gather import gather_k, gather_q
 from clplat.kernels.delta_memory.triton_tiles import EXACT, FROZEN, NUM_VECTORS
 from clplat.kernels.delta_memory.tuning import num_groups, options
 
-NOTHING = Kept(None, None, None)
+NOTHING = Kept(None, None, None, None, None, None)
 Prepared = tuple[Tensor, Tensor | None, Tensor]
 
 
@@ -39,7 +39,8 @@ def forward(
     kept = NOTHING
     if keep:
         W_kept = v.new_empty(layout.all_slots, layout.V, layout.D, layout.E)
-        kept = Kept(W_kept, torch.empty_like(W_kept) if momentum else None, None if mode == 0 else torch.empty_like(o))
+        S_kept, E_kept = torch.empty_like(W_kept) if momentum else None, None if mode == 0 else torch.empty_like(o)
+        kept = Kept(W_kept, S_kept, E_kept, *ready)
     groups = num_groups(layout)
     if groups == 1:
         return o, walk(inputs, ready, state, layout, mode, o=o, kept=kept, cu_seqlens=cu_seqlens), kept
@@ -63,7 +64,7 @@ def walk(
     anchor = (state.W if state.anchor is None else state.anchor).clone() if mode == FROZEN.value else None
     tuned = options("scan", layout)
     scan[(triton.cdiv(layout.E, tuned["BE"]), layout.N * layout.V)](
-        q, k, v, *ready, state.W, state.S, state.anchor, o, W, S, anchor, *kept, cu_seqlens, state.offset,
+        q, k, v, *ready, state.W, state.S, state.anchor, o, W, S, anchor, *kept[:3], cu_seqlens, state.offset,
         *strides(q), *strides(k), *strides(v), layout.T, layout.slots, layout.D, layout.E,
         MODE=mode, KEEP=kept.W is not None, READ=o is not None, VALUES=values,
         **layout.constants(momentum=state.S is not None), **tuned,
@@ -138,7 +139,8 @@ def backward(
     """Adjoints of all inputs; `do` (B, T, V, E) dense, `dstate` those of the end state."""
     layout = Layout.of(inputs, state, cu_seqlens, chunk)
     (q, k, v, rate, decay, momentum), device = inputs, inputs.v.device
-    P, Tinv, vectors = prepared(inputs, state, cu_seqlens, layout, mode)
+    P, Tinv, vectors = kept[3:]
+    dX, dY = layout.square(device), None if Tinv is None else layout.square(device)
     shape = (*v.shape[:3], layout.D)
     dq, dk, dv = v.new_empty(shape), v.new_empty(shape), torch.empty(v.shape, dtype=v.dtype, device=device)
     dgates = [None if gate is None else torch.empty_like(gate) for gate in (rate, decay, momentum)]
@@ -155,22 +157,21 @@ def backward(
         cu_seqlens, state.offset, *q_strides, *k_strides, layout.T, layout.slots, layout.D, layout.E,
         **tuned, **constants,
     )  # fmt: skip
-    # The walk is over: what it read of P and T is free for the adjoints of q kᵀ and k kᵀ.
     sizes = (layout.T, layout.N, layout.slots, layout.D, layout.E)
     constants["BN"] = triton.next_power_of_2(layout.N)
     grid = (layout.all_slots, layout.V)
     scores[grid](
-        q, k, v, kept.E, do, dv, rate, decay, momentum, P, Tinv, *dgates, cu_seqlens, state.offset,
+        q, k, v, kept.E, do, dv, rate, decay, momentum, dX, dY, *dgates, cu_seqlens, state.offset,
         *q_strides, *k_strides, *v_strides, *sizes,
         DECAY=decay is not None, **options("scores", layout), **constants,
     )  # fmt: skip
     adjoints = torch.empty_like(vectors)
     gather_q[grid](
-        q, k, do, vectors, kept.W, kept.S, P, dq, adjoints, cu_seqlens, state.offset, *q_strides, *k_strides, *sizes,
+        q, k, do, vectors, kept.W, kept.S, dX, dq, adjoints, cu_seqlens, state.offset, *q_strides, *k_strides, *sizes,
         **options("gather_q", layout), **constants,
     )  # fmt: skip
     gather_k[grid](
-        q, k, v, kept.E, do, dv, vectors, kept.W, kept.S, state.anchor, *dkept, P, Tinv, dk, adjoints, cu_seqlens,
+        q, k, v, kept.E, do, dv, vectors, kept.W, kept.S, state.anchor, *dkept, dX, dY, dk, adjoints, cu_seqlens,
         state.offset, *q_strides, *k_strides, *v_strides, *sizes, **options("gather_k", layout), **constants,
     )  # fmt: skip
     for name in ("GROUP", "BD", "UPCAST", "PRECISION"):

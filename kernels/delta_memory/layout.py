@@ -89,6 +89,12 @@ class Kept(NamedTuple):
     """(slots, V, D, E), the momentum there; None without."""
     E: Tensor | None
     """(B, T, V, E), the errors; None in mode `hebb`, where they are −v."""
+    P: Tensor | None
+    """(slots, V, C, C), what each token's write adds to later reads of its chunk."""
+    T: Tensor | None
+    """(slots, V, C, C), from first errors to those after the chunk's own writes; None in `hebb` and `frozen`."""
+    vectors: Tensor | None
+    """(slots, V, 7, C), factors of the states' reads and writes."""
 
 
 def strides(tensor: Tensor) -> tuple[int, int, int]:

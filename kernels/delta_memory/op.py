@@ -65,8 +65,8 @@ def forward_op(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, log_decay: Tensor | None, log_momentum: Tensor | None,
     W: Tensor, S: Tensor | None, anchor: Tensor | None, offset: Tensor | None, cu_seqlens: Tensor | None,
     mode: int, chunk: int, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """o, the end state's W, S and anchor, and what the backward pass needs: W, S and errors of every chunk."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """o, the end state's W, S and anchor, and what the backward pass needs (`layout.Kept`)."""
     from clplat.kernels.delta_memory.launch import forward
 
     inputs, state, cu = _parts((q, k, v, rate, log_decay, log_momentum, W, S, anchor, offset, cu_seqlens))
@@ -79,7 +79,7 @@ def _forward_shapes(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, log_decay: Tensor | None, log_momentum: Tensor | None,
     W: Tensor, S: Tensor | None, anchor: Tensor | None, offset: Tensor | None, cu_seqlens: Tensor | None,
     mode: int, chunk: int, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     def maybe(wanted: bool, like: Tensor) -> Tensor:
         return torch.empty(like.shape, dtype=like.dtype, device=like.device) if wanted else v.new_empty(0)
 
@@ -87,10 +87,13 @@ def _forward_shapes(
         log_momentum is not None,
         num_slots(len(W), v.shape[1], chunk, packed=cu_seqlens is not None, offsets=offset is not None),
     )
-    kept = v.new_empty(slots if keep else 0, v.shape[2], *W.shape[2:])
+    states = v.new_empty(slots if keep else 0, v.shape[2], *W.shape[2:])
+    square = v.new_empty(slots if keep else 0, v.shape[2], chunk, chunk)
+    vectors = W.new_empty(slots if keep else 0, v.shape[2], 7, chunk)
     return (
         maybe(True, v), maybe(True, W), maybe(momentum, W), maybe(MODES[mode] == "frozen", W),
-        maybe(keep, kept), maybe(keep and momentum, kept), maybe(keep and MODES[mode] != "hebb", v),
+        maybe(keep, states), maybe(keep and momentum, states), maybe(keep and MODES[mode] != "hebb", v),
+        maybe(keep, square), maybe(keep and MODES[mode] in ("exact", "gdn"), square), maybe(keep, vectors),
     )  # fmt: skip
 
 
@@ -98,16 +101,20 @@ def _forward_shapes(
 def backward_op(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, log_decay: Tensor | None, log_momentum: Tensor | None,
     W: Tensor, S: Tensor | None, anchor: Tensor | None, offset: Tensor | None, cu_seqlens: Tensor | None,
-    W_kept: Tensor, S_kept: Tensor, errors: Tensor, do: Tensor, dW: Tensor, dS: Tensor, danchor: Tensor,
-    mode: int, chunk: int,
+    W_kept: Tensor, S_kept: Tensor, errors: Tensor, P: Tensor, T: Tensor, vectors: Tensor,
+    do: Tensor, dW: Tensor, dS: Tensor, danchor: Tensor, mode: int, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Adjoints of q, k, v, rate, log_decay, log_momentum, W, S and anchor."""
     from clplat.kernels.delta_memory.launch import backward
     from clplat.kernels.delta_memory.layout import Kept
 
     inputs, state, cu = _parts((q, k, v, rate, log_decay, log_momentum, W, S, anchor, offset, cu_seqlens))
+    corrected = MODES[mode] in ("exact", "gdn")
+    kept = Kept(
+        W_kept, S_kept if S is not None else None, errors if mode else None, P, T if corrected else None, vectors
+    )
     found = backward(
-        inputs, state, cu, Kept(W_kept, S_kept if S is not None else None, errors if mode else None), do.contiguous(),
+        inputs, state, cu, kept, do.contiguous(),
         MemoryState(dW.contiguous(), dS.contiguous(), danchor.contiguous()), mode=mode, chunk=chunk,
     )  # fmt: skip
     return tuple(v.new_empty(0) if part is None else part for part in found)  # type: ignore[return-value]

@@ -24,12 +24,12 @@ from clplat.kernels.delta_memory.triton_tiles import (
     WL_,
     chunk_rows,
     first_slot,
+    last_row,
     load_row,
     load_tile,
     lower,
     num_chunks,
     owner,
-    row_of,
     sequence,
     store_tile,
 )
@@ -71,8 +71,6 @@ def prepare(
     token = (row * T + first + start).to(tl.int64)
     q += row.to(tl.int64) * q_row + (first + start).to(tl.int64) * q_token + head // GROUP * q_head
     k += row.to(tl.int64) * k_row + (first + start).to(tl.int64) * k_token + head // GROUP * k_head
-    q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)
-    k_CD = load_tile(k, c, valid, k_token, d, D, UPCAST)
     rate_C = load_row(rate + token * V + head, c, valid, V, ACC)
     decay_C = load_row(log_decay + token * V + head, c, valid, V, ACC) if DECAY else tl.zeros([C], dtype=ACC)
     total_C = tl.cumsum(decay_C, 0)
@@ -87,11 +85,16 @@ def prepare(
         m_C = tl.exp(momentum_C)
         G_ij = tl.dot(La_ij, Le_ij, input_precision=PRECISION, out_dtype=ACC)
         tl.store(here + F_ * C, tl.sum(La_ij * m_C[None, :], 1))
-        tl.store(here + WL_ * C, row_of(Le_ij, last, C) * rate_C)
+        tl.store(here + WL_ * C, last_row(momentum_C, last, C) * rate_C)
         tl.store(here + M_ * C, m_C)
+        G_row = tl.sum(tl.where(c[:, None] == last, G_ij, 0.0), 0)
+    else:
+        G_row = last_row(total_C, last, C)
     tl.store(here + B_ * C, b_C)
-    tl.store(here + WG_ * C, row_of(G_ij, last, C) * rate_C)
+    tl.store(here + WG_ * C, G_row * rate_C)
     square = (slot.to(tl.int64) * V + head) * C * C
+    q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)
+    k_CD = load_tile(k, c, valid, k_token, d, D, UPCAST)
     P_ij = tl.dot(q_CD, tl.trans(k_CD), input_precision=PRECISION, out_dtype=ACC) * G_ij * rate_C[None, :]
     store_tile(P + square, P_ij, c, C, C, c, C)
     if MODE >= EXACT:
@@ -159,7 +162,7 @@ def scan(
                     source = load_tile(anchor + state, d, D, E, e, E, False).to(W_now.dtype)
                     if count == 1:
                         store_tile(anchor_end + state, source, d, D, E, e, E)
-            E_CE = tl.dot(k_CD, source, input_precision=PRECISION, out_dtype=ACC) - v_CE
+            E_CE = tl.dot(k_CD, source, -v_CE.to(ACC), input_precision=PRECISION, out_dtype=ACC)
         else:
             b1_C = tl.load(here + B1_ * C + c)
             R_CE = b1_C[:, None] * tl.dot(k_CD, W_now, input_precision=PRECISION, out_dtype=ACC) - v_CE
@@ -176,10 +179,10 @@ def scan(
             P_ij = load_tile(P + place * C * C, c, C, C, c, C, UPCAST)
             b_C = tl.load(here + B_ * C + c)
             o_CE = b_C[:, None] * tl.dot(q_CD, W_now, input_precision=PRECISION, out_dtype=ACC)
-            o_CE -= tl.dot(P_ij, E_CE.to(P_ij.dtype), input_precision=PRECISION, out_dtype=ACC)
             if MOMENTUM:
                 f_C = tl.load(here + F_ * C + c)
                 o_CE += f_C[:, None] * tl.dot(q_CD, S_DE.to(W_now.dtype), input_precision=PRECISION, out_dtype=ACC)
+            o_CE = tl.dot(P_ij, (-E_CE).to(P_ij.dtype), o_CE, input_precision=PRECISION, out_dtype=ACC)
             store_tile(o + start * V * E, o_CE, c, valid, V * E, e, E)
         k_DC = tl.trans(k_CD)
         wg_C = tl.load(here + WG_ * C + c)
@@ -190,8 +193,8 @@ def scan(
                 store_tile(S_kept + place * D * E, S_DE, d, D, E, e, E)
             wl_C = tl.load(here + WL_ * C + c)
             S_DE *= tl.load(here + M_ * C + valid - 1)
-            S_DE -= tl.dot(k_DC, (wl_C[:, None] * E_CE).to(k_DC.dtype), input_precision=PRECISION, out_dtype=ACC)
-        W_DE -= tl.dot(k_DC, (wg_C[:, None] * E_CE).to(k_DC.dtype), input_precision=PRECISION, out_dtype=ACC)
+            S_DE = tl.dot(k_DC, (-wl_C[:, None] * E_CE).to(k_DC.dtype), S_DE, input_precision=PRECISION, out_dtype=ACC)
+        W_DE = tl.dot(k_DC, (-wg_C[:, None] * E_CE).to(k_DC.dtype), W_DE, input_precision=PRECISION, out_dtype=ACC)
     store_tile(W_end + state, W_DE, d, D, E, e, E)
     if MOMENTUM:
         store_tile(S_end + state, S_DE, d, D, E, e, E)

@@ -18,13 +18,13 @@ from clplat.kernels.delta_memory.triton_tiles import (
     WG_,
     WL_,
     chunk_rows,
+    last_row,
     load_row,
     load_tile,
     load_turned,
     lower,
     num_chunks,
     owner,
-    row_of,
     sequence,
     store_tile,
     upper,
@@ -155,43 +155,41 @@ def gates(
     rate_C = load_row(rate + token * V + head, c, valid, V, ACC)
     decay_C = load_row(log_decay + token * V + head, c, valid, V, ACC) if DECAY else zero_C
     total_C = tl.cumsum(decay_C, 0)
-    seen_C = total_C if MODE == GDN else total_C - decay_C
-    La_ij = lower(total_C, total_C, True, C)
-    b_end = tl.where(c == last, WW, 0.0)
-    dtotal_C = (db_C + b_end) * b_C
-    dseen_C = zero_C
-    if MODE >= EXACT:
-        dseen_C += db1_C * b1_C
+    La_row = last_row(total_C, last, C)
     drow_C = dwg_C * rate_C
+    dtotal_C = (db_C + tl.where(c == last, WW, 0.0)) * b_C
+    dseen_C = db1_C * b1_C if MODE >= EXACT else zero_C
+    # Adjoints of a matrix of decays reach its running sums as the sums of its rows less those of its columns.
     if MOMENTUM:
         momentum_C = tl.cumsum(load_row(log_momentum + token * V + head, c, valid, V, ACC), 0)
+        m_C, Le_row = tl.exp(momentum_C), last_row(momentum_C, last, C)
         Le_ij = lower(momentum_C, momentum_C, True, C)
-        m_C = tl.exp(momentum_C)
-        df_C += tl.where(c == last, WS, 0.0)
-        La_row = row_of(La_ij, last, C)
         G_row = tl.sum(La_row[:, None] * Le_ij, 0)
-        dLa_ij = df_C[:, None] * m_C[None, :]
-        dLa_ij += tl.where(c[:, None] == last, tl.sum(Le_ij * drow_C[None, :], 1)[None, :], 0.0)
-        dLa_ij *= La_ij
-        dLe_ij = La_row[:, None] * drow_C[None, :]
-        dLe_ij += tl.where(c[:, None] == last, (dwl_C * rate_C)[None, :], 0.0)
-        dm_C = tl.sum(La_ij * df_C[:, None], 0) + tl.where(c == last, SS, 0.0)
+        read_C = La_row * tl.sum(Le_ij * drow_C[None, :], 1)
+        tail_C = dwl_C * rate_C * Le_row
+        df_C += tl.where(c == last, WS, 0.0)
+        dm_C = tl.sum(lower(total_C, total_C, True, C) * df_C[:, None], 0)
+        dtotal_C += df_C * tl.load(here + F_ * C) - m_C * dm_C + _turned(read_C, last, C)
         if MODE >= EXACT:
-            La1_ij = lower(seen_C, total_C, False, C)
-            dLa1_ij = df1_C[:, None] * m_C[None, :] * La1_ij
-            dseen_C += tl.sum(dLa1_ij, 1)
-            dtotal_C -= tl.sum(dLa1_ij, 0)
-            dm_C += tl.sum(La1_ij * df1_C[:, None], 0)
-        dLe_ij *= Le_ij
-        dlog_C = tl.cumsum(tl.sum(dLe_ij, 1) - tl.sum(dLe_ij, 0) + dm_C * m_C, 0, reverse=True)
+            seen_C = total_C if MODE == GDN else total_C - decay_C
+            dm1_C = tl.sum(lower(seen_C, total_C, False, C) * df1_C[:, None], 0)
+            dseen_C += df1_C * tl.load(here + F1_ * C)
+            dtotal_C -= m_C * dm1_C
+            dm_C += dm1_C
+        dm_C += tl.where(c == last, SS, 0.0)
+        dlog_C = tl.cumsum(read_C - drow_C * G_row + _turned(tail_C, last, C) + dm_C * m_C, 0, reverse=True)
         tl.store(dmomentum + gate, tl.load(dmomentum + gate, mask=kept, other=0.0) + dlog_C, mask=kept)
-        drate_C = dwg_C * G_row + dwl_C * row_of(Le_ij, last, C)
+        drate_C = dwg_C * G_row + dwl_C * Le_row
     else:
-        La_row = row_of(La_ij, last, C)
-        dLa_ij = tl.where(c[:, None] == last, (drow_C * La_row)[None, :], 0.0)
+        dtotal_C += _turned(drow_C * La_row, last, C)
         drate_C = dwg_C * La_row
-    dtotal_C += tl.sum(dLa_ij, 1) - tl.sum(dLa_ij, 0)
     tl.store(drate + gate, tl.load(drate + gate, mask=kept, other=0.0) + drate_C, mask=kept)
     if DECAY:
         dlog_C = _summed(dtotal_C, dseen_C, MODE)
         tl.store(ddecay + gate, tl.load(ddecay + gate, mask=kept, other=0.0) + dlog_C, mask=kept)
+
+
+@triton.jit
+def _turned(row_C, last, C: tl.constexpr):
+    """Row sums less column sums of a matrix that is zero but for its row `last`."""
+    return tl.where(tl.arange(0, C) == last, tl.sum(row_C, 0), 0.0) - row_C

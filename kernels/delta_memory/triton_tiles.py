@@ -80,9 +80,11 @@ def upper(total_C, base_C, DIAGONAL: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def row_of(tile, r, C: tl.constexpr):
-    """Row r of a (C, C) tile."""
-    return tl.sum(tl.where(tl.arange(0, C)[:, None] == r, tile, 0.0), 0)
+def last_row(total_C, last, C: tl.constexpr):
+    """Row `last` of `lower(total_C, total_C, True, C)`, without the rest."""
+    c = tl.arange(0, C)
+    end = tl.sum(tl.where(c == last, total_C, 0.0), 0)
+    return tl.where(c <= last, tl.exp(tl.where(c <= last, end - total_C, 0.0)), 0.0)
 
 
 @triton.jit

@@ -6,17 +6,15 @@ import triton
 
 from clplat.kernels.delta_memory.layout import Layout
 
-WALKS = ("scan", "scan_back")
+WIDEST = {"scan": 32, "scan_back": 32, "scores": 64, "gather_q": 64, "gather_k": 32}
+"""Columns of values that a program holds at once. The walk over chunks is one long chain: many short chains hide each
+other's waits. Of the others, more columns spill registers."""
 
 
 def options(kernel: str, layout: Layout) -> dict[str, int]:
     """Constants of a launch: columns of values a program holds (BE), warps, and stages of the pipeline of loads."""
-    if kernel in WALKS:
-        # Narrow blocks: the walk over chunks is one long chain, and many short chains hide each other's waits.
-        return {"BE": min(32, layout.block_E), "num_warps": 4, "num_stages": 2}
-    if kernel in ("gather_q", "gather_k"):
-        return {"BE": min(32, layout.block_E), "num_warps": 8, "num_stages": 2}
-    return ({"BE": layout.block_E} if kernel == "scores" else {}) | {"num_warps": 4, "num_stages": 2}
+    columns = {"BE": min(WIDEST[kernel], layout.block_E)} if kernel in WIDEST else {}
+    return columns | {"num_warps": 4, "num_stages": 2}
 
 
 def num_groups(layout: Layout) -> int:
