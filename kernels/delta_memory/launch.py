@@ -108,7 +108,8 @@ def prepared(inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, layo
     q, k, v = inputs[:3]
     P, Tinv = layout.square(v.device), layout.square(v.device) if mode >= EXACT.value else None
     shape = (layout.all_slots, layout.V, NUM_VECTORS.value, layout.C)
-    vectors = torch.empty(shape, dtype=layout.accumulator, device=v.device)
+    # Zeros, for not every mode has every vector, and an operator's outputs must not depend on what lay in memory.
+    vectors = torch.zeros(shape, dtype=layout.accumulator, device=v.device)
     prepare[(layout.all_slots, layout.V)](
         q, k, inputs.rate, inputs.log_decay, inputs.log_momentum, P, Tinv, vectors, cu_seqlens, state.offset,
         *strides(q), *strides(k), layout.T, layout.N, layout.slots, layout.D,
