@@ -4,11 +4,12 @@
     python benchmarks/kernels.py --cases frozen --shapes 8,4096,16,128 --no-peers
     python benchmarks/kernels.py --toy                                  # the script itself, on a CPU, in seconds
 
-Everything is run once before anything is timed; then all of our own measurements come, then the eager loop, then (with
-`--compiled`) its compiled body, then libraries, whose first call of an operation and shape may search for half a minute
-or more. Beside every peer ours is timed again, in turns. A peer's ratio stands only where its outputs (and gradients)
+Everything is run once before anything is timed; then all of our own measurements come, then libraries, whose first call
+of an operation and shape may search for half a minute or more, then the eager loop and (with `--compiled`) its compiled
+body. Beside every peer ours is timed again, in turns. A peer's ratio stands only where its outputs (and gradients)
 agree with the fp64 reference on a slice of the batch: it may not do the same thing. `--seconds` starts nothing later.
-Times are of the device's events with its cache emptied before each run; `forward` keeps nothing for a backward pass.
+Times are of the device's events with its cache emptied before each run and the launches under way; "host ms" is what
+the call keeps the host busy. `forward` keeps nothing for a backward pass.
 """
 
 from __future__ import annotations
@@ -33,9 +34,25 @@ from clplat.kernels.delta_memory.reference import Inputs
 SHAPES = ["8,4096,16,64", "8,4096,16,128", "1,32768,8,128", "32,512,8,64", "64,196,6,64"]
 TOY_SHAPES = ["2,100,2,16", "1,64,2,16"]
 AGREES = 2e-2
-OURS = ["case", "B×T×H×D", "pass", "ms", "p20 to p80", "peak MB", "× inputs + states", "floor ms", "of floor", "error"]
+OURS = [
+    "case",
+    "B×T×H×D",
+    "pass",
+    "ms",
+    "p20 to p80",
+    "host ms",
+    "peak MB",
+    "× inputs + states",
+    "floor ms",
+    "of floor",
+    "error",
+]
 PEERS = ["case", "B×T×H×D", "pass", "peer", "its ms", "our ms", "its / ours", "its peak MB", "its error"]
 BEGIN, END = "<!-- written by benchmarks/kernels.py: begin -->", "<!-- written by benchmarks/kernels.py: end -->"
+
+
+HEAD_START = 10_000_000
+"""Cycles that the device spins before each measurement, some 5 ms: what the host needs to launch is not its time."""
 
 
 class Clock:
@@ -57,6 +74,7 @@ class Clock:
         marks = []
         for _ in range(count):
             self.cache.zero_()
+            torch.cuda._sleep(HEAD_START)
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             do()
@@ -64,6 +82,15 @@ class Clock:
             marks.append((start, stop))
         torch.cuda.synchronize()
         return [start.elapsed_time(stop) for start, stop in marks]
+
+    def host(self, do: Callable[[], object]) -> float:
+        """Milliseconds until a call returns to a host that has nothing else to wait for: the median of five."""
+        found = []
+        for _ in range(5):
+            if self.cache is not None:
+                torch.cuda.synchronize()
+            found.append(_wall(do))
+        return sorted(found)[2]
 
     def peak(self, do: Callable[[], object]) -> float:
         """Bytes that work needs beyond what is there before; 0 without a GPU."""
@@ -108,11 +135,10 @@ class Benchmark:
             self.attempt(self.once, case, backward)
         self.table(self.ours, OURS, "own", lambda *what: [self.attempt(self.own, *what)])
         if self.options.peers:
+            self.table(self.peers, PEERS, "libraries", lambda *what: self.beside(libraries(what[0]), *what))
             self.table(self.peers, PEERS, "eager loop", lambda *what: self.beside(loops(what[0], False), *what))
         if self.options.compiled:
             self.table(self.peers, PEERS, "compiled", lambda *what: self.beside(loops(what[0], True), *what))
-        if self.options.peers:
-            self.table(self.peers, PEERS, "libraries", lambda *what: self.beside(libraries(what[0]), *what))
         if self.left:
             print(f"not run, {self.options.seconds:g} s were over: {'; '.join(self.left)}", flush=True)
 
@@ -167,8 +193,9 @@ class Benchmark:
         middle, low, high = self.clock.quantiles(do)
         element = torch.finfo(self.type).bits // 8
         floor, size = floor_ms(case, backward, element), input_bytes(case, element)
-        times = [f"{middle:.3f}", f"{low:.3f} to {high:.3f}", _megabytes(peak), f"{peak / size:.2f}" if peak else "–"]
-        return [*times, f"{floor:.3f}", f"{floor / middle:.0%}", *error]
+        times = [f"{middle:.3f}", f"{low:.3f} to {high:.3f}", f"{self.clock.host(do):.2f}"]
+        memory = [_megabytes(peak), f"{peak / size:.2f}" if peak else "–"]
+        return [*times, *memory, f"{floor:.3f}", f"{floor / middle:.0%}", *error]
 
     def beside(self, peers: list[Peer], case: Case, backward: bool) -> list[list[str]]:
         """A line for each peer."""

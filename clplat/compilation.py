@@ -15,7 +15,7 @@ from clplat.streams.batch import Batch
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Answer = Callable[[Batch, State], tuple[Batch, Output, Tensor | None]]
+Answer = Callable[[Batch, State], tuple[Tensor | None, Output, Tensor | None]]
 
 
 def answerer(
@@ -23,23 +23,25 @@ def answerer(
     objective: Objective | None,
     augment: Callable[[Tensor], Tensor] | None,
     *,
+    with_inputs: bool,
     open_logits: bool,
 ) -> Answer:
     """Augmentation, forward pass and default loss as one function, so that a compiler can join them.
 
-    It gives the batch as the model saw it, the output, and the loss: a scalar, or one part for each origin of a mixed
-    batch, or None without `objective`. Without `open_logits` no gradient but the loss's flows through the logits, which
-    spares the backward pass a zero for each of them.
+    It gives the inputs as the model saw them (`with_inputs`; each result costs a replayed graph time), the output, and
+    the loss: a scalar, or one part for each origin of a mixed batch, or None without `objective`. Without `open_logits`
+    no gradient but the loss's flows through the logits, which spares the backward pass a zero for each of them.
     """
 
-    def answer(batch: Batch, state: State) -> tuple[Batch, Output, Tensor | None]:
+    def answer(batch: Batch, state: State) -> tuple[Tensor | None, Output, Tensor | None]:
         if augment is not None:
             batch = batch.replaced(inputs=augment(batch.inputs))
         output = architecture(batch, state)
+        inputs = batch.inputs if with_inputs else None
         if objective is None:
-            return batch, output, None
+            return inputs, output, None
         loss = objective(output, batch) if batch.origin is None else objective.by_origin(output, batch)
-        return batch, output if open_logits else replace(output, logits=output.logits.detach()), loss
+        return inputs, output if open_logits else replace(output, logits=output.logits.detach()), loss
 
     return answer
 

@@ -84,6 +84,7 @@ class Learner(LightningModule):
             architecture,
             objective if hooks.objective is None else None,
             augment,
+            with_inputs=augment is not None and bool(hooks.with_penalty or hooks.objective),
             open_logits=bool(hooks.with_penalty),
         )
         # A ResNet compiled for rows of any number takes 1.6 times as long as one for a single size; controllers change
@@ -127,7 +128,8 @@ class Learner(LightningModule):
         else:
             # The shorter batch that ends a pass is not worth a compilation.
             answer = self._answers[rows == self.full_rows]
-            seen, output, parts = answer(batch, self.carried)
+            inputs, output, parts = answer(batch, self.carried)
+            seen = batch if inputs is None else batch.replaced(inputs=inputs)
             self._step(self._loss(output, seen, parts))
         if self.architecture.memory_life != "sequence":
             self.carried = pytree.tree_map(self._kept, output.state)

@@ -80,27 +80,28 @@ def group_starts(
     A group maps states linearly but for what its values write: x → M x + n. Walks from zero and from unit states find n
     and M of all groups at once, a short loop chains them.
     """
-    zero = torch.zeros_like(state.W).repeat_interleave(groups, 0)
-    momentum = state.S is not None
-    written = walk(inputs, ready, MemoryState(zero, zero if momentum else None), layout, mode)
+    rows, momentum = (groups * len(state.W), *state.W.shape[1:]), state.S is not None
+    zero = state.W.new_zeros(rows)
+    n = walk(inputs, ready, MemoryState(zero, zero if momentum else None), layout, mode)
+    unit = torch.eye(layout.D, dtype=zero.dtype, device=zero.device).expand(*rows[:2], -1, -1).contiguous()
+    none = torch.zeros_like(unit) if momentum else None
     square = layout.squared()
-    unit = torch.eye(layout.D, dtype=zero.dtype, device=zero.device).expand(*zero.shape[:2], -1, -1).contiguous()
-    none = torch.zeros_like(unit)
-    columns = [walk(inputs, ready, MemoryState(unit, none if momentum else None), square, mode, values=False)]
+    M = _stacked(walk(inputs, ready, MemoryState(unit, none), square, mode, values=False))
     if momentum:
-        columns.append(walk(inputs, ready, MemoryState(none, unit), square, mode, values=False))
-    # W above S: (B, groups, V, D or 2 D, …)
-    stacked = [torch.cat([part for part in (s.W, s.S) if part is not None], 2) for s in columns]
-    M = torch.cat(stacked, 3).unflatten(0, (-1, groups))
-    n = torch.cat([part for part in (written.W, written.S) if part is not None], 2).unflatten(0, (-1, groups))
-    x = torch.cat([part for part in (state.W, state.S) if part is not None], 2)
-    starts = [x]
+        M = torch.cat([M, _stacked(walk(inputs, ready, MemoryState(none, unit), square, mode, values=False))], 3)
+    M, n = (part.unflatten(0, (-1, groups)) for part in (M, _stacked(n)))
+    starts = torch.empty_like(n)
+    starts[:, 0] = _stacked(state)
     for group in range(groups - 1):
-        x = torch.matmul(M[:, group], x).add_(n[:, group])
-        starts.append(x)
-    every = torch.stack(starts, 1).flatten(0, 1)
-    W, *S = (part.contiguous() for part in every.split(layout.D, 2))
+        now = (part[:, group].flatten(0, 1) for part in (n, M, starts))
+        starts[:, group + 1] = torch.baddbmm(*now).view_as(starts[:, group])
+    W, *S = (part.contiguous() for part in starts.flatten(0, 1).split(layout.D, 2))
     return MemoryState(W, S[0] if S else None)
+
+
+def _stacked(state: MemoryState) -> Tensor:
+    """W, with momentum above S."""
+    return state.W if state.S is None else torch.cat([state.W, state.S], 2)
 
 
 def prepared(inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, layout: Layout, mode: int) -> Prepared:

@@ -6,9 +6,9 @@ import triton
 
 from clplat.kernels.delta_memory.layout import Layout
 
-WIDEST = {"scan": 32, "scan_back": 32, "scores": 64, "gather_q": 64, "gather_k": 32}
-"""Columns of values that a program holds at once. The walk over chunks is one long chain: many short chains hide each
-other's waits. Of the others, more columns spill registers."""
+WIDEST = {"scan": 32, "scan_back": 32, "scores": 128, "gather_q": 64, "gather_k": 32}
+"""Columns of values that a program holds at once; `scores` needs all. The walk over chunks is one long chain: many
+short chains hide each other's waits. In `gather_k` more columns spill registers."""
 
 
 def options(kernel: str, layout: Layout) -> dict[str, int]:

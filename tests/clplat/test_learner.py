@@ -49,9 +49,9 @@ def test_nothing_that_outlives_a_step_stays_in_memory_that_a_replayed_graph_over
         def call(*inputs: Any) -> Any:
             for old in results:
                 old.data.fill_(torch.nan)
-            batch, output, loss = function(*inputs)
+            seen, output, loss = function(*inputs)
             results[:] = [output.logits, loss]
-            return batch, output, loss
+            return seen, output, loss
 
         return call
 
