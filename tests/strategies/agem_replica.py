@@ -34,4 +34,5 @@ if __name__ == "__main__":
     found = {"weights": run.weights(), "memory": strategy.state_dict(), "random": run.context.generator.get_state()}
     found["reference"] = strategy.reference_gradient(list(run.architecture.parameters()), 2)
     torch.save(found | {"end": flat_parameters(run.train().architecture).detach()}, folder / f"{rank}.pt")
+    dist.barrier()  # one that leaves early can make the other fail at its end
     dist.destroy_process_group()

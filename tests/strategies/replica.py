@@ -62,6 +62,7 @@ def main(rank: int, size: int, folder: Path) -> None:
         },
         folder / f"{rank}.pt",
     )
+    dist.barrier()  # one that leaves early can make the other fail at its end
     dist.destroy_process_group()
 
 
