@@ -111,7 +111,7 @@ def notes(study: StudyResults) -> list[str]:
         for run in study.runs
         if run.status != "FINISHED"
     ]
-    found += [f"{variant}, seed {seed}: not started" for variant, seed in study.missing()]
+    found += [f"{variant}, seed {seed}: no record of it yet" for variant, seed in study.missing()]
     compared = [variant for variant in study.variants() if not study.is_reference(variant)]
     replaying = [v for v in compared if study.interval(v, "cost/buffer_bytes").mean > 0]
     for name, group in (

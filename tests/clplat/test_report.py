@@ -85,7 +85,7 @@ def test_failed_and_missing_runs_and_unequal_budgets_are_said(store: str) -> Non
     results = load_study_results("digits", store)
     said = "\n".join(notes(results))
     assert "naive, seed 1: FAILED loss is NaN at step 13" in said
-    assert "er, seed 1: not started" in said and "der, seed 1: not started" in said
+    assert "er, seed 1: no record of it yet" in said and "der, seed 1: no record of it yet" in said
     assert re.search(r"unequal buffer_bytes: er 100, der 150", said)
     assert re.search(r"unequal steps: naive 20, er 20, der 30", said)
     assert results.interval("naive", "final_score").n == 1
