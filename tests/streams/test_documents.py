@@ -133,7 +133,10 @@ def test_a_holdout_that_leaves_nothing_to_train_on_is_refused() -> None:
     [
         ([{"body": "x"}], r"domain 'd': rows have no text in the field 'text'; they have \['body'\]"),
         ([{"text": 3}], "domain 'd': rows have no text in the field 'text'"),
-        (['{"text": "x"}', "{broken"], r"domain 'd': 'json', split 'test' cannot be read from .*x\.jsonl .*; mend or replace"),
+        (
+            ['{"text": "x"}', "{broken"],
+            r"domain 'd': 'json', split 'test' cannot be read from .*x\.jsonl .*; mend or replace",
+        ),
     ],
 )
 def test_rows_that_cannot_be_read_are_an_error_that_names_the_domain(
