@@ -45,7 +45,9 @@ def load_study(config: str | Path | Mapping[str, Any], overrides: Sequence[tuple
         data = json.loads(json.dumps(config))
     else:
         try:
-            data = parse_yaml(find(config).read_text())
+            data = parse_yaml(find(config).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{config}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"{config}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clplat.streams.base import Data, EvalSet, Scenario, Spec, Stream, Task, TensorData, spread_rows
+from clplat.streams.cache_folder import cache_folder
 from clplat.streams.documents import PARTS, Part
 from clplat.streams.label_scorer import LabelLikelihood
 from clplat.streams.labelled_rows import Example, LabelledSource, TokenRows, answered, json_value, padded
@@ -60,7 +60,7 @@ class LabelledTextStream(Stream):
         self.tokenizer: Tokenizer = tokenizer or ByteTokenizer()
         self.max_tokens, self.max_answers, self.label_score = max_tokens, max_answers, label_score
         self.prompt_template = prompt_template
-        self.cache_dir = Path(cache_dir or os.environ.get("CLPLAT_CACHE", str(Path.home() / ".cache" / "clplat")))
+        self.cache_dir = cache_folder(cache_dir)
         self._check()
 
     def _check(self) -> None:

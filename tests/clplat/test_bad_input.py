@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from records import Made
 from studies import REPLAY, run_folder, study
 
 import clplat
@@ -17,10 +18,15 @@ from clplat.errors import ConfigError, StorageError
 from clplat.execution import execute
 from clplat.journal import last_status, read
 from clplat.learner import Learner
+from clplat.page import write_report
 from clplat.streams.base import Budget
 from clplat.study import lay_out, preflight
 from clplat.study_file import expand, load_study
+from clplat.study_results import load_study_results
 
+TEXT = {"class_path": "TextStream"}
+DOMAIN = {"name": "a", "path": "text", "data_files": {"train": "x.txt"}}
+BPE = {"class_path": "clplat.streams.tokenizers.BPETokenizer"}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"trainin": {}}, r"trainin: there is no such key; did you mean 'training'"),
     "unknown nested key": ({"training__batchsize": 3}, r"training\.batchsize: .*did you mean 'batch_size'"),
@@ -48,7 +54,31 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "option of a nested class": (
         {"stream": {"class_path": "TextStream", "init_args": {"domains": [{"name": "a", "train_file": "x"}]}}},
-        r"stream\.init_args\.domains: Domain has no option 'train_file'; did you mean 'data_files'",
+        r"stream\.init_args\.domains\.0: Domain has no option 'train_file'; did you mean 'data_files'",
+    ),
+    "type inside a list": (
+        {"stream": TEXT | {"init_args": {"domains": [DOMAIN, DOMAIN | {"name": "b", "max_documents": "many"}]}}},
+        r"stream\.init_args\.domains\.1\.max_documents: expected a whole number, got many",
+    ),
+    "choice inside a list": (
+        {"stream": TEXT | {"init_args": {"domains": [DOMAIN | {"document": "line"}]}}},
+        r"stream\.init_args\.domains\.0\.document: expected 'row' or 'heading' or 'file', got line",
+    ),
+    "type inside what may be missing": (
+        {"stream": TEXT | {"init_args": {"domains": [DOMAIN | {"budget": {"steps": "x"}}]}}},
+        r"stream\.init_args\.domains\.0\.budget\.steps: expected a whole number, got x",
+    ),
+    "option of an inner component": (
+        {"stream": TEXT | {"init_args": {"domains": [DOMAIN], "tokenizer": BPE | {"init_args": {"vocab_size": "x"}}}}},
+        r"stream\.init_args\.tokenizer\.init_args\.vocab_size: expected a whole number, got x",
+    ),
+    "inner component": (
+        {"stream": TEXT | {"init_args": {"domains": [DOMAIN], "tokenizer": {"class_path": "nowhere.BPE"}}}},
+        r"stream\.init_args\.tokenizer: class_path 'nowhere\.BPE' cannot be used",
+    ),
+    "no list": (
+        {"stream": TEXT | {"init_args": {"domains": 3}}},
+        r"stream\.init_args\.domains: expected a list, got 3",
     ),
     "option's near name": (
         {"architecture__init_args": {"hidden_size": [1]}},
@@ -284,6 +314,35 @@ def test_the_journal_of_a_failed_run_is_standard_json_and_ends_with_its_status(
 def test_values_out_of_range_are_refused_by_name_before_training(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         preflight(expand(load_study(study(**changes))))
+
+
+def test_what_an_inner_component_refuses_is_said_in_its_own_words() -> None:
+    tokenizer = BPE | {"init_args": {"vocab_size": 10}}
+    changed = {"stream": TEXT | {"init_args": {"domains": [DOMAIN], "tokenizer": tokenizer}}}
+    with pytest.raises(ConfigError, match=r"stream\.init_args: BPETokenizer\.vocab_size: at least 257"):
+        preflight(expand(load_study(study(**changed))))
+
+
+def test_a_file_that_is_not_text_is_no_study(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_bytes(b"name: caf\xe9")
+    with pytest.raises(ConfigError, match=r"study\.yaml: is not UTF-8 text"):
+        load_study("study.yaml")
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CLPLAT_CACHE", str(tmp_path / "file" / "cache"))
+    (tmp_path / "x.txt").write_text("some words\n" * 100)
+    with pytest.raises(ConfigError, match=r"cache folder .*cache cannot be made .*CLPLAT_CACHE"):
+        preflight(expand(load_study(study(stream=TEXT | {"init_args": {"domains": [DOMAIN]}}))))
+
+
+def test_a_report_that_cannot_be_written_is_refused_by_name(tmp_path: Path, store: str) -> None:
+    made = Made(store, ["naive"], [0])
+    made.run("naive", 0, [[0.5, 0.5], [0.9, 0.5], [0.1, 0.9]])
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="out: file cannot be made"):
+        write_report(load_study_results("digits", store), "file")
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
