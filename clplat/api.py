@@ -118,6 +118,10 @@ def folder_of(target: str | Path) -> Path:
         return path
     if path.exists():
         raise ConfigError(f"{target}: neither a run folder (config.yaml) nor a study folder (study.yaml)")
+    if (path.parent / "study.yaml").is_file():
+        raise ConfigError(
+            f"{target}: there is no such run folder; `clplat resume {path.parent}` makes one that is gone"
+        )
     from clplat.study_record import folder_of_run
 
     found = folder_of_run(str(target))

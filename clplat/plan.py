@@ -78,7 +78,9 @@ def check_data(folder: Path) -> None:
     from clplat.assembly import prepared_stream
 
     plan = read_plan(folder)
-    for before in plan["streams"] if plan else ():
+    if plan is None:
+        return
+    for before in plan["streams"]:
         config = next(c for c in plan["variants"].values() if c["stream"] == before["stream"])
         run = dataclasses.replace(parse(RunConfig, config), seed=before["seed"])
         now = read_tasks(run, prepared_stream(run))

@@ -128,6 +128,27 @@ def test_a_run_alone_is_not_taken_up_on_other_data(tmp_path: Path) -> None:
     assert outcome.status == "FAILED" and "the train data of a changed since the run was begun" in outcome.reason
 
 
+def test_a_run_that_lost_its_journal_is_refused_and_one_that_lost_its_folder_leads_to_its_study() -> None:
+    folder = clplat.run(study(), quiet=True).folder
+    (folder / "digits-s0" / "journal.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"digits-s0: its journal\.jsonl is gone.*remove the folder"):
+        resume(folder)
+    rmtree(folder / "digits-s0")
+    with pytest.raises(ConfigError, match=r"digits-s0: there is no such run folder; `clplat resume .*` makes one"):
+        resume(folder / "digits-s0")
+    assert resume(folder).code == 0 and last_status(folder / "digits-s0") == "FINISHED"
+
+
+def test_a_run_that_lost_its_configuration_gets_it_back_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    folder = begun(launcher={"workers": 1})
+    assert resume(folder / "er-s0").code == 0
+    before = (folder / "er-s0" / "config.yaml").read_text()
+    (folder / "er-s0" / "config.yaml").unlink()
+    assert resume(folder).code == 0
+    assert "er-s0: its config.yaml is gone; it is written again" in capsys.readouterr().out
+    assert (folder / "er-s0" / "config.yaml").read_text() == before
+
+
 def test_a_damaged_plan_is_named_and_a_study_without_one_resumes() -> None:
     folder = begun(launcher={"workers": 1})
     (folder / "planned.json").write_text("{")
