@@ -93,6 +93,16 @@ def test_failed_and_missing_runs_and_unequal_budgets_are_said(store: str) -> Non
     assert "loss is NaN at step 13" in page and "unequal steps" in page
 
 
+def test_a_study_stopped_before_its_baseline_ran_is_compared_all_the_same(store: str) -> None:
+    study = Made(store, ["naive", "er"], [0], baseline="naive")
+    study.run("er", 0, ER[0])
+    results = load_study_results("digits", store)
+    text = printed(results)
+    assert "naive, seed 0: no record of it yet" in text
+    assert finding(results, "naive").startswith("Best final score: er")
+    assert write_report(results, "out").is_file()
+
+
 def test_a_variant_in_another_task_order_keeps_its_own_names(store: str) -> None:
     study = Made(store, ["ab", "ba", "mixed"], [0, 1])
     for seed in (0, 1):
