@@ -126,6 +126,8 @@ def _metric(run: RunRecord, name: str) -> float:
 def load_study_results(study: str, uri: str | None = None) -> StudyResults:
     """A study out of MLflow: by its folder, its name (the newest of that name), or its run id."""
     state = Path(study) / STUDY_STATE
+    if Path(study).is_dir() and not (Path(study) / "study.yaml").is_file():
+        raise ConfigError(f"{study}: is no study folder (study.yaml)")
     if Path(study).is_dir() and not state.is_file():
         raise ConfigError(f"{study}: MLflow does not know this study yet; `clplat sync {study}` sends it")
     known = json.loads(state.read_text()) if state.is_file() else {}

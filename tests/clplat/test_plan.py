@@ -156,3 +156,9 @@ def test_a_damaged_plan_is_named_and_a_study_without_one_resumes() -> None:
         resume(folder)
     (folder / "planned.json").unlink()
     assert resume(folder).code == 0
+
+
+def test_a_folder_that_is_no_study_is_not_sent_anywhere() -> None:
+    Path("runs").mkdir()
+    with pytest.raises(ConfigError, match="runs: is no study folder"):
+        load_study_results("runs")
