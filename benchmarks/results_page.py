@@ -85,11 +85,14 @@ def train_and_held_out(study: StudyResults) -> str:
             }
             history = sorted(points.items())
             assert run.table is not None
+            begin = 0
             for row, step in zip(run.table.rows(), run.table.steps(), strict=True):
-                if row:
+                logged = [loss for at, loss in history if begin < at <= step]
+                # A task that is shorter than `tracking.log_every` may have no point of its own.
+                if row and logged:
                     task = run.table.tasks()[row - 1]
-                    trained = [loss for at, loss in history if at <= step][-1]
-                    pairs.setdefault(task, []).append((trained, value(run, row, task, "loss")))
+                    pairs.setdefault(task, []).append((logged[-1], value(run, row, task, "loss")))
+                begin = step
         for task, found in pairs.items():
             columns: list[Interval] = [interval(list(column)) for column in zip(*found, strict=True)]
             gap = interval([held - trained for trained, held in found])

@@ -27,6 +27,16 @@ def test_a_page_with_one_marker_is_refused_and_left_as_it_is(mark: str) -> None:
     assert Path("page.md").read_text() == text
 
 
+def test_a_task_too_short_for_a_logged_loss_takes_none_of_another_task(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    made = Made(store, ["naive"], [0])
+    rows = [[2.0, 2.0], [1.5, 2.0], [1.75, 1.25]]
+    made.run("naive", 0, rows, higher=False, steps={"train/loss": {10: 0.5}})
+    assert written("digits", "page.md", "--uri", store).returncode == 0
+    table = Path("page.md").read_text().partition("### Train loss")[2].partition("###")[0]
+    assert "| naive | a | 0.500 | 1.500 | 1.000 |" in table and "| naive | b |" not in table
+
+
 def test_what_stands_outside_the_markers_is_kept_and_an_unknown_study_is_named(tmp_path: Path) -> None:
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
     made = Made(store, ["naive"], [0])
