@@ -66,7 +66,8 @@ def test_a_stop_while_processes_start_is_a_stop_and_no_failure(
     monkeypatch.setattr(subprocess, "Popen", started)
     outcome = execute(folder)
     assert (outcome.status, outcome.code) == ("KILLED", code), outcome.reason
-    assert "clplat resume" in outcome.reason and last_status(folder) == "WAITING"
+    # Rank zero may have come far enough to have written that it runs.
+    assert "clplat resume" in outcome.reason and last_status(folder) in ("WAITING", "KILLED")
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused_by_name(tmp_path: Path) -> None:
