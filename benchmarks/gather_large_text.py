@@ -48,31 +48,61 @@ def dictionary(path: Path) -> Iterator[str]:
         if len(page) >= ENTRIES:
             yield page
             page = ""
+    yield page
 
 
 def books(folder: Path) -> Iterator[str]:
     """Text files in pieces, cut between paragraphs."""
     for path in sorted(folder.glob("*.txt")):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            sys.exit(f"--books: {path} is not UTF-8 ({error.reason} at byte {error.start}); convert it, as iconv does")
         piece = ""
-        for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
+        for paragraph in text.split("\n\n"):
             piece += paragraph + "\n\n"
             if len(piece) >= 10 * ENTRIES:
                 yield piece
                 piece = ""
+        yield piece
 
 
-def gather(texts: Iterable[str], out: Path, limit: int) -> None:
-    """Write distinct documents, shuffled by their content, up to `limit` characters."""
+def chosen_documents(texts: Iterable[str], limit: int) -> list[str]:
+    """Distinct documents, shuffled by their content, of at most `limit` characters together."""
     # Not the plain hash of the text, by which streams hold documents out: the two choices must be independent.
     found = {hashlib.sha256(b"shuffled" + text.encode()).hexdigest(): text for text in texts if len(text) in LENGTHS}
-    size = count = 0
+    kept, size = [], 0
+    for _, text in sorted(found.items()):
+        if size + len(text) > limit:
+            break
+        kept.append(text)
+        size += len(text)
+    return kept
+
+
+def write(documents: Iterable[str], out: Path) -> None:
+    """One document a line, as JSON."""
     with out.open("w", encoding="utf-8") as file:
-        for _, text in sorted(found.items()):
-            if size > limit:
-                break
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-            size, count = size + len(text), count + 1
-    print(f"{out}: {count:,} documents, {size:,} characters")
+        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents)
+
+
+def check(chosen: argparse.Namespace, docs: Path | None) -> None:
+    """Stop before anything is read where a source is not there or `--out` cannot be made."""
+    for path, fix in (
+        (chosen.python, "name a folder of .py files with --python"),
+        (docs or Path("linux-doc"), "apt-get install linux-doc, or --docs"),
+        (chosen.books or chosen.python, "--books names a folder of .txt files"),
+    ):
+        if not path.is_dir():
+            sys.exit(f"{path} is not a folder that is there: {fix}")
+    if not chosen.dictionary.is_file():
+        sys.exit(f"{chosen.dictionary} is not there: apt-get install dict-gcide, or --dictionary")
+    if chosen.books and not any(chosen.books.glob("*.txt")):
+        sys.exit(f"--books: {chosen.books} holds no .txt file")
+    try:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--out: {chosen.out} cannot be made ({error.strerror}); name a folder that can be written")
 
 
 def main() -> None:
@@ -85,17 +115,17 @@ def main() -> None:
     options.add_argument("--characters", type=int, default=36_000_000, help="at most so many a domain")
     chosen = options.parse_args()
     docs = chosen.docs or next(iter(sorted(Path("/usr/share/doc").glob("linux-doc*/Documentation"))), None)
-    for path, fix in (
-        (docs, "apt-get install linux-doc, or --docs"),
-        (chosen.dictionary, "apt-get install dict-gcide"),
-    ):
-        if path is None or not path.exists():
-            sys.exit(f"{path or 'linux-doc'} is not there: {fix}")
-    chosen.out.mkdir(parents=True, exist_ok=True)
+    check(chosen, docs)
     english = [*dictionary(chosen.dictionary), *(books(chosen.books) if chosen.books else ())]
-    gather(python_sources(chosen.python), chosen.out / "python.jsonl", chosen.characters)
-    gather(documentation(docs), chosen.out / "kernel.jsonl", chosen.characters)
-    gather(english, chosen.out / "english.jsonl", chosen.characters)
+    domains = {"python": python_sources(chosen.python), "kernel": documentation(docs), "english": english}
+    for name, texts in domains.items():
+        documents = chosen_documents(texts, chosen.characters)
+        if not documents:
+            sys.exit(f"{name}: no document of {LENGTHS.start} to {LENGTHS.stop - 1:,} characters, at most "
+                     f"{chosen.characters:,} together; give it another folder or more --characters")  # fmt: skip
+        write(documents, chosen.out / f"{name}.jsonl")
+        size = sum(map(len, documents))
+        print(f"{chosen.out / name}.jsonl: {len(documents):,} documents, {size:,} characters", flush=True)
 
 
 if __name__ == "__main__":

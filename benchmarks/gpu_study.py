@@ -4,7 +4,7 @@
 
 Small models leave most of a card idle: several runs share it. When the minutes are over the study is stopped as by
 Ctrl-C, which saves every run, and what there is gets packed: MLflow's database and artifacts, and the run folders with
-their journals, tables and figures. `--checkpoints` packs these too, to resume elsewhere.
+their journals, tables and figures. `--checkpoints` packs these too, to resume elsewhere. Unfinished runs are named.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ import time
 from pathlib import Path
 
 import torch
+
+from clplat.cli import dotted
+from clplat.errors import ClplatError
+from clplat.journal import last_status
+from clplat.study_file import load_study, run_folders
 
 
 def run(options: argparse.Namespace, rest: list[str]) -> int:
@@ -34,17 +39,44 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         return process.wait()
 
 
-def pack(archive: Path, *, checkpoints: bool) -> None:
-    """MLflow's files and the run folders in one archive."""
+def begun(folder: Path) -> set[Path]:
+    """The studies in the folder of runs."""
+    return {file.parent for file in folder.glob("*/study.yaml")}
+
+
+def unfinished(study: Path) -> list[str]:
+    """The runs of a study that have not finished, and how they stand."""
+    found = {run.name: last_status(run) for run in run_folders(study)}
+    return [f"{name} {status}" for name, status in found.items() if status != "FINISHED"]
+
+
+def pack(archive: Path, folder: Path, *, checkpoints: bool) -> None:
+    """MLflow's files and the run folders in one archive, which takes its place when it is whole."""
 
     def wanted(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
         return entry if checkpoints or "/checkpoints" not in entry.name else None
 
-    with tarfile.open(archive, "w:gz") as file:
-        for name in ("mlflow.db", "mlartifacts", "runs"):
+    part = archive.with_name(f"{archive.name}.part")
+    with tarfile.open(part, "w:gz") as file:
+        for name in ("mlflow.db", "mlartifacts", str(folder)):
             if Path(name).exists():
                 file.add(name, filter=wanted)
-    print(f"{archive}: {archive.stat().st_size / 2**20:.1f} MiB", flush=True)
+    part.replace(archive)
+    print(f"{archive}: {archive.stat().st_size / 2**20:.2f} MiB", flush=True)
+
+
+def check(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: list[str]) -> Path:
+    """The study's folder of runs; what is wrong with the study, the numbers or the archive is said before any work."""
+    if options.per_card < 1 or (options.minutes is not None and options.minutes <= 0):
+        parser.error("--per-card must be at least 1, and --minutes more than 0")
+    try:
+        folder = Path(load_study(options.study, dotted(rest, parser, allowed=True)).folder)
+        options.archive.with_name(f"{options.archive.name}.part").open("wb").close()
+    except ClplatError as error:
+        sys.exit(f"{parser.prog}: {error}")
+    except OSError as error:
+        sys.exit(f"--archive: {options.archive} cannot be written ({error.strerror}); name another place")
+    return folder
 
 
 def main() -> None:
@@ -55,9 +87,17 @@ def main() -> None:
     parser.add_argument("--archive", type=Path, default=Path("results.tgz"))
     parser.add_argument("--checkpoints", action="store_true")
     options, rest = parser.parse_known_args()
-    start = time.perf_counter()
+    folder = check(parser, options, rest)
+    start, before = time.perf_counter(), begun(folder)
     code = run(options, rest)
-    pack(options.archive, checkpoints=options.checkpoints)
+    new = begun(folder) - before
+    if not new:
+        options.archive.with_name(f"{options.archive.name}.part").unlink()
+        sys.exit(f"no run was begun: {options.archive} is not written")
+    pack(options.archive, folder, checkpoints=options.checkpoints)
+    for study in new:
+        if left := unfinished(study):
+            print(f"{study.name} has not finished: {', '.join(left)}")
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes")
     sys.exit(code)
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+import sys
 from pathlib import Path
 
+from clplat.errors import ClplatError
 from clplat.metrics import Interval, interval
 from clplat.page import write_report
 from clplat.report import COSTS, difference, finding, known_costs, notes
@@ -83,11 +85,14 @@ def train_and_held_out(study: StudyResults) -> str:
             }
             history = sorted(points.items())
             assert run.table is not None
+            begin = 0
             for row, step in zip(run.table.rows(), run.table.steps(), strict=True):
-                if row:
+                logged = [loss for at, loss in history if begin < at <= step]
+                # A task that is shorter than `tracking.log_every` may have no point of its own.
+                if row and logged:
                     task = run.table.tasks()[row - 1]
-                    trained = [loss for at, loss in history if at <= step][-1]
-                    pairs.setdefault(task, []).append((trained, value(run, row, task, "loss")))
+                    pairs.setdefault(task, []).append((logged[-1], value(run, row, task, "loss")))
+                begin = step
         for task, found in pairs.items():
             columns: list[Interval] = [interval(list(column)) for column in zip(*found, strict=True)]
             gap = interval([held - trained for trained, held in found])
@@ -115,12 +120,17 @@ def main() -> None:
     parser.add_argument("page", type=Path)
     parser.add_argument("--uri")
     options = parser.parse_args()
-    study = load_study_results(options.study, options.uri)
+    old = options.page.read_text() if options.page.is_file() else f"{BEGIN}\n{END}\n"
+    if (BEGIN in old) != (END in old):
+        sys.exit(f"{options.page}: has one of the two marker lines, {BEGIN} and {END}; put both around the tables")
+    try:
+        study = load_study_results(options.study, options.uri)
+    except ClplatError as error:
+        sys.exit(f"{parser.prog}: {error}")
     folder = options.page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     for drawn in (write_report(study).parent / "figures").glob("*.png"):
         shutil.copyfile(drawn, folder / drawn.name)
-    old = options.page.read_text() if options.page.is_file() else f"{BEGIN}\n{END}\n"
     before, _, rest = old.partition(BEGIN)
     options.page.write_text(before + page(study, folder).rstrip("\n") + rest.partition(END)[2])
 

@@ -188,6 +188,8 @@ def main() -> None:
     parser.add_argument("--kill", type=float, default=60.0, help="seconds after which the first attempt is killed")
     parser.add_argument("--folder", help="where the text and its cache go (default: a temporary folder)")
     options = parser.parse_args()
+    if options.tasks < 1 or options.gigabytes <= 0 or options.kill <= 0:
+        parser.error("--tasks must be at least 1, --gigabytes and --kill more than 0")
     torch.set_num_threads(1)
     {"tasks": tasks, "text": text, "one-run": one_run}[options.what](options)
 

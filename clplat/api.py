@@ -17,8 +17,9 @@ from rich.console import Console
 
 from clplat.config import RunConfig, difference, load_run, parse, plain, save
 from clplat.errors import ConfigError
-from clplat.study import Study, carry_out, run_study, settled
-from clplat.study_file import check_unchanged, load_study, run_folders, set_key
+from clplat.plan import check_data, check_plan
+from clplat.study import Study, carry_out, lay_out_runs, run_study, settled
+from clplat.study_file import check_unchanged, expand, load_study, run_folders, set_key
 
 if TYPE_CHECKING:
     import pandas
@@ -42,11 +43,18 @@ def resume(target: str | Path, overrides: Sequence[tuple[str, str]] = (), consol
 
     `overrides` may change what results do not depend on (devices, workers, tracking); anything else is refused.
     """
+    from clplat.journal import last_status
+
     console = console or Console(highlight=False)
     folder = folder_of(target)
     if (folder / "study.yaml").is_file():
+        check_plan(folder, load_study(folder / "study.yaml"))
         _change_runs(folder, overrides)
         study = settled(load_study(folder / "study.yaml", overrides))
+        for sentence in lay_out_runs(folder, expand(study)):
+            console.print(sentence, soft_wrap=True)
+        if any(last_status(run) != "FINISHED" for run in run_folders(folder)):
+            check_data(folder)
         save(study, folder / "study.yaml")
         return carry_out(folder, study, console)
     _change(folder, overrides)
@@ -73,7 +81,9 @@ def _resume_one(folder: Path, console: Console) -> Study:
         return Study(name=folder.parent.name, folder=folder.parent, outcomes=[])
     of_study = (folder.parent / "study.yaml").is_file()
     if of_study:
+        check_plan(folder.parent, load_study(folder.parent / "study.yaml"))
         check_unchanged(folder.parent, [folder])
+        check_data(folder.parent)
     config = load_run(folder / "config.yaml")
     outcomes = launch([folder], workers=1, threads=config.training.threads, console=console)
     if of_study and config.tracking.enabled:
@@ -108,6 +118,10 @@ def folder_of(target: str | Path) -> Path:
         return path
     if path.exists():
         raise ConfigError(f"{target}: neither a run folder (config.yaml) nor a study folder (study.yaml)")
+    if (path.parent / "study.yaml").is_file():
+        raise ConfigError(
+            f"{target}: there is no such run folder; `clplat resume {path.parent}` makes one that is gone"
+        )
     from clplat.study_record import folder_of_run
 
     found = folder_of_run(str(target))

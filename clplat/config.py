@@ -174,6 +174,17 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)
 
 
+_WANTED = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "bool": "must be true or false",
+    "string": "must be text",
+    "list": "must be a list",
+    "dict": "must be a mapping",
+}
+"""What is said for pydantic's kinds of errors, by the first word of the kind."""
+
+
 def parse(cls: type, data: Mapping[str, Any]) -> Any:
     """An instance of a configuration class from plain data; errors name the key, and what was expected."""
     from pydantic import TypeAdapter, ValidationError
@@ -182,11 +193,21 @@ def parse(cls: type, data: Mapping[str, Any]) -> Any:
     try:
         return TypeAdapter(cls).validate_python(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        said = re.sub("^Value error, |^Input ", "", first["msg"])
-        got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
-        raise ConfigError(f"{place}: {said}{got}") from error
+        raise ConfigError(_said(error.errors())) from error
+
+
+def _said(errors: list[Any]) -> str:
+    """`key: what it must be, got …`; a key of which several types were tried has an error for each."""
+    first = errors[0]
+    tried = [one for one in errors if len(errors) > 1 and one["loc"][:-1] == first["loc"][:-1]]
+    is_choice = len(tried) > 1 and all(
+        re.fullmatch(r"int|float|bool|str|literal\[.*\]", str(e["loc"][-1])) for e in tried
+    )
+    place = ".".join(str(part) for part in (first["loc"][:-1] if is_choice else first["loc"]))
+    reasons = [_WANTED.get(e["type"].partition("_")[0]) or re.sub("^Value error, |^Input ", "", e["msg"])
+               for e in (tried if is_choice else [first])]  # fmt: skip
+    said = " or ".join([reasons[0], *(reason.removeprefix("should be ") for reason in reasons[1:])])
+    return f"{place}: {said}" + ("" if first["type"] == "value_error" else f", got {first['input']!r}")
 
 
 def _check_keys(cls: type, data: Any, path: str) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from clplat.config import RunConfig, load_run
 from clplat.errors import ClplatError, Interrupted, RunBusyError
-from clplat.interruption import Interruption, exit_code
-from clplat.journal import Journal, read
+from clplat.interruption import EXIT_INTERRUPT, EXIT_REQUEUE, Interruption, exit_code
+from clplat.journal import Journal, read, record_lost
 from clplat.progress import Progress, Silent
 
 
@@ -140,6 +140,11 @@ def _outcome_of_group(folder: Path, code: int) -> Outcome:
     """What rank zero wrote down about the end of a run with several processes."""
     last = [entry for entry in read(folder) if entry["kind"] == "status"]
     status = last[-1]["status"] if last else "FAILED"
+    if code in (EXIT_REQUEUE, EXIT_INTERRUPT) and status not in ("FINISHED", "KILLED"):
+        reason = f"stopped before it could be saved; `clplat resume {folder}` goes on from what there is"
+        if last:
+            record_lost(folder, "KILLED", reason)
+        return Outcome(folder=folder, status="KILLED", reason=reason, code=code)
     if code and status in ("RUNNING", "FINISHED"):
         return Outcome(folder=folder, status="FAILED", reason=f"a process of the run ended with code {code}", code=code)
     return Outcome(folder=folder, status=status, reason=last[-1].get("reason", "") if last else "", code=code)

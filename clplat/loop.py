@@ -24,7 +24,7 @@ from clplat.journal import Journal
 from clplat.metrics import summary
 from clplat.progress import Progress
 from clplat.randomness import global_state, restore_global, seed_global
-from clplat.record import describe
+from clplat.record import check_data, describe
 from clplat.result_table import ResultTable
 from clplat.strategies.controllers.base import Controller, Event
 from clplat.strategies.world import World
@@ -59,6 +59,7 @@ class Run:
         self.seen: list[int] = []
         self.forgetting: dict[str, float] = {}
         seed_global(config.seed, "model", self.world.rank)
+        check_data(self.parts, folder)
         if journal is not None:
             describe(journal, config, self.parts, folder)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clplat import figures
+from clplat.errors import ConfigError
 from clplat.report import (
     COSTS,
     SCORES,
@@ -42,7 +43,12 @@ th:first-child, td:first-child { text-align: left } th { font-weight: 600; borde
 def write_report(study: StudyResults, out: str | Path | None = None, baseline: str | None = None) -> Path:
     """Write report.html and its figures, and attach them to the study's run where MLflow has one."""
     folder = Path(out) if out is not None else Path(study.folder if Path(study.folder).is_dir() else ".")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"out: {folder} cannot be made ({error.strerror}); name a folder that can be written"
+        ) from error
     page = render(study, baseline_of(study, baseline), folder)
     if not study.run_id:
         return page

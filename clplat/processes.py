@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from clplat.errors import ConfigError
-from clplat.interruption import EXIT_REQUEUE
+from clplat.interruption import EXIT_INTERRUPT, EXIT_REQUEUE, SIGNALS, exit_code
 
 
 def inside_group() -> bool:
@@ -46,7 +46,10 @@ def leave() -> None:
 
 
 def spawn(folder: Path, devices: int) -> int:
-    """Run one folder with `devices` processes on this machine; the exit code of the first that failed, or 0."""
+    """Run one folder with `devices` processes on this machine; the exit code of the first that failed, or 0.
+
+    A process that is asked to stop before it listens dies of the signal: that is the stop's exit code too.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -59,15 +62,18 @@ def spawn(folder: Path, devices: int) -> int:
         for rank in range(devices)
     ]
 
+    asked: list[int] = []
+
     def pass_on(number: int, _: object) -> None:
-        for child in children:
+        asked.append(number)
+        # Ctrl-C reaches the whole process group by itself.
+        for child in children if number != signal.SIGINT else ():
             child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    # Ctrl-C reaches the whole process group by itself.
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
-        return _wait(children)
+        code = _wait(children)
+        return exit_code(signal.Signals(asked[0]).name) if asked and code else code
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -76,7 +82,7 @@ def spawn(folder: Path, devices: int) -> int:
 def _wait(children: list[subprocess.Popen[bytes]]) -> int:
     """Wait for all; when one fails the others are stopped, since they would wait for it for ever."""
     while any(child.poll() is None for child in children):
-        failed = [child for child in children if child.poll() not in (None, 0, EXIT_REQUEUE, 130)]
+        failed = [child for child in children if child.poll() not in (None, 0, EXIT_REQUEUE, EXIT_INTERRUPT)]
         if failed:
             time.sleep(1.0)
             for child in children:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from clplat.assembly import Parts
 from clplat.config import RunConfig, config_hash, flat, plain
+from clplat.errors import ConfigError
 from clplat.journal import Journal, curve_table, read, table
 
 PACKAGES = (
@@ -54,6 +55,18 @@ def describe(journal: Journal, config: RunConfig, parts: Parts, folder: Path) ->
     for task in parts.stream.tasks[:50]:
         journal.dataset(f"{task.name}/train", task.train.digest, "train")
         journal.dataset(f"{task.name}/test", task.test.data.digest, "test")
+
+
+def check_data(parts: Parts, folder: Path) -> None:
+    """Refuse to take a run up on other data than those that its journal names."""
+    known = {entry["name"]: entry["digest"] for entry in read(folder) if entry["kind"] == "dataset"}
+    for task in parts.stream.tasks:
+        for part, data in (("train", task.train), ("test", task.test.data)):
+            if known.get(f"{task.name}/{part}", data.digest) != data.digest:
+                raise ConfigError(
+                    f"{folder}: stream: the {part} data of {task.name} changed since the run was begun; bring the old "
+                    "data back, or start a new study"
+                )
 
 
 def fidelity(parts: Parts) -> str:

@@ -89,8 +89,9 @@ def _cost(study: StudyResults, variant: str, name: str, show: Callable[[float], 
 def baseline_of(study: StudyResults, baseline: str | None) -> str | None:
     """The variant to compare with: the one asked for, or the study's own; an unknown one is named."""
     base = baseline or study.baseline
-    if base is not None and base not in study.variants():
-        raise ConfigError(f"baseline: study {study.name!r} has no variant {base!r}{nearest(base, study.variants())}")
+    known = {variant for variant, _ in study.planned} | set(study.variants())
+    if base is not None and base not in known:
+        raise ConfigError(f"baseline: study {study.name!r} has no variant {base!r}{nearest(base, known)}")
     return base
 
 
@@ -111,7 +112,7 @@ def notes(study: StudyResults) -> list[str]:
         for run in study.runs
         if run.status != "FINISHED"
     ]
-    found += [f"{variant}, seed {seed}: not started" for variant, seed in study.missing()]
+    found += [f"{variant}, seed {seed}: no record of it yet" for variant, seed in study.missing()]
     compared = [variant for variant in study.variants() if not study.is_reference(variant)]
     replaying = [v for v in compared if study.interval(v, "cost/buffer_bytes").mean > 0]
     for name, group in (

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,10 +19,12 @@ from clplat.config import RunConfig, StudyConfig, plain, save
 from clplat.errors import ConfigError
 from clplat.execution import Outcome
 from clplat.launch import launch
+from clplat.plan import first_seed, read_tasks, write_plan
 from clplat.study_file import check_unchanged, expand, load_study, run_folders
 
 if TYPE_CHECKING:
     from clplat.assembly import Parts
+    from clplat.streams.base import Stream
 
 AnyConfig = TypeVar("AnyConfig", RunConfig, StudyConfig)
 
@@ -46,24 +48,30 @@ class Study:
 def run_study(study: StudyConfig, console: Console) -> Study:
     """Check, lay out and carry out a study. Nothing is written before everything has been checked."""
     runs = expand(study)
-    preflight(runs)
-    folder = lay_out(study, runs)
+    streams = preflight(runs)
+    folder = lay_out(study, runs, streams)
     return carry_out(folder, study, console)
 
 
-def preflight(runs: Sequence[RunConfig]) -> None:
-    """Build every variant once, so that whatever is wrong with one is said before any is trained."""
+def preflight(runs: Sequence[RunConfig]) -> list[dict[str, Any]]:
+    """Build every variant once, so that whatever is wrong with one is said before any is trained.
+
+    Returns what each of the study's streams holds, as the first seed has it.
+    """
     from clplat.assembly import assemble, prepared_stream
     from clplat.strategies.world import World
 
-    streams: dict[str, Any] = {}
-    for run in {run.variant: run for run in runs}.values():
+    streams: dict[str, Stream] = {}
+    held: dict[str, dict[str, Any]] = {}
+    for run in first_seed(runs):
         key = json.dumps(plain(run.stream), sort_keys=True)
         streams[key] = streams.get(key) or prepared_stream(run)
+        held[key] = held.get(key) or read_tasks(run, streams[key])
         try:
             try_out(assemble(run, World(), streams[key]))
         except ConfigError as error:
             raise ConfigError(f"variant {run.variant}: {error}") from error
+    return list(held.values())
 
 
 def try_out(parts: Parts) -> None:
@@ -82,8 +90,8 @@ def try_out(parts: Parts) -> None:
         ) from error
 
 
-def lay_out(study: StudyConfig, runs: Sequence[RunConfig]) -> Path:
-    """Make the study's folder with one folder a run, each with its resolved configuration."""
+def lay_out(study: StudyConfig, runs: Sequence[RunConfig], streams: Sequence[Mapping[str, Any]] = ()) -> Path:
+    """Make the study's folder with its plan, and one folder a run, each with its resolved configuration."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folder = Path(study.folder) / f"{study.name}-{stamp}-{secrets.token_hex(2)}"
     try:
@@ -93,10 +101,22 @@ def lay_out(study: StudyConfig, runs: Sequence[RunConfig]) -> Path:
             f"folder: {folder} cannot be made ({error.strerror}); name a folder that can be written"
         ) from error
     save(settled(study), folder / "study.yaml")
-    for run in runs:
-        (folder / f"{run.variant}-s{run.seed}").mkdir()
-        save(settled(run), folder / f"{run.variant}-s{run.seed}" / "config.yaml")
+    write_plan(folder, runs, streams)
+    lay_out_runs(folder, runs)
     return folder
+
+
+def lay_out_runs(folder: Path, runs: Sequence[RunConfig]) -> list[str]:
+    """Make those run folders, or configurations in them, that are not there; a sentence about each."""
+    made = []
+    for run in runs:
+        place = folder / f"{run.variant}-s{run.seed}"
+        if not (place / "config.yaml").is_file():
+            what = "config.yaml is gone; it is written again" if place.is_dir() else "folder is gone; it is run anew"
+            made.append(f"{place.name}: its {what}")
+            place.mkdir(exist_ok=True)
+            save(settled(run), place / "config.yaml")
+    return made
 
 
 def settled(config: AnyConfig) -> AnyConfig:

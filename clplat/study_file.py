@@ -45,7 +45,9 @@ def load_study(config: str | Path | Mapping[str, Any], overrides: Sequence[tuple
         data = json.loads(json.dumps(config))
     else:
         try:
-            data = parse_yaml(find(config).read_text())
+            data = parse_yaml(find(config).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{config}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"{config}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
@@ -145,7 +147,10 @@ def merge(base: Any, changes: Any) -> Any:
 
 
 def check_unchanged(folder: Path, runs: Sequence[Path]) -> None:
-    """Refuse run folders of the study in `folder` whose config.yaml is another experiment than study.yaml says."""
+    """Refuse run folders of the study in `folder` whose config.yaml is another experiment than study.yaml says.
+
+    One that has checkpoints and no journal any more would end without a result: it is refused too.
+    """
     planned = {(run.variant, run.seed): run for run in expand(load_study(folder / "study.yaml"))}
     for run in runs:
         config = load_run(run / "config.yaml")
@@ -155,6 +160,11 @@ def check_unchanged(folder: Path, runs: Sequence[Path]) -> None:
             raise ConfigError(
                 f"{run / 'config.yaml'}: is not what study.yaml says ({'; '.join(changed)}); undo the change, or "
                 "start a new study with it"
+            )
+        if any(run.glob("checkpoints/*.pt")) and not (run / "journal.jsonl").is_file():
+            raise ConfigError(
+                f"{run}: its journal.jsonl is gone, and with it what was measured; remove the folder, and "
+                f"`clplat resume {folder}` runs it anew"
             )
 
 

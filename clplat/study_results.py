@@ -126,6 +126,8 @@ def _metric(run: RunRecord, name: str) -> float:
 def load_study_results(study: str, uri: str | None = None) -> StudyResults:
     """A study out of MLflow: by its folder, its name (the newest of that name), or its run id."""
     state = Path(study) / STUDY_STATE
+    if Path(study).is_dir() and not (Path(study) / "study.yaml").is_file():
+        raise ConfigError(f"{study}: is no study folder (study.yaml)")
     if Path(study).is_dir() and not state.is_file():
         raise ConfigError(f"{study}: MLflow does not know this study yet; `clplat sync {study}` sends it")
     known = json.loads(state.read_text()) if state.is_file() else {}
@@ -133,7 +135,7 @@ def load_study_results(study: str, uri: str | None = None) -> StudyResults:
     try:
         connection = client(uri)
         parent = connection.get_run(known["run_id"]) if known else _find(connection, study, uri)
-        runs = [_record(connection, run) for run in _children(connection, parent)]
+        runs = [_record(connection, run) for run in _newest(_children(connection, parent))]
     except ClplatError:
         raise
     except Exception as error:
@@ -170,6 +172,12 @@ def _children(connection: Any, parent: Any) -> list[Any]:
         token = page.token
         if not token:
             return found
+
+
+def _newest(runs: list[Any]) -> list[Any]:
+    """One run for each variant and seed: what was run anew stands in place of what was lost."""
+    oldest_first = sorted(runs, key=lambda run: run.info.start_time)
+    return list({(run.data.tags["variant"], run.data.tags["seed"]): run for run in oldest_first}.values())
 
 
 def _record(connection: Any, run: Any) -> RunRecord:

@@ -160,18 +160,27 @@ class Domain:
             return
         # Local files one by one: they may differ in the columns that nobody asked for.
         groups = [[path] for path in files] if files and self.path in BUILDERS else [files]
-        try:
-            for group in groups:
+        for group in groups:
+            if group and self.path in BUILDERS and _is_empty(group[0]):
+                continue  # `datasets` cannot tell the columns of a file without a byte
+            try:
                 yield from load_dataset(
                     self.path, self.config, data_files={split: group} if group else None, split=split,
                     streaming=True, revision=self.revision,
                 )  # fmt: skip
-        except (OSError, ValueError, DatasetsError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ValueError(
-                f"domain {self.name!r}: {self.path!r}, split {split!r} cannot be read ({reason}); local files need "
-                f"path {', '.join(BUILDERS[:-1])} or {BUILDERS[-1]}"
-            ) from error
+            except (OSError, ValueError, DatasetsError) as error:
+                raise ValueError(self._unreadable(split, group, error)) from error
+
+    def _unreadable(self, split: str, group: list[str] | None, error: Exception) -> str:
+        """Which file or set cannot be read, why, and what to do."""
+        reason, what = str(error).partition("\n")[0], f"{self.path!r}, split {split!r}"
+        if group and self.path in BUILDERS:
+            fix = "convert it to UTF-8" if isinstance(error, UnicodeError) else "mend or replace the file"
+            return f"domain {self.name!r}: {what} cannot be read from {group[0]} ({reason}); {fix}"
+        return (
+            f"domain {self.name!r}: {what} cannot be read ({reason}); local files need path "
+            f"{', '.join(BUILDERS[:-1])} or {BUILDERS[-1]}"
+        )
 
     def _from_row(self, row: dict[str, Any]) -> Document:
         wanted = [self.text_field] if self.prompt_field is None else [self.answer_field, self.prompt_field]
@@ -194,6 +203,10 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
         article.append(line.removesuffix("\n"))
     if article:
         yield "\n".join(article)
+
+
+def _is_empty(path: str) -> bool:
+    return Path(path).is_file() and Path(path).stat().st_size == 0
 
 
 def _content(path: str) -> str:

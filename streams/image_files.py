@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import warnings
 from io import BytesIO
@@ -14,16 +13,10 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from clplat.streams.cache_folder import cache_folder, made
 from clplat.streams.split import Labelled
 
 FORMAT = 1
-
-
-def cache_folder() -> Path:
-    """$CLPLAT_CACHE, or ~/.cache/clplat; made where it is not there."""
-    folder = Path(os.environ.get("CLPLAT_CACHE", Path.home() / ".cache" / "clplat"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def part_files(folder: Path, part: str) -> list[Path]:
@@ -46,7 +39,7 @@ def decoded(files: list[Path]) -> Labelled:
     contents = hashlib.sha256(f"images {FORMAT}".encode())
     for file in files:
         contents.update(hashlib.sha256(file.read_bytes()).digest())
-    folder = cache_folder()
+    folder = made(cache_folder())
     cache = folder / f"images-{contents.hexdigest()[:16]}.npz"
     try:
         return _opened(cache)
@@ -74,18 +67,30 @@ def _decode(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     images: list[np.ndarray] = []
     labels: list[np.ndarray] = []
     for file in files:
-        table = pq.read_table(file)
+        try:
+            table = pq.read_table(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file}: cannot be read ({error}); bring the whole file") from error
         columns = {"image", "img"} & set(table.column_names)
         if not columns or "label" not in table.column_names:
             raise ValueError(f"{file}: needs the columns image and label; it has {table.column_names}")
         encoded = table.column(min(columns)).to_pylist()
+        labels.append(np.array([_class(value, file, row) for row, value in enumerate(table["label"].to_pylist())]))
         images += [_pixels(value, file, row) for row, value in enumerate(encoded)]
-        labels.append(table.column("label").to_numpy())
     shapes = {image.shape for image in images}
+    if not images:
+        raise ValueError(f"{files[0].parent}: {', '.join(file.name for file in files)} have no rows")
     if len(shapes) != 1:
         raise ValueError(f"{files[0].parent}: images must have one size, not {sorted(shapes)}")
     stacked = np.stack(images).transpose(0, 3, 1, 2)
     return np.ascontiguousarray(stacked), np.concatenate(labels).astype(np.int64)
+
+
+def _class(value: object, file: Path, row: int) -> int:
+    """A label, which is a whole number."""
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{file}: row {row} has the label {value!r}; labels are whole numbers from 0 on")
+    return value
 
 
 def _pixels(value: bytes | dict[str, bytes], file: Path, row: int) -> np.ndarray:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from clplat.streams.base import TensorData, digest
 from clplat.streams.batch import Batch
-from clplat.streams.image_files import cache_folder, decoded, part_files
+from clplat.streams.cache_folder import cache_folder, made
+from clplat.streams.image_files import decoded, part_files
 from clplat.streams.split import Labelled, first_of_each_class, stratified
 
 TrainAndTest = tuple[Labelled, Labelled]
@@ -196,7 +197,7 @@ def _from_torchvision(name: str, folder: str, root: Path, download: bool) -> Tra
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
     """Runs of a study start together: the first one downloads, the others wait and find the files there."""
-    with (cache_folder() / "download.lock").open("w") as lock:
+    with (made(cache_folder()) / "download.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

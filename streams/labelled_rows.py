@@ -83,7 +83,8 @@ class LabelledSource:
         split = own.get(part, own["train"] if self.holdout else None)
         if split is None:
             return []
-        found: Iterable[Example] = (self._example(row, names) for row in domain.rows(split))
+        rows = enumerate(domain.rows(split), start=1)
+        found: Iterable[Example] = (self._example(row, names, f"row {place} of {split}") for place, row in rows)
         if self.holdout and split == own["train"]:
             found = (one for one in found if domain.part_of(one) == part)
         limit = self.max_train_per_class if part == "train" else self.max_eval_per_class
@@ -95,22 +96,23 @@ class LabelledSource:
             data_files=self.data_files, splits=self.splits, holdout=self.holdout or Holdout(),
         )  # fmt: skip
 
-    def _example(self, row: dict[str, Any], names: list[str] | None) -> Example:
+    def _example(self, row: dict[str, Any], names: list[str] | None, place: str) -> Example:
+        """A row, which stands at `place`, as an example."""
         for name in filter(None, (self.text_field, self.label_field, self.group_field)):
             if row.get(name) is None:
-                raise ValueError(f"source: a row has nothing in the field {name!r}; its fields are {sorted(row)}")
+                raise ValueError(f"source: {place} has nothing in the field {name!r}; its fields are {sorted(row)}")
         group = str(row[self.group_field]) if self.group_field else ""
-        return Example(prompt=str(row[self.text_field]), text=_named(row[self.label_field], names), group=group)
+        return Example(prompt=str(row[self.text_field]), text=_named(row[self.label_field], names, place), group=group)
 
 
-def _named(label: object, names: list[str] | None) -> str:
-    """The name of a label that is a name or a number."""
+def _named(label: object, names: list[str] | None, place: str) -> str:
+    """The name of a label that is a name or a number, and stands at `place`."""
     if names is None:
         return str(label)
     if isinstance(label, int) and 0 <= label < len(names):
         return names[label]
     if label not in names:
-        raise ValueError(f"source.label_names: a row has the label {label!r}, not one of the {len(names)} names")
+        raise ValueError(f"source.label_names: {place} has the label {label!r}, not one of the {len(names)} names")
     return str(label)
 
 

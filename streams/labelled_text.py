@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from clplat.streams.base import Data, EvalSet, Scenario, Spec, Stream, Task, TensorData, spread_rows
-from clplat.streams.documents import PARTS
+from clplat.streams.cache_folder import cache_folder
+from clplat.streams.documents import PARTS, Part
 from clplat.streams.label_scorer import LabelLikelihood
 from clplat.streams.labelled_rows import Example, LabelledSource, TokenRows, answered, json_value, padded
 from clplat.streams.scorers import Scorer
@@ -60,7 +60,7 @@ class LabelledTextStream(Stream):
         self.tokenizer: Tokenizer = tokenizer or ByteTokenizer()
         self.max_tokens, self.max_answers, self.label_score = max_tokens, max_answers, label_score
         self.prompt_template = prompt_template
-        self.cache_dir = Path(cache_dir or os.environ.get("CLPLAT_CACHE", str(Path.home() / ".cache" / "clplat")))
+        self.cache_dir = cache_folder(cache_dir)
         self._check()
 
     def _check(self) -> None:
@@ -87,6 +87,7 @@ class LabelledTextStream(Stream):
         if not examples["train"]:
             raise ValueError("source: its train part has no row with text")
         labels = self.source.names() or sorted({example.text for example in examples["train"]})
+        self._check_known(labels, examples)
         names, groups = self._tasks_of(labels, examples["train"])
         chosen = {labels[label] for group in groups for label in group}
         kept = {part: [row for row in rows if row.text in chosen] for part, rows in examples.items()}
@@ -106,6 +107,17 @@ class LabelledTextStream(Stream):
             self.tasks = [self._task(task, None, task.test.scorer) for task in tasks]
         else:
             self._write_labels(tasks, width, [labels[label] for group in groups for label in group])
+
+    def _check_known(self, labels: Sequence[str], examples: Mapping[Part, Sequence[Example]]) -> None:
+        """Refuse to score labels that were never trained on, where nobody chose the labels."""
+        if self.groups is not None or isinstance(self.class_order, list):
+            return
+        for part, rows in examples.items():
+            if unknown := sorted({row.text for row in rows}.difference(labels)):
+                raise ValueError(
+                    f"source: the {part} part has labels that no training row has ({', '.join(unknown[:5])}); mend "
+                    "them, or list the labels to use in class_order or groups"
+                )
 
     def _write_labels(self, tasks: Sequence[Task], width: int, labels: Sequence[str]) -> None:
         """Spec and tasks of a language model; `labels` are the names of the classes in order of appearance."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from clplat.streams.base import EvalSet, Spec, Stream, Task
+from clplat.streams.cache_folder import cache_folder, made
 from clplat.streams.documents import PARTS, Domain, Part
 from clplat.streams.generation_scorers import ExactMatch, Together
 from clplat.streams.scorers import Likelihood, Scorer
@@ -47,8 +46,7 @@ class TextStream(Stream):
         self.tokenizer: Tokenizer = tokenizer or ByteTokenizer()
         self.block_size, self.max_eval_tokens = block_size, max_eval_tokens
         self.max_answers, self.max_answer_tokens = max_answers, max_answer_tokens
-        default = os.environ.get("CLPLAT_CACHE", str(Path.home() / ".cache" / "clplat"))
-        self.cache_dir = Path(cache_dir or default)
+        self.cache_dir = cache_folder(cache_dir)
         self.order_names = order or [domain.name for domain in domains]
         self._check()
 
@@ -75,6 +73,7 @@ class TextStream(Stream):
                 )
 
     def prepare(self) -> None:
+        made(self.cache_dir)
         self._caches: dict[tuple[str, Part], TokenCache] = {}
         self._sources = {domain.name: self._source(domain) for domain in [*self.domains, *self.probe_domains]}
         source = hashlib.sha256("".join(sorted(self._sources[d.name] for d in self.domains)).encode()).hexdigest()

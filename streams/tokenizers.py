@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from clplat.streams.cache_folder import made
+
 
 class Tokenizer:
     """Base: ids for texts and back. `end_token` ends every document; `identity` names it in cache keys.
@@ -106,7 +108,7 @@ class BPETokenizer(_LibraryTokenizer):
         key = hashlib.sha256(f"bpe {self.vocab_size} {source}".encode()).hexdigest()[:16]
         path = cache_dir / "tokenizers" / f"bpe-{key}.json"
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            made(path.parent)
             with NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
                 file.write(_trained(texts, self.vocab_size))
             Path(file.name).replace(path)

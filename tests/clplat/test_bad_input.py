@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from records import Made
 from studies import REPLAY, run_folder, study
 
 import clplat
@@ -17,52 +18,11 @@ from clplat.errors import ConfigError, StorageError
 from clplat.execution import execute
 from clplat.journal import last_status, read
 from clplat.learner import Learner
+from clplat.page import write_report
 from clplat.streams.base import Budget
 from clplat.study import lay_out, preflight
 from clplat.study_file import expand, load_study
-
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown key": ({"trainin": {}}, r"trainin: there is no such key; did you mean 'training'"),
-    "unknown nested key": ({"training__batchsize": 3}, r"training\.batchsize: .*did you mean 'batch_size'"),
-    "wrong type": ({"training__batch_size": "many"}, r"training\.batch_size: .*integer.*got 'many'"),
-    "wrong choice": ({"training__schedule": "cosin"}, r"training\.schedule: .*'cosine'.*got 'cosin'"),
-    "two budgets": ({"training__budget": {"steps": 1, "epochs": 1}}, r"budget: .*exactly one"),
-    "unknown class": ({"stream__class_path": "SplitDigit"}, r"stream\.class_path: .*did you mean 'SplitDigits'"),
-    "unknown module": ({"stream__class_path": "nowhere.Mine"}, r"stream\.class_path: there is no module 'nowhere'"),
-    "wrong family": ({"stream__class_path": "clplat.architectures.mlp.MLP"}, r"MLP is not a stream"),
-    "unknown option": ({"stream__init_args": {"num_task": 2}}, r"stream\.init_args\.num_task: .*'num_tasks'"),
-    "option of a wrong type": ({"stream__init_args": {"num_tasks": "x"}}, r"num_tasks: expected a whole number, got x"),
-    "optimizer option": ({"training__optimizer": {"class_path": "SGD", "init_args": {"momentun": 1}}}, "'momentum'"),
-    "strategy class": ({"strategies": {"r": {"class_path": "ExperienceReply"}}}, r"strategies\.r.*'ExperienceReplay'"),
-    "baseline": ({"baseline": "naiv", "variants": {"naive": {}}}, r"baseline: .*did you mean 'naive'"),
-    "variant key": ({"variants": {"a": {"training": {"batch": 1}}}}, r"variants\.a\.training\.batch: .*'batch_size'"),
-    "repeated seed": ({"seeds": [1, 1]}, r"seeds: .*each once"),
-    "missing key": ({"name": None}, r"name: "),
-    "a truth value for a number": (
-        {"training__batch_size": True},
-        r"training\.batch_size: should be a number, got true",
-    ),
-    "no choice of an option": (
-        {"stream__init_args": {"scenario": "x"}},
-        r"expected 'task' or 'domain' or 'class', got x",
-    ),
-    "option of a nested class": (
-        {"stream": {"class_path": "TextStream", "init_args": {"domains": [{"name": "a", "train_file": "x"}]}}},
-        r"stream\.init_args\.domains: Domain has no option 'train_file'; did you mean 'data_files'",
-    ),
-    "option's near name": (
-        {"architecture__init_args": {"hidden_size": [1]}},
-        r"no such option; did you mean 'hidden_sizes'",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_configuration_names_the_field_and_the_nearest_valid_name(case: str) -> None:
-    changes, message = WRONG[case]
-    with pytest.raises(ConfigError, match=message) as caught:
-        expand(load_study(study(**changes)))
-    assert "\n" not in str(caught.value)
+from clplat.study_results import load_study_results
 
 
 @pytest.mark.parametrize(
@@ -284,6 +244,30 @@ def test_the_journal_of_a_failed_run_is_standard_json_and_ends_with_its_status(
 def test_values_out_of_range_are_refused_by_name_before_training(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         preflight(expand(load_study(study(**changes))))
+
+
+def test_a_file_that_is_not_text_is_no_study(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_bytes(b"name: caf\xe9")
+    with pytest.raises(ConfigError, match=r"study\.yaml: is not UTF-8 text"):
+        load_study("study.yaml")
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CLPLAT_CACHE", str(tmp_path / "file" / "cache"))
+    (tmp_path / "x.txt").write_text("some words\n" * 100)
+    domain = {"name": "a", "path": "text", "data_files": {"train": "x.txt"}}
+    text = {"class_path": "TextStream", "init_args": {"domains": [domain]}}
+    with pytest.raises(ConfigError, match=r"cache folder .*cache cannot be made .*CLPLAT_CACHE"):
+        preflight(expand(load_study(study(stream=text))))
+
+
+def test_a_report_that_cannot_be_written_is_refused_by_name(tmp_path: Path, store: str) -> None:
+    made = Made(store, ["naive"], [0])
+    made.run("naive", 0, [[0.5, 0.5], [0.9, 0.5], [0.1, 0.9]])
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="out: file cannot be made"):
+        write_report(load_study_results("digits", store), "file")
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,26 @@ def test_two_processes_give_the_weights_buffers_and_journal_of_one(tmp_path: Pat
 
 def two(data: dict[str, Any]) -> dict[str, Any]:
     return {"training": data["training"] | {"devices": 2, "accelerator": "cpu"}}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_stop_while_processes_start_is_a_stop_and_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    folder, original = run_folder(tmp_path, study() | two(study())), subprocess.Popen
+
+    def started(*arguments: Any, **options: Any) -> Any:
+        child = original(*arguments, **options)
+        if options["env"]["RANK"] == "1":
+            # A terminal sends Ctrl-C to the children too.
+            threading.Timer(0.3, lambda: [os.kill(pid, number) for pid in (child.pid, os.getpid())]).start()
+        return child
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    outcome = execute(folder)
+    assert (outcome.status, outcome.code) == ("KILLED", code), outcome.reason
+    # Rank zero may have come far enough to have written that it runs.
+    assert "clplat resume" in outcome.reason and last_status(folder) in ("WAITING", "KILLED")
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused_by_name(tmp_path: Path) -> None:

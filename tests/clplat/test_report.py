@@ -85,12 +85,22 @@ def test_failed_and_missing_runs_and_unequal_budgets_are_said(store: str) -> Non
     results = load_study_results("digits", store)
     said = "\n".join(notes(results))
     assert "naive, seed 1: FAILED loss is NaN at step 13" in said
-    assert "er, seed 1: not started" in said and "der, seed 1: not started" in said
+    assert "er, seed 1: no record of it yet" in said and "der, seed 1: no record of it yet" in said
     assert re.search(r"unequal buffer_bytes: er 100, der 150", said)
     assert re.search(r"unequal steps: naive 20, er 20, der 30", said)
     assert results.interval("naive", "final_score").n == 1
     page = write_report(results, "out").read_text()
     assert "loss is NaN at step 13" in page and "unequal steps" in page
+
+
+def test_a_study_stopped_before_its_baseline_ran_is_compared_all_the_same(store: str) -> None:
+    study = Made(store, ["naive", "er"], [0], baseline="naive")
+    study.run("er", 0, ER[0])
+    results = load_study_results("digits", store)
+    text = printed(results)
+    assert "naive, seed 0: no record of it yet" in text
+    assert finding(results, "naive").startswith("Best final score: er")
+    assert write_report(results, "out").is_file()
 
 
 def test_a_variant_in_another_task_order_keeps_its_own_names(store: str) -> None:

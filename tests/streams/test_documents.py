@@ -133,7 +133,10 @@ def test_a_holdout_that_leaves_nothing_to_train_on_is_refused() -> None:
     [
         ([{"body": "x"}], r"domain 'd': rows have no text in the field 'text'; they have \['body'\]"),
         ([{"text": 3}], "domain 'd': rows have no text in the field 'text'"),
-        (['{"text": "x"}', "{broken"], "domain 'd': 'json', split 'test' cannot be read"),
+        (
+            ['{"text": "x"}', "{broken"],
+            r"domain 'd': 'json', split 'test' cannot be read from .*x\.jsonl .*; mend or replace",
+        ),
     ],
 )
 def test_rows_that_cannot_be_read_are_an_error_that_names_the_domain(
@@ -142,6 +145,14 @@ def test_rows_that_cannot_be_read_are_an_error_that_names_the_domain(
     domain = Domain(name="d", path="json", data_files={"test": lines(tmp_path / "x.jsonl", rows)})
     with pytest.raises(ValueError, match=message):
         list(domain.documents("test"))
+
+
+def test_text_that_is_not_utf8_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("fine\n")
+    (tmp_path / "latin.txt").write_bytes("café\n".encode("latin-1"))
+    domain = Domain(name="d", path="text", data_files={"train": str(tmp_path / "*.txt")})
+    with pytest.raises(ValueError, match=r"cannot be read from .*latin\.txt \(.*\); convert it to UTF-8"):
+        list(domain.documents("train"))
 
 
 def test_a_set_that_the_hub_cannot_give_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

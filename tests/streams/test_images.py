@@ -144,6 +144,31 @@ def test_a_row_that_is_no_image_and_a_missing_column_are_named(tmp_path: Path) -
         cifar10_in_parquet(tmp_path)
 
 
+@pytest.mark.parametrize("label", [None, "cat", -1])
+def test_the_row_whose_label_is_no_class_is_named(tmp_path: Path, label: Any) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cifar10_parquet(tmp_path)
+    good = pq.read_table(tmp_path / "train.parquet").column("image").to_pylist()
+    labels = ["dog", label] if isinstance(label, str) else [0, label]
+    pq.write_table(pa.table({"image": good[:2], "label": labels}), tmp_path / "train.parquet")
+    row, shown = (0, "'dog'") if isinstance(label, str) else (1, label)
+    with pytest.raises(ValueError, match=rf"train.parquet: row {row} has the label {shown}; labels are whole numbers"):
+        cifar10_in_parquet(tmp_path)
+
+
+def test_half_a_file_and_one_without_rows_are_named(tmp_path: Path) -> None:
+    cifar10_parquet(tmp_path)
+    file = tmp_path / "train.parquet"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"train\.parquet: cannot be read .*; bring the whole file"):
+        cifar10_in_parquet(tmp_path)
+    write_parquet(file, images(1, 32, 32, 3, seed=0)[:0], np.arange(0))
+    with pytest.raises(ValueError, match=r"train\.parquet have no rows"):
+        cifar10_in_parquet(tmp_path)
+
+
 def test_images_are_decoded_once_as_long_as_the_files_stay_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -221,6 +221,24 @@ def test_files_without_text_are_refused(files: dict[str, Any], tmp_path: Path) -
         stream(files | {"train": str(tmp_path / "blank.jsonl")})
 
 
+def test_an_empty_file_is_a_part_without_rows(files: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="source: its train part has no row with text"):
+        stream(files | {"train": str(tmp_path / "empty.jsonl")})
+
+
+def test_the_row_with_a_wrong_label_is_named(files: dict[str, Any], tmp_path: Path) -> None:
+    lines = Path(files["test"]).read_text().splitlines()
+    lines[4] = lines[4].replace('"intent": "hammer"', '"intent": "hamer"')
+    (tmp_path / "wrong.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="source.label_names: row 5 of test has the label 'hamer', not one of the 6"):
+        stream(files | {"test": str(tmp_path / "wrong.jsonl")}, {"label_names": NUMBERED})
+    with pytest.raises(ValueError, match=r"the test part has labels that no training row has \(hamer\)"):
+        stream(files | {"test": str(tmp_path / "wrong.jsonl")})
+    chosen = stream(files | {"test": str(tmp_path / "wrong.jsonl")}, {"group_field": None}, groups=GROUPS)
+    assert sum(len(task.test.data) for task in chosen.tasks) == 23
+
+
 def test_a_missing_test_part_is_refused(files: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="source: there is no test part; .* or give a holdout"):
         stream({"train": files["train"]})
@@ -229,8 +247,8 @@ def test_a_missing_test_part_is_refused(files: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ({"label_field": "class"}, {}, r"nothing in the field 'class'; its fields are \['domain', 'intent'"),
-        ({"label_field": "label", "label_names": ["a", "b"]}, {}, "has the label 5, not one of the 2 names"),
+        ({"label_field": "class"}, {}, r"row 1 of train has nothing in the field 'class'; its fields are \['domain'"),
+        ({"label_field": "label", "label_names": ["a", "b"]}, {}, "row 1 of train has the label 5, not one of the 2"),
         ({}, {"order": ["pet", "tool"]}, r"order: name the tasks \['tool', 'pet', 'fruit'\], each once"),
         ({}, {"order": ["pet", "tool", "pets"]}, "order: name the tasks"),
         ({"group_field": None}, {"groups": {"a": ["dgo"]}}, "groups.a: there is no label 'dgo'; did you mean 'dog'"),

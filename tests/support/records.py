@@ -48,12 +48,16 @@ class Made:
         *,
         tasks: Sequence[str] = ("a", "b"),
         costs: Mapping[str, float] | None = None,
+        steps: Mapping[str, Mapping[int, float]] | None = None,
         tags: Mapping[str, str] | None = None,
         status: str = "FINISHED",
         reason: str = "",
         higher: bool = True,
     ) -> None:
-        """Write and send one run: `rows` of its result table from the row before training on, None for one left out."""
+        """Write and send one run: `rows` of its result table from the row before training on, None for one left out.
+
+        `costs` are recorded at every row, `steps` are metrics by name and optimizer step.
+        """
         folder = self.folder / f"{variant}-s{seed}"
         journal = Journal(folder)
         known = {"variant": variant, "seed": str(seed), "reference": "false", "task_order": ">".join(tasks)}
@@ -63,6 +67,9 @@ class Made:
                 continue
             journal.results(row, 10 * row, cells(scores, tasks, higher=higher))
             journal.metrics(10 * row, {"cost/steps": 10.0 * row} | dict(costs or {}))
+        for name, points in (steps or {}).items():
+            for step, point in points.items():
+                journal.metrics(step, {name: point})
         journal.status(status, reason)
         journal.flush()
         write_artifacts(folder)

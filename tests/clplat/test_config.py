@@ -1,0 +1,91 @@
+"""A wrong configuration is refused in plain words: the key, what it must be, and the nearest valid name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from studies import study
+
+from clplat.errors import ConfigError
+from clplat.study import preflight
+from clplat.study_file import expand, load_study
+
+TEXT = {"class_path": "TextStream"}
+DOMAIN = {"name": "a", "path": "text", "data_files": {"train": "x.txt"}}
+BPE = {"class_path": "clplat.streams.tokenizers.BPETokenizer"}
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"trainin": {}}, r"trainin: there is no such key; did you mean 'training'"),
+    "unknown nested key": ({"training__batchsize": 3}, r"training\.batchsize: .*did you mean 'batch_size'"),
+    "wrong type": ({"training__batch_size": "many"}, r"training\.batch_size: must be a whole number, got 'many'"),
+    "none of two types": ({"training__compile": "x"}, r"training\.compile: must be true or false or .*, got 'x'"),
+    "neither number nor word": ({"launcher": {"workers": "x"}}, r"launcher\.workers: .*a whole number.*, got 'x'"),
+    "wrong choice": ({"training__schedule": "cosin"}, r"training\.schedule: .*'cosine'.*got 'cosin'"),
+    "two budgets": ({"training__budget": {"steps": 1, "epochs": 1}}, r"budget: .*exactly one"),
+    "unknown class": ({"stream__class_path": "SplitDigit"}, r"stream\.class_path: .*did you mean 'SplitDigits'"),
+    "unknown module": ({"stream__class_path": "nowhere.Mine"}, r"stream\.class_path: there is no module 'nowhere'"),
+    "wrong family": ({"stream__class_path": "clplat.architectures.mlp.MLP"}, r"MLP is not a stream"),
+    "unknown option": ({"stream__init_args": {"num_task": 2}}, r"stream\.init_args\.num_task: .*'num_tasks'"),
+    "option of a wrong type": ({"stream__init_args": {"num_tasks": "x"}}, r"num_tasks: expected a whole number, got x"),
+    "optimizer option": ({"training__optimizer": {"class_path": "SGD", "init_args": {"momentun": 1}}}, "'momentum'"),
+    "strategy class": ({"strategies": {"r": {"class_path": "ExperienceReply"}}}, r"strategies\.r.*'ExperienceReplay'"),
+    "baseline": ({"baseline": "naiv", "variants": {"naive": {}}}, r"baseline: .*did you mean 'naive'"),
+    "variant key": ({"variants": {"a": {"training": {"batch": 1}}}}, r"variants\.a\.training\.batch: .*'batch_size'"),
+    "repeated seed": ({"seeds": [1, 1]}, r"seeds: .*each once"),
+    "missing key": ({"name": None}, r"name: "),
+    "a truth value for a number": (
+        {"training__batch_size": True},
+        r"training\.batch_size: should be a number, got true",
+    ),
+    "no choice of an option": (
+        {"stream__init_args": {"scenario": "x"}},
+        r"expected 'task' or 'domain' or 'class', got x",
+    ),
+    "option of a nested class": (
+        {"stream": {"class_path": "TextStream", "init_args": {"domains": [{"name": "a", "train_file": "x"}]}}},
+        r"stream\.init_args\.domains\.0: Domain has no option 'train_file'; did you mean 'data_files'",
+    ),
+    "type inside a list": (
+        {"stream": TEXT | {"init_args": {"domains": [DOMAIN, DOMAIN | {"name": "b", "max_documents": "many"}]}}},
+        r"stream\.init_args\.domains\.1\.max_documents: expected a whole number, got many",
+    ),
+    "choice inside a list": (
+        {"stream": TEXT | {"init_args": {"domains": [DOMAIN | {"document": "line"}]}}},
+        r"stream\.init_args\.domains\.0\.document: expected 'row' or 'heading' or 'file', got line",
+    ),
+    "type inside what may be missing": (
+        {"stream": TEXT | {"init_args": {"domains": [DOMAIN | {"budget": {"steps": "x"}}]}}},
+        r"stream\.init_args\.domains\.0\.budget\.steps: expected a whole number, got x",
+    ),
+    "option of an inner component": (
+        {"stream": TEXT | {"init_args": {"domains": [DOMAIN], "tokenizer": BPE | {"init_args": {"vocab_size": "x"}}}}},
+        r"stream\.init_args\.tokenizer\.init_args\.vocab_size: expected a whole number, got x",
+    ),
+    "inner component": (
+        {"stream": TEXT | {"init_args": {"domains": [DOMAIN], "tokenizer": {"class_path": "nowhere.BPE"}}}},
+        r"stream\.init_args\.tokenizer: class_path 'nowhere\.BPE' cannot be used",
+    ),
+    "no list": (
+        {"stream": TEXT | {"init_args": {"domains": 3}}},
+        r"stream\.init_args\.domains: expected a list, got 3",
+    ),
+    "option's near name": (
+        {"architecture__init_args": {"hidden_size": [1]}},
+        r"no such option; did you mean 'hidden_sizes'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_configuration_names_the_field_and_the_nearest_valid_name(case: str) -> None:
+    changes, message = WRONG[case]
+    with pytest.raises(ConfigError, match=message) as caught:
+        expand(load_study(study(**changes)))
+    assert "\n" not in str(caught.value)
+
+
+def test_what_an_inner_component_refuses_is_said_in_its_own_words() -> None:
+    tokenizer = BPE | {"init_args": {"vocab_size": 10}}
+    changed = {"stream": TEXT | {"init_args": {"domains": [DOMAIN], "tokenizer": tokenizer}}}
+    with pytest.raises(ConfigError, match=r"stream\.init_args: BPETokenizer\.vocab_size: at least 257"):
+        preflight(expand(load_study(study(**changed))))
