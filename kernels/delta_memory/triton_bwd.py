@@ -21,6 +21,7 @@ from clplat.kernels.delta_memory.triton_tiles import (
     load_tile,
     load_turned,
     num_chunks,
+    rows_at,
     sequence,
     store_tile,
 )
@@ -41,8 +42,8 @@ def scan_back(
     state = (n * V + head).to(tl.int64) * D * E
     dW_DE = load_tile(dW_end + state, d, D, E, e, E, False).to(ACC)
     dS_DE = load_tile(dS_end + state, d, D, E, e, E, False).to(ACC) if MOMENTUM else dW_DE
-    q += row.to(tl.int64) * q_row + first.to(tl.int64) * q_token + head // GROUP * q_head
-    k += row.to(tl.int64) * k_row + first.to(tl.int64) * k_token + head // GROUP * k_head
+    q = rows_at(q, row, first, head // GROUP, q_row, q_token, q_head)
+    k = rows_at(k, row, first, head // GROUP, k_row, k_token, k_head)
     token = (row * T + first).to(tl.int64)
     do += (token * V + head) * E
     dv += (token * V + head) * E

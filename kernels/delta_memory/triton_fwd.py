@@ -22,6 +22,7 @@ from clplat.kernels.delta_memory.triton_tiles import (
     NUM_VECTORS,
     WG_,
     WL_,
+    chunk_of,
     chunk_rows,
     first_slot,
     last_row,
@@ -29,7 +30,7 @@ from clplat.kernels.delta_memory.triton_tiles import (
     load_tile,
     lower,
     num_chunks,
-    owner,
+    rows_at,
     sequence,
     store_tile,
 )
@@ -62,15 +63,13 @@ def prepare(
 ):  # fmt: skip
     """Of one chunk and value head: P (C, C), T (C, C) in the modes that need it, and the vectors (7, C)."""
     slot, head = tl.program_id(0), tl.program_id(1)
-    n, i = owner(slot, cu_seqlens, slots, N, C, PACKED, BN)
-    row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
-    if i >= num_chunks(length, offset, C):
+    n, i, row, start, valid, offset = chunk_of(slot, cu_seqlens, offsets, slots, N, T, C, PACKED, OFFSETS, BN)
+    if valid <= 0:
         return
-    start, valid = chunk_rows(i, length, offset, C)
     c, d = tl.arange(0, C), tl.arange(0, BD)
-    token = (row * T + first + start).to(tl.int64)
-    q += row.to(tl.int64) * q_row + (first + start).to(tl.int64) * q_token + head // GROUP * q_head
-    k += row.to(tl.int64) * k_row + (first + start).to(tl.int64) * k_token + head // GROUP * k_head
+    token = (row * T + start).to(tl.int64)
+    q = rows_at(q, row, start, head // GROUP, q_row, q_token, q_head)
+    k = rows_at(k, row, start, head // GROUP, k_row, k_token, k_head)
     rate_C = load_row(rate + token * V + head, c, valid, V, ACC)
     decay_C = load_row(log_decay + token * V + head, c, valid, V, ACC) if DECAY else tl.zeros([C], dtype=ACC)
     total_C = tl.cumsum(decay_C, 0)
@@ -128,9 +127,9 @@ def scan(
     state = (n * V + head).to(tl.int64) * D * E
     W_DE = load_tile(W + state, d, D, E, e, E, False).to(ACC)
     S_DE = load_tile(S + state, d, D, E, e, E, False).to(ACC) if MOMENTUM else W_DE
-    q += row.to(tl.int64) * q_row + first.to(tl.int64) * q_token + head // GROUP * q_head
-    k += row.to(tl.int64) * k_row + first.to(tl.int64) * k_token + head // GROUP * k_head
-    v += row.to(tl.int64) * v_row + first.to(tl.int64) * v_token + head * v_head
+    q = rows_at(q, row, first, head // GROUP, q_row, q_token, q_head)
+    k = rows_at(k, row, first, head // GROUP, k_row, k_token, k_head)
+    v = rows_at(v, row, first, head, v_row, v_token, v_head)
     token = (row * T + first).to(tl.int64)
     if READ:
         o += (token * V + head) * E

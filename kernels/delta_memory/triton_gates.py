@@ -17,15 +17,13 @@ from clplat.kernels.delta_memory.triton_tiles import (
     NUM_VECTORS,
     WG_,
     WL_,
-    chunk_rows,
+    chunk_of,
     last_row,
     load_row,
     load_tile,
     load_turned,
     lower,
-    num_chunks,
-    owner,
-    sequence,
+    rows_at,
     store_tile,
     upper,
 )
@@ -41,19 +39,17 @@ def scores(
 ):  # fmt: skip
     """Adjoints dX of q kᵀ and dY of k kᵀ in one chunk, and of its gates what comes through P and A."""
     slot, head = tl.program_id(0), tl.program_id(1)
-    n, i = owner(slot, cu_seqlens, slots, N, C, PACKED, BN)
-    row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
-    if i >= num_chunks(length, offset, C):
+    n, i, row, start, valid, offset = chunk_of(slot, cu_seqlens, offsets, slots, N, T, C, PACKED, OFFSETS, BN)
+    if valid <= 0:
         return
-    start, valid = chunk_rows(i, length, offset, C)
     c, d, e = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BE)
-    token = (row * T + first + start).to(tl.int64)
-    q += row.to(tl.int64) * q_row + (first + start).to(tl.int64) * q_token + head // GROUP * q_head
-    k += row.to(tl.int64) * k_row + (first + start).to(tl.int64) * k_token + head // GROUP * k_head
+    token = (row * T + start).to(tl.int64)
+    q = rows_at(q, row, start, head // GROUP, q_row, q_token, q_head)
+    k = rows_at(k, row, start, head // GROUP, k_row, k_token, k_head)
     do += (token * V + head) * E
     do_CE = load_tile(do, c, valid, V * E, e, E, UPCAST)
     if MODE == HEBB:
-        v += row.to(tl.int64) * v_row + (first + start).to(tl.int64) * v_token + head * v_head
+        v = rows_at(v, row, start, head, v_row, v_token, v_head)
         E_EC = -load_turned(v, c, valid, v_token, e, E, UPCAST)
     else:
         E_EC = load_turned(errors + (token * V + head) * E, c, valid, V * E, e, E, UPCAST)
@@ -133,13 +129,11 @@ def gates(
 ):  # fmt: skip
     """Adds what reaches the gates of one chunk through the vectors, after `scores` and both gatherings."""
     slot, head = tl.program_id(0), tl.program_id(1)
-    n, i = owner(slot, cu_seqlens, slots, N, C, PACKED, BN)
-    row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
-    if i >= num_chunks(length, offset, C):
+    n, i, row, start, valid, offset = chunk_of(slot, cu_seqlens, offsets, slots, N, T, C, PACKED, OFFSETS, BN)
+    if valid <= 0:
         return
-    start, valid = chunk_rows(i, length, offset, C)
     c = tl.arange(0, C)
-    token = (row * T + first + start).to(tl.int64)
+    token = (row * T + start).to(tl.int64)
     place = (slot.to(tl.int64) * V + head) * NUM_VECTORS * C
     here, found = vectors + place + c, adjoints + place + c
     zero_C = tl.zeros([C], dtype=ACC)

@@ -17,12 +17,10 @@ from clplat.kernels.delta_memory.triton_tiles import (
     NUM_VECTORS,
     WG_,
     WL_,
-    chunk_rows,
+    chunk_of,
     load_tile,
     load_turned,
-    num_chunks,
-    owner,
-    sequence,
+    rows_at,
     store_tile,
 )
 
@@ -46,15 +44,13 @@ def gather_q(
 ):  # fmt: skip
     """dq (B, T, V, D) of every value head, and the adjoints of b and f."""
     slot, head = tl.program_id(0), tl.program_id(1)
-    n, i = owner(slot, cu_seqlens, slots, N, C, PACKED, BN)
-    row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
-    if i >= num_chunks(length, offset, C):
+    n, i, row, start, valid, offset = chunk_of(slot, cu_seqlens, offsets, slots, N, T, C, PACKED, OFFSETS, BN)
+    if valid <= 0:
         return
-    start, valid = chunk_rows(i, length, offset, C)
     c, d = tl.arange(0, C), tl.arange(0, BD)
-    token = (row * T + first + start).to(tl.int64)
-    q += row.to(tl.int64) * q_row + (first + start).to(tl.int64) * q_token + head // GROUP * q_head
-    k += row.to(tl.int64) * k_row + (first + start).to(tl.int64) * k_token + head // GROUP * k_head
+    token = (row * T + start).to(tl.int64)
+    q = rows_at(q, row, start, head // GROUP, q_row, q_token, q_head)
+    k = rows_at(k, row, start, head // GROUP, k_row, k_token, k_head)
     place = slot.to(tl.int64) * V + head
     tokens = (token * V + head) * E
     q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)
@@ -89,16 +85,14 @@ def gather_k(
 ):  # fmt: skip
     """dk (B, T, V, D) of every value head, and the adjoints of b′, f′, the writes' weights and the states' factors."""
     slot, head = tl.program_id(0), tl.program_id(1)
-    n, i = owner(slot, cu_seqlens, slots, N, C, PACKED, BN)
-    row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
-    if i >= num_chunks(length, offset, C):
+    n, i, row, start, valid, offset = chunk_of(slot, cu_seqlens, offsets, slots, N, T, C, PACKED, OFFSETS, BN)
+    if valid <= 0:
         return
-    start, valid = chunk_rows(i, length, offset, C)
     c, d = tl.arange(0, C), tl.arange(0, BD)
-    token = (row * T + first + start).to(tl.int64)
-    q += row.to(tl.int64) * q_row + (first + start).to(tl.int64) * q_token + head // GROUP * q_head
-    k += row.to(tl.int64) * k_row + (first + start).to(tl.int64) * k_token + head // GROUP * k_head
-    v += row.to(tl.int64) * v_row + (first + start).to(tl.int64) * v_token + head * v_head
+    token = (row * T + start).to(tl.int64)
+    q = rows_at(q, row, start, head // GROUP, q_row, q_token, q_head)
+    k = rows_at(k, row, start, head // GROUP, k_row, k_token, k_head)
+    v = rows_at(v, row, start, head, v_row, v_token, v_head)
     place = slot.to(tl.int64) * V + head
     tokens = (token * V + head) * E
     q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)

@@ -64,6 +64,26 @@ def owner(slot, cu_seqlens, slots, N, C: tl.constexpr, PACKED: tl.constexpr, BN:
 
 
 @triton.jit
+def chunk_of(
+    slot, cu_seqlens, offsets, slots, N, T, C: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """The chunk that lies in a slot: its sequence n, its number i there, batch row, first token of the row, how many
+    tokens it has (none in an idle slot), and `sequence`'s offset.
+    """
+    n, i = owner(slot, cu_seqlens, slots, N, C, PACKED, BN)
+    row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
+    start, valid = chunk_rows(i, length, offset, C)
+    return n, i, row, first + start, valid, offset
+
+
+@triton.jit
+def rows_at(pointer, row, token, head, row_stride, token_stride, head_stride):
+    """Where the features of one head begin, at one token of one batch row."""
+    return pointer + row.to(tl.int64) * row_stride + token.to(tl.int64) * token_stride + head * head_stride
+
+
+@triton.jit
 def lower(total_C, base_C, DIAGONAL: tl.constexpr, C: tl.constexpr):
     """exp(total_i − base_j) for j < i, and j = i with DIAGONAL; zero elsewhere."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]

@@ -36,6 +36,8 @@ LARGER = [
     Case(mode="frozen", tokens=31, chunk=32, heads=2, group=2),
     Case(mode="exact", tokens=65, chunk=64, group=2),
     Case(mode="gdn", tokens=33, chunk=32, batch=2, D=64, E=60),
+    # More columns than any program holds at once.
+    Case(mode="exact", D=16, E=100),
     Case(mode="gdn", tokens=63, chunk=64, heads=2),
 ]
 SEGMENTS = (5, 0, 16, 1, 19, 0)
