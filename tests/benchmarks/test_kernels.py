@@ -43,8 +43,8 @@ def test_a_toy_run_measures_every_case_and_writes_its_tables_between_the_pages_m
         for line in text.splitlines()
         if line.startswith(("| gdn", "| hebb", "| frozen", "| exact"))
     ]
-    own = [row for row in rows if len(row) == 10]
-    assert len(own) == 10 and all(float(row[3]) > 0 and float(row[9].split()[0]) < 1e-5 for row in own)
+    own = [row for row in rows if len(row) == 11]
+    assert len(own) == 10 and all(float(row[3]) > 0 and float(row[10].split()[0]) < 1e-5 for row in own)
     eager = [row for row in rows if row[3] == "eager chunk loop"]
     assert len(eager) == 10 and all(float(row[6].split()[0]) > 0 for row in eager)
     assert all(" | ".join(row).rstrip(" |") in printed for row in rows)

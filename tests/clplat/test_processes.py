@@ -64,7 +64,12 @@ def test_a_stop_while_processes_start_is_a_stop_and_no_failure(
         return child
 
     monkeypatch.setattr(subprocess, "Popen", started)
-    outcome = execute(folder)
+    # A shell that starts the tests in the background has them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        outcome = execute(folder)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (outcome.status, outcome.code) == ("KILLED", code), outcome.reason
     # Rank zero may have come far enough to have written that it runs.
     assert "clplat resume" in outcome.reason and last_status(folder) in ("WAITING", "KILLED")
