@@ -76,7 +76,13 @@ class Buffer:
         else:
             index = torch.randint(self.size, (total,), generator=self.generator)
         index = index[self.world.rank :: self.world.size]
-        rows = {n: store[index.to(store.device, non_blocking=True)] for n, store in self.rows.items()}
+        return self._batch({n: store[index.to(store.device, non_blocking=True)] for n, store in self.rows.items()})
+
+    def batch(self, rows: slice = slice(None)) -> Batch:
+        """The rows that are kept, or some of them, in the order of their places."""
+        return self._batch({name: store[: self.size][rows] for name, store in self.rows.items()})
+
+    def _batch(self, rows: Mapping[str, Tensor]) -> Batch:
         return Batch.from_tensors({n: t.long() if t.dtype == torch.int32 else t for n, t in rows.items()})
 
     def _allocate(self, fields: Mapping[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from clplat.objective import Objective
 from clplat.strategies.buffers import Buffer
 from clplat.strategies.contract import ToyRun
 from clplat.strategies.distillation import DERpp
+from clplat.strategies.projection import GEM
 from clplat.strategies.regularization import OnlineEWC
 from clplat.strategies.replay import ExperienceReplay
 from clplat.strategies.world import World
@@ -49,7 +50,8 @@ def main(rank: int, size: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     world = World.current()
     replay = ExperienceReplay(capacity=9, policy="class_balanced")
-    strategies = [ExperienceReplay(capacity=9, ratio=0.5), replay, DERpp(capacity=9), OnlineEWC(strength=2.0)]
+    strategies = [ExperienceReplay(capacity=9, ratio=0.5), replay, DERpp(capacity=9), OnlineEWC(strength=2.0),
+                  GEM(patterns_per_task=6)]  # fmt: skip
     run = synchronised(ToyRun(strategies, Objective, world=world)).train()
     torch.save(
         {

@@ -19,6 +19,7 @@ from clplat.strategies.contract import (
     check_strategy,
 )
 from clplat.strategies.distillation import DERpp
+from clplat.strategies.projection import GEM
 from clplat.strategies.reference import Cumulative, Joint, Naive
 from clplat.strategies.regularization import EWC, OnlineEWC
 from clplat.strategies.replay import ExperienceReplay
@@ -35,6 +36,7 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "DER++": (lambda: DERpp(capacity=7), {"ratio": 0.0}),
     "DER++ bytes": (lambda: DERpp(capacity_bytes=500, ratio=2.0, from_task=1), {"alpha": 0.0, "beta": 0.0}),
     "DER++ top": (lambda: DERpp(capacity=7, top_logits=3), {"ratio": 0.0}),
+    "GEM": (lambda: GEM(patterns_per_task=4), {"patterns_per_task": 0}),
     "EWC": (lambda: EWC(strength=5.0, fisher_samples=6, fisher_batch_size=4), {"strength": 0.0}),
     "EWC batch": (lambda: EWC(strength=5.0, fisher="batch", labels="observed"), {"strength": 0.0}),
     "OnlineEWC": (lambda: OnlineEWC(strength=5.0, decay=0.5, fisher_batch_size=1), {"strength": 0.0}),
