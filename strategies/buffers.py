@@ -8,6 +8,7 @@ rows' numbers at every step (about 1 ms for 5,000 rows).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from clplat.strategies.world import World
+from clplat.streams.base import digest
 from clplat.streams.batch import Batch
 
 Policy = Literal["reservoir", "ring", "class_balanced"]
@@ -81,6 +83,10 @@ class Buffer:
     def batch(self, rows: slice = slice(None)) -> Batch:
         """The rows that are kept, or some of them, in the order of their places."""
         return self._batch({name: store[: self.size][rows] for name, store in self.rows.items()})
+
+    def data(self) -> StoredRows:
+        """The rows that are kept now, as data to train on."""
+        return StoredRows(self.batch())
 
     def _batch(self, rows: Mapping[str, Tensor]) -> Batch:
         return Batch.from_tensors({n: t.long() if t.dtype == torch.int32 else t for n, t in rows.items()})
@@ -150,6 +156,22 @@ class Buffer:
         for name, tensor in state["rows"].items():
             self.size = len(tensor)
             self.rows[name][: self.size] = tensor
+
+
+class StoredRows:
+    """The rows of one batch as a set to train on (`streams.base.Data`)."""
+
+    def __init__(self, rows: Batch) -> None:
+        self.rows, tensors = rows, rows.tensors().values()
+        self.nbytes = sum(tensor.nbytes for tensor in tensors)
+        self.digest = digest(*tensors)
+        self.tokens_per_row = math.prod(rows.targets.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows: Tensor) -> Batch:
+        return self.rows.rows(rows.to(self.rows.inputs.device, non_blocking=True))
 
 
 def stored_fields(batch: Batch) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from clplat.strategies.distillation import DERpp
 from clplat.strategies.projection import GEM
 from clplat.strategies.reference import Cumulative, Joint, Naive
 from clplat.strategies.regularization import EWC, OnlineEWC
-from clplat.strategies.replay import ExperienceReplay
+from clplat.strategies.replay import ExperienceReplay, GDumb
 from clplat.streams.batch import Batch
 
 CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
@@ -33,6 +33,8 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "ER ring": (lambda: ExperienceReplay(capacity=7, policy="ring", from_task=1), {"ratio": 0.0}),
     "ER class_balanced": (lambda: ExperienceReplay(capacity=7, policy="class_balanced"), {"weight": 0.0}),
     "ER bytes": (lambda: ExperienceReplay(capacity_bytes=500, ratio=2.0), {"ratio": 0.0}),
+    "GDumb": (lambda: GDumb(capacity=7), None),
+    "GDumb bytes": (lambda: GDumb(capacity_bytes=500), None),
     "DER++": (lambda: DERpp(capacity=7), {"ratio": 0.0}),
     "DER++ bytes": (lambda: DERpp(capacity_bytes=500, ratio=2.0, from_task=1), {"alpha": 0.0, "beta": 0.0}),
     "DER++ top": (lambda: DERpp(capacity=7, top_logits=3), {"ratio": 0.0}),

@@ -1,0 +1,59 @@
+"""Strategies that rehearse, in whole runs: Lightning's step between the hooks, interruptions inside tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from studies import assert_same, everything, run_folder, study
+
+from clplat.errors import ConfigError
+from clplat.execution import execute
+from clplat.journal import last_status
+from clplat.learner import Learner
+from clplat.study import preflight
+from clplat.study_file import expand, load_study
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gem": ("GEM", {"patterns_per_task": 20}),
+    "gdumb": ("GDumb", {"capacity": 40}),
+}
+
+
+def named(case: str) -> dict[str, Any]:
+    name, options = CASES[case]
+    return {case: {"class_path": name, "init_args": options}}
+
+
+class Killed(Exception):
+    """Stands in for the end of the process."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_stopped_inside_its_second_task_and_resumed_equals_the_uninterrupted_one(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = study(strategies=named(case))
+    whole, stopped = run_folder(tmp_path / "whole", data), run_folder(tmp_path / "stopped", data)
+    execute(whole)
+    original = Learner.training_step
+
+    def training_step(self: Learner, *arguments: Any) -> None:
+        if self.global_steps == 17:
+            raise Killed
+        original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "training_step", training_step)
+        execute(stopped)
+    assert last_status(stopped) == "FAILED"
+    execute(stopped)
+    assert last_status(stopped) == last_status(whole) == "FINISHED"
+    assert_same(everything(whole), everything(stopped))
+
+
+def test_momenta_that_would_outlive_a_fresh_start_are_refused() -> None:
+    data = study(strategies=named("gdumb"), training__optimizer_state="keep")
+    with pytest.raises(ConfigError, match=r"training\.optimizer_state: strategies\.gdumb .* use reset"):
+        preflight(expand(load_study(data)))
