@@ -17,6 +17,8 @@ from clplat.study_file import expand, load_study
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gem": ("GEM", {"patterns_per_task": 20}),
+    "erace": ("ERACE", {"capacity": 40}),
+    "der": ("DER", {"capacity": 40}),
     "gdumb": ("GDumb", {"capacity": 40}),
 }
 

@@ -1,6 +1,6 @@
-"""Our EWC, A-GEM and GEM against Avalanche 0.6.0's plugins: on the same state the same numbers to 1e-5, in float32.
+"""Our EWC, A-GEM, GEM and ER-ACE against Avalanche 0.6.0: on the same state the same numbers to 1e-5, in float32.
 
-The plugins are driven by a bare namespace here, not by `AvalanchePlugin`, so that nothing of ours stands between.
+Plugins are driven by a bare namespace here, not by `AvalanchePlugin`, so that nothing of ours stands between.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clplat.objective import Objective
 from clplat.strategies.avalanche_shim import PlainModel, avalanche_dataset
 from clplat.strategies.contract import ROWS, STEPS, ToyRun
+from clplat.strategies.er_ace import ERACE
 from clplat.strategies.projection import AGEM, GEM
 from clplat.strategies.regularization import EWC, OnlineEWC
 from clplat.streams.avalanche_stream import quiet
@@ -140,3 +141,18 @@ def test_the_gradient_that_our_gem_leaves_is_avalanches(strength: float) -> None
         changed = not torch.equal(results[1], torch.cat([part.flatten() for part in before]))
         projected, kept = projected + changed, kept + (not changed)
     assert projected and kept
+
+
+def test_once_all_classes_are_seen_our_asymmetric_loss_is_twice_avalanches() -> None:
+    with quiet():
+        from avalanche.training.regularization import ACECriterion
+    run = ToyRun([ERACE(capacity=ROWS)], Objective).train(2 * STEPS + 1)
+    output, current = run.architecture(run.mixed), len(run.current)
+    logits, targets = output.logits, run.mixed.targets
+    losses = [
+        run.strategies[0].objective(output, run.mixed),
+        2 * ACECriterion()(logits[:current], targets[:current], logits[current:], targets[current:]),
+    ]
+    assert torch.allclose(*losses, **TOLERANCE)
+    ours, theirs = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in losses)
+    assert ours.abs().max() > 0.01 and torch.allclose(ours, theirs, **TOLERANCE)

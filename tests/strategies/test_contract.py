@@ -18,7 +18,8 @@ from clplat.strategies.contract import (
     check_storage,
     check_strategy,
 )
-from clplat.strategies.distillation import DERpp
+from clplat.strategies.distillation import DER, DERpp
+from clplat.strategies.er_ace import ERACE
 from clplat.strategies.projection import GEM
 from clplat.strategies.reference import Cumulative, Joint, Naive
 from clplat.strategies.regularization import EWC, OnlineEWC
@@ -38,6 +39,10 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "DER++": (lambda: DERpp(capacity=7), {"ratio": 0.0}),
     "DER++ bytes": (lambda: DERpp(capacity_bytes=500, ratio=2.0, from_task=1), {"alpha": 0.0, "beta": 0.0}),
     "DER++ top": (lambda: DERpp(capacity=7, top_logits=3), {"ratio": 0.0}),
+    "DER": (lambda: DER(capacity=7, ratio=0.5), {"ratio": 0.0}),
+    "DER top": (lambda: DER(capacity=7, top_logits=3), {"alpha": 0.0}),
+    "ER-ACE": (lambda: ERACE(capacity=7), {"ratio": 0.0}),
+    "ER-ACE first": (lambda: ERACE(capacity_bytes=500, from_task=1), {"weight": 0.0}),
     "GEM": (lambda: GEM(patterns_per_task=4), {"patterns_per_task": 0}),
     "EWC": (lambda: EWC(strength=5.0, fisher_samples=6, fisher_batch_size=4), {"strength": 0.0}),
     "EWC batch": (lambda: EWC(strength=5.0, fisher="batch", labels="observed"), {"strength": 0.0}),
@@ -45,12 +50,22 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
 }
 
 
+NO_LANGUAGE = {
+    "DER++": r"DERpp\.top_logits: 7 logits would be stored for every token",
+    "DER++ bytes": r"DERpp\.top_logits",
+    "DER": r"DER\.top_logits: 7 logits would be stored for every token",
+    "ER-ACE": "ERACE: the tasks of this stream have no classes",
+    "ER-ACE first": "ERACE: the tasks of this stream have no classes",
+}
+"""What is refused on language, and with which words."""
+
+
 @pytest.mark.parametrize("kind", ["classify", "language"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_strategy_keeps_the_contract(name: str, kind: Kind) -> None:
     make, off = CASES[name]
-    if kind == "language" and name in ("DER++", "DER++ bytes"):
-        with pytest.raises(ValueError, match=r"DERpp\.top_logits: 7 logits would be stored for every token"):
+    if kind == "language" and name in NO_LANGUAGE:
+        with pytest.raises(ValueError, match=NO_LANGUAGE[name]):
             ToyRun([make()], Objective, kind)
     else:
         check_strategy(make, Objective, off=off, kind=kind)
