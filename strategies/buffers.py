@@ -48,10 +48,17 @@ class Buffer:
         """Bytes of the rows that are kept now."""
         return sum(store[: self.size].nbytes for store in self.rows.values())
 
-    def add(self, batch: Batch) -> None:
-        """Offer the rows of a batch, on every process as many; the policy decides which stay."""
+    def add(self, batch: Batch, priority: Tensor | None = None) -> None:
+        """Offer the rows of a batch, on every process as many; the policy decides which stay.
+
+        With `priority` (B,), float64 on the CPU, `class_balanced` keeps of each class the rows of lowest number
+        instead of a sample.
+        """
         count = len(batch) * self.world.size
-        taken, slots = self._reservoir(count) if self.policy == "reservoir" else self._balanced(self._groups_of(batch))
+        if self.policy == "reservoir":
+            taken, slots = self._reservoir(count)
+        else:
+            taken, slots = self._balanced(self._groups_of(batch), priority)
         self.seen += count
         if not len(taken):
             return
@@ -105,14 +112,16 @@ class Buffer:
         last = ordered.diff(append=torch.tensor([-1])) != 0
         return taken[order[last]], ordered[last]
 
-    def _balanced(self, new_groups: Tensor) -> tuple[Tensor, Tensor]:
+    def _balanced(self, new_groups: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
         """Which new rows stay, and the slots of those that go: every group keeps its rows of lowest priority number.
 
         Filling rank by rank over all groups gives equal shares. A row that once fell out would never be wanted
         again, so what stays is exactly what the rule picks from everything seen.
         """
         new = len(new_groups)
-        if self.policy == "ring":
+        if given is not None:
+            fresh = self.world.gather(given)
+        elif self.policy == "ring":
             fresh = -(self.seen + torch.arange(new, dtype=torch.float64))
         else:
             fresh = torch.rand(new, generator=self.generator, dtype=torch.float64)

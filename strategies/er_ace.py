@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clplat.architectures.base import Output
 from clplat.strategies.base import Context
+from clplat.strategies.class_tables import classes_seen
 from clplat.strategies.replay import ExperienceReplay
 from clplat.streams.batch import CURRENT, IGNORE, Batch
 
@@ -25,13 +26,8 @@ class ERACE(ExperienceReplay):
     fidelity = "exact"
 
     def setup(self, context: Context) -> None:
-        if context.spec.kind == "language" or any(task.classes is None for task in context.tasks):
-            raise ValueError("ERACE: the tasks of this stream have no classes to tell apart; use ExperienceReplay")
         super().setup(context)
-        seen = torch.zeros(len(context.tasks), context.spec.num_outputs, dtype=torch.bool)
-        for task in context.tasks:
-            seen[task.index :, list(task.classes or ())] = True
-        self.seen = seen.to(context.device())
+        self.seen = classes_seen(context, "ERACE")
 
     def objective(self, output: Output, batch: Batch) -> Tensor:
         if batch.origin is None:

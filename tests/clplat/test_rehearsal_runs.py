@@ -19,6 +19,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gem": ("GEM", {"patterns_per_task": 20}),
     "erace": ("ERACE", {"capacity": 40}),
     "der": ("DER", {"capacity": 40}),
+    "scr": ("SCR", {"capacity": 40}),
+    "icarl": ("iCaRL", {"capacity": 40}),
     "gdumb": ("GDumb", {"capacity": 40}),
 }
 

@@ -18,8 +18,10 @@ from clplat.strategies.contract import (
     check_storage,
     check_strategy,
 )
+from clplat.strategies.contrastive import SCR
 from clplat.strategies.distillation import DER, DERpp
 from clplat.strategies.er_ace import ERACE
+from clplat.strategies.icarl import iCaRL
 from clplat.strategies.projection import GEM
 from clplat.strategies.reference import Cumulative, Joint, Naive
 from clplat.strategies.regularization import EWC, OnlineEWC
@@ -43,6 +45,10 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "DER top": (lambda: DER(capacity=7, top_logits=3), {"alpha": 0.0}),
     "ER-ACE": (lambda: ERACE(capacity=7), {"ratio": 0.0}),
     "ER-ACE first": (lambda: ERACE(capacity_bytes=500, from_task=1), {"weight": 0.0}),
+    "SCR": (lambda: SCR(capacity=7), None),
+    "SCR one view": (lambda: SCR(capacity_bytes=500, ratio=2.0, second_view=False, from_task=2), None),
+    "iCaRL": (lambda: iCaRL(capacity=7), None),
+    "iCaRL bytes": (lambda: iCaRL(capacity_bytes=500, ratio=0.5, weight=2.0), None),
     "GEM": (lambda: GEM(patterns_per_task=4), {"patterns_per_task": 0}),
     "EWC": (lambda: EWC(strength=5.0, fisher_samples=6, fisher_batch_size=4), {"strength": 0.0}),
     "EWC batch": (lambda: EWC(strength=5.0, fisher="batch", labels="observed"), {"strength": 0.0}),
@@ -56,6 +62,10 @@ NO_LANGUAGE = {
     "DER": r"DER\.top_logits: 7 logits would be stored for every token",
     "ER-ACE": "ERACE: the tasks of this stream have no classes",
     "ER-ACE first": "ERACE: the tasks of this stream have no classes",
+    "SCR": "SCR: the tasks of this stream have no classes",
+    "SCR one view": "SCR: the tasks of this stream have no classes",
+    "iCaRL": "iCaRL: the tasks of this stream have no classes",
+    "iCaRL bytes": "iCaRL: the tasks of this stream have no classes",
 }
 """What is refused on language, and with which words."""
 
@@ -69,6 +79,11 @@ def test_every_strategy_keeps_the_contract(name: str, kind: Kind) -> None:
             ToyRun([make()], Objective, kind)
     else:
         check_strategy(make, Objective, off=off, kind=kind)
+
+
+@pytest.mark.parametrize("name", ["GDumb", "SCR", "SCR one view", "iCaRL", "iCaRL bytes"])
+def test_what_cannot_be_turned_off_composes_with_replay_all_the_same(name: str) -> None:
+    check_composition(CASES[name][0], Objective)
 
 
 class _Forgets(Strategy):
