@@ -21,6 +21,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "der": ("DER", {"capacity": 40}),
     "scr": ("SCR", {"capacity": 40}),
     "icarl": ("iCaRL", {"capacity": 40}),
+    "lamaml": ("LaMAML", {"capacity": 40}),
+    "lamaml2": ("LaMAML", {"capacity": 40, "second_order": True}),
     "gdumb": ("GDumb", {"capacity": 40}),
 }
 

@@ -22,6 +22,7 @@ from clplat.strategies.contrastive import SCR
 from clplat.strategies.distillation import DER, DERpp
 from clplat.strategies.er_ace import ERACE
 from clplat.strategies.icarl import iCaRL
+from clplat.strategies.la_maml import LaMAML
 from clplat.strategies.projection import GEM
 from clplat.strategies.reference import Cumulative, Joint, Naive
 from clplat.strategies.regularization import EWC, OnlineEWC
@@ -49,6 +50,8 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "SCR one view": (lambda: SCR(capacity_bytes=500, ratio=2.0, second_view=False, from_task=2), None),
     "iCaRL": (lambda: iCaRL(capacity=7), None),
     "iCaRL bytes": (lambda: iCaRL(capacity_bytes=500, ratio=0.5, weight=2.0), None),
+    "La-MAML": (lambda: LaMAML(capacity=7), None),
+    "La-MAML second": (lambda: LaMAML(capacity_bytes=500, second_order=True, inner_steps=2, from_task=2), None),
     "GEM": (lambda: GEM(patterns_per_task=4), {"patterns_per_task": 0}),
     "EWC": (lambda: EWC(strength=5.0, fisher_samples=6, fisher_batch_size=4), {"strength": 0.0}),
     "EWC batch": (lambda: EWC(strength=5.0, fisher="batch", labels="observed"), {"strength": 0.0}),
@@ -81,7 +84,7 @@ def test_every_strategy_keeps_the_contract(name: str, kind: Kind) -> None:
         check_strategy(make, Objective, off=off, kind=kind)
 
 
-@pytest.mark.parametrize("name", ["GDumb", "SCR", "SCR one view", "iCaRL", "iCaRL bytes"])
+@pytest.mark.parametrize("name", ["GDumb", "SCR", "SCR one view", "iCaRL", "iCaRL bytes", "La-MAML"])
 def test_what_cannot_be_turned_off_composes_with_replay_all_the_same(name: str) -> None:
     check_composition(CASES[name][0], Objective)
 
