@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clplat.architectures.base import Output
+from clplat.strategies.base import Context
 from clplat.strategies.buffers import Policy
 from clplat.strategies.replay import ExperienceReplay
 from clplat.streams.batch import Batch
@@ -64,6 +65,11 @@ class LaMAML(ExperienceReplay):
         self.second_order, self.clip = second_order, clip
         self.rates: Weights = {}
 
+    def setup(self, context: Context) -> None:
+        if context.world.size > 1:
+            raise ValueError("LaMAML: owns the step, which several processes cannot share; set training.devices: 1")
+        super().setup(context)
+
     def step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> tuple[Tensor, Output]:
         weights: Weights = {n: p for n, p in self.context.architecture.named_parameters() if p.requires_grad}
         for name, weight in weights.items():
@@ -74,12 +80,10 @@ class LaMAML(ExperienceReplay):
         with sdpa_kernel(SDPBackend.MATH) if self.second_order else nullcontext():
             loss, output = self.meta_loss(weights, rates, batch)
             found = torch.autograd.grad(loss, [*weights.values(), *rates.values()], materialize_grads=True)
-        world = self.context.world
-        mean = [world.sum(part) / world.size for part in found] if world.size > 1 else list(found)
         with torch.no_grad():
-            for rate, part in zip(rates.values(), clipped(mean[len(weights) :], self.clip), strict=True):
+            for rate, part in zip(rates.values(), clipped(found[len(weights) :], self.clip), strict=True):
                 rate.sub_(self.rate_of_rates * part)
-            for name, part in zip(weights, clipped(mean[: len(weights)], self.clip), strict=True):
+            for name, part in zip(weights, clipped(found[: len(weights)], self.clip), strict=True):
                 weights[name].sub_(rates[name].clamp(min=0) * part)
         return loss.detach(), replace(output, logits=output.logits.detach())
 

@@ -9,6 +9,7 @@ from torch.func import functional_call
 from clplat.objective import Objective
 from clplat.strategies.contract import BATCH, STEPS, ToyRun
 from clplat.strategies.la_maml import LaMAML, clipped
+from clplat.strategies.world import World
 from clplat.streams.batch import Batch
 
 INFINITE = float("inf")
@@ -136,3 +137,8 @@ def test_losses_of_the_architecture_itself_count_in_every_loss() -> None:
 def test_wrong_options_are_refused_by_name(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LaMAML(capacity=5, **options)
+
+
+def test_several_processes_are_refused() -> None:
+    with pytest.raises(ValueError, match="LaMAML: owns the step.* training.devices: 1"):
+        ToyRun([LaMAML(capacity=5)], Objective, world=World(rank=0, size=2))
