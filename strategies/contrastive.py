@@ -71,7 +71,8 @@ def supervised_contrastive(projected: Tensor, targets: Tensor, temperature: floa
     """
     z = F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)))
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    cosines = (z @ z.T / temperature).masked_fill(itself, float("-inf"))
+    with torch.autocast(z.device.type, enabled=False):  # 16 bits would round cosines before they are spread by 1/τ
+        cosines = (z @ z.T / temperature).masked_fill(itself, float("-inf"))
     share = cosines - cosines.logsumexp(1, keepdim=True)
     positive = (targets.unsqueeze(0) == targets.unsqueeze(1)) & ~itself
     count = positive.sum(1)

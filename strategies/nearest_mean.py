@@ -42,7 +42,8 @@ class NearestMean:
         scores = output.logits
         if len(self.buffer):
             means, known = self.means()
-            scores = torch.where(known, 2 * unit_length(output) @ means.T - 2, -4.0)
+            # `cdist` stays in float32 under mixed precision, where a product would be rounded to 16 bits.
+            scores = torch.where(known, -torch.cdist(unit_length(output), means).square(), -4.0)
         if self.context.spec.scenario == "class" and self.context.task is not None:
             scores = scores.masked_fill(~self.seen[self.context.task.index], float("-inf"))
         return self.context.masked(Output(logits=scores), batch)

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from studies import assert_same, everything, run_folder, study
 
+from clplat.dry_run import estimate
 from clplat.errors import ConfigError
 from clplat.execution import execute
 from clplat.journal import last_status
@@ -40,7 +42,7 @@ class Killed(Exception):
 def test_a_run_stopped_inside_its_second_task_and_resumed_equals_the_uninterrupted_one(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = study(strategies=named(case))
+    data = study(strategies=named(case), evaluation__every=5)
     whole, stopped = run_folder(tmp_path / "whole", data), run_folder(tmp_path / "stopped", data)
     execute(whole)
     original = Learner.training_step
@@ -57,6 +59,11 @@ def test_a_run_stopped_inside_its_second_task_and_resumed_equals_the_uninterrupt
     execute(stopped)
     assert last_status(stopped) == last_status(whole) == "FINISHED"
     assert_same(everything(whole), everything(stopped))
+
+
+def test_a_dry_run_tries_each_of_them() -> None:
+    table = estimate(load_study(study(variants={case: {"strategies": named(case)} for case in CASES})), Console())
+    assert table.row_count == len(CASES)
 
 
 def test_momenta_that_would_outlive_a_fresh_start_are_refused() -> None:

@@ -45,6 +45,13 @@ def test_without_any_pair_the_loss_is_zero_and_so_is_its_gradient() -> None:
     assert loss == 0 and (alone.grad == 0).all()
 
 
+def test_mixed_precision_rounds_no_cosine() -> None:
+    single, labels = PROJECTED.float(), LABELS
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = supervised_contrastive(single, labels, 0.1)
+    assert torch.equal(mixed, supervised_contrastive(single, labels, 0.1))
+
+
 def test_every_row_stands_twice_in_the_batch_the_second_time_as_an_auxiliary_one() -> None:
     run = ToyRun([SCR(capacity=12, ratio=0.5)], Objective).train(STEPS + 1)
     assert run.mixed.origin.tolist() == [CURRENT] * BATCH + [REPLAY] * 2 + [AUXILIARY] * (BATCH + 2)

@@ -37,6 +37,18 @@ def test_scores_are_minus_squared_distances_to_the_means_of_rows_at_unit_length(
 
 
 @torch.no_grad()
+def test_mixed_precision_rounds_features_and_not_the_distances_between_them() -> None:
+    run, nearest = in_second_task()
+    asked = run.path[0].train.batch(torch.arange(ROWS))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, (means, _) = nearest.logits(asked), nearest.means()
+        features = run.architecture(asked).hidden.float()
+    features = features / features.norm(dim=1, keepdim=True)
+    expected = -(features.unsqueeze(1) - means).square().sum(-1)
+    assert torch.allclose(scores[:, :4], expected[:, :4], atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_class_seen_without_rows_stands_farther_than_any_other() -> None:
     run, nearest = in_second_task()
     nearest.buffer.rows["targets"].clamp_(max=2)
