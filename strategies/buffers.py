@@ -8,6 +8,7 @@ rows' numbers at every step (about 1 ms for 5,000 rows).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -51,7 +52,7 @@ class Buffer:
     def add(self, batch: Batch, priority: Tensor | None = None) -> None:
         """Offer the rows of a batch, on every process as many; the policy decides which stay.
 
-        With `priority` (B,), float64 on the CPU, `class_balanced` keeps of each class the rows of lowest number
+        With `priority` (B,), on the batch's device, `class_balanced` keeps of each class the rows of lowest number
         instead of a sample.
         """
         count = len(batch) * self.world.size
@@ -92,8 +93,8 @@ class Buffer:
         return self._batch({name: store[: self.size][rows] for name, store in self.rows.items()})
 
     def data(self) -> StoredRows:
-        """The rows that are kept now, as data to train on."""
-        return StoredRows(self.batch())
+        """The rows that are kept now, as data to train on, on the CPU until the loader moves them."""
+        return StoredRows(self.batch().to("cpu"))
 
     def _batch(self, rows: Mapping[str, Tensor]) -> Batch:
         return Batch.from_tensors({n: t.long() if t.dtype == torch.int32 else t for n, t in rows.items()})
@@ -120,7 +121,7 @@ class Buffer:
         """
         new = len(new_groups)
         if given is not None:
-            fresh = self.world.gather(given)
+            fresh = self.world.gather(given).cpu().double()
         elif self.policy == "ring":
             fresh = -(self.seen + torch.arange(new, dtype=torch.float64))
         else:
@@ -181,6 +182,12 @@ class StoredRows:
 
     def batch(self, rows: Tensor) -> Batch:
         return self.rows.rows(rows.to(self.rows.inputs.device, non_blocking=True))
+
+    def to(self, device: torch.device) -> StoredRows:
+        """The same rows on another device."""
+        moved = copy.copy(self)
+        moved.rows = self.rows.to(device)
+        return moved
 
 
 def stored_fields(batch: Batch) -> dict[str, Tensor]:

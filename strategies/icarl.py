@@ -74,7 +74,8 @@ class iCaRL(ExperienceReplay):  # noqa: N801 - the method's own name
         rows, ranks = self.exemplars(task)
         world = self.context.world
         own = slice(world.rank, len(rows) // world.size * world.size, world.size)
-        self.buffer.add(task.train.batch(rows[own]).to(self.context.device()), priority=ranks[own])
+        device = self.context.device()
+        self.buffer.add(task.train.batch(rows[own]).to(device), priority=ranks[own].to(device))
         self.previous = copy.deepcopy(self.context.architecture).eval().requires_grad_(False)
 
     @torch.no_grad()

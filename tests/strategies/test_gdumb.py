@@ -8,7 +8,7 @@ import torch
 from clplat.objective import Objective
 from clplat.strategies.contract import CLASSES, ROWS, STEPS, TASKS, ToyRun
 from clplat.strategies.replay import GDumb
-from clplat.streams.base import Data
+from clplat.streams.base import Data, Movable
 
 
 def test_every_class_seen_has_an_equal_share_of_a_full_memory() -> None:
@@ -28,6 +28,15 @@ def test_training_reads_the_rows_that_are_kept_and_no_others() -> None:
         assert isinstance(data, Data) and len(data) == 9 and data.nbytes == run.strategies[0].buffer.nbytes + 9 * 8
         for row, label in zip(run.mixed.inputs, run.mixed.targets):
             assert ((rows.inputs == row).all(1) & (rows.targets == label)).any()
+
+
+def test_the_rows_move_to_a_device_as_other_data_does() -> None:
+    run = ToyRun([GDumb(capacity=9)], Objective).train(1)
+    data = run.strategies[0].train_data(run.path[0], ())
+    assert isinstance(data, Movable)
+    moved = data.to(torch.device("meta"))
+    assert moved.batch(torch.arange(2)).inputs.device.type == "meta" and len(moved) == 9
+    assert data.batch(torch.arange(2)).inputs.device.type == "cpu"
 
 
 def test_every_task_begins_with_the_weights_that_the_run_began_with() -> None:
