@@ -52,6 +52,10 @@ def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> P
     hooks.setup(context)
     if config.training.accumulate > 1 and hooks.step_owner is not None:
         raise ConfigError("training.accumulate: a strategy of this run owns the step, which rules out accumulation")
+    fresh = [name for name, strategy in hooks.strategies.items() if strategy.restarts]
+    if fresh and config.training.optimizer_state == "keep":
+        raise ConfigError(f"training.optimizer_state: strategies.{fresh[0]} begins every task from the initial "
+                          "weights, where momenta of the last task mean nothing; use reset")  # fmt: skip
     if config.training.compile == "reduce-overhead" and max(config.training.accumulate, config.training.devices) > 1:
         raise ConfigError("training.compile: reduce-overhead needs accumulate 1 and devices 1; use true instead")
     evaluator = Evaluator(

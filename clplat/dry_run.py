@@ -56,8 +56,8 @@ def _try(config: RunConfig, folder: Path) -> tuple[int, int, float, float, float
     for position, task in enumerate(run.path):
         run.parts.context.task, run.parts.context.past = task, run.path[:position]
         run.parts.learner.batches = 0
-        wanted = task_loader(run, task).stop // config.training.accumulate
         run.parts.hooks.task_start(task)
+        wanted = task_loader(run, task).stop // config.training.accumulate
         fit(run, dataclasses.replace(task, budget=Budget(steps=1)))
         before, warm = run.costs.training_seconds, run.parts.learner.global_steps
         run.parts.learner.batches = 0

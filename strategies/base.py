@@ -55,13 +55,15 @@ class Strategy:
 
     Class attributes: `knobs`, the numeric attributes that a controller may set while the run goes on;
     `reference`, True for arms that see more data than a continual learner may (joint, cumulative);
-    `replays`, True where rows of earlier tasks are stored; `paper`; `fidelity` to it.
+    `replays`, True where rows of earlier tasks are stored; `restarts`, True where every task begins from the initial
+    weights; `paper`; `fidelity` to it.
     `context` is there from `setup` on.
     """
 
     knobs: ClassVar[tuple[str, ...]] = ()
     reference: ClassVar[bool] = False
     replays: ClassVar[bool] = False
+    restarts: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     fidelity: ClassVar[Fidelity] = "standard"
     context: Context

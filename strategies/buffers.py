@@ -8,6 +8,8 @@ rows' numbers at every step (about 1 ms for 5,000 rows).
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from clplat.strategies.world import World
+from clplat.streams.base import digest
 from clplat.streams.batch import Batch
 
 Policy = Literal["reservoir", "ring", "class_balanced"]
@@ -46,10 +49,17 @@ class Buffer:
         """Bytes of the rows that are kept now."""
         return sum(store[: self.size].nbytes for store in self.rows.values())
 
-    def add(self, batch: Batch) -> None:
-        """Offer the rows of a batch, on every process as many; the policy decides which stay."""
+    def add(self, batch: Batch, priority: Tensor | None = None) -> None:
+        """Offer the rows of a batch, on every process as many; the policy decides which stay.
+
+        With `priority` (B,), on the batch's device, `class_balanced` keeps of each class the rows of lowest number
+        instead of a sample.
+        """
         count = len(batch) * self.world.size
-        taken, slots = self._reservoir(count) if self.policy == "reservoir" else self._balanced(self._groups_of(batch))
+        if self.policy == "reservoir":
+            taken, slots = self._reservoir(count)
+        else:
+            taken, slots = self._balanced(self._groups_of(batch), priority)
         self.seen += count
         if not len(taken):
             return
@@ -76,7 +86,17 @@ class Buffer:
         else:
             index = torch.randint(self.size, (total,), generator=self.generator)
         index = index[self.world.rank :: self.world.size]
-        rows = {n: store[index.to(store.device, non_blocking=True)] for n, store in self.rows.items()}
+        return self._batch({n: store[index.to(store.device, non_blocking=True)] for n, store in self.rows.items()})
+
+    def batch(self, rows: slice = slice(None)) -> Batch:
+        """The rows that are kept, or some of them, in the order of their places."""
+        return self._batch({name: store[: self.size][rows] for name, store in self.rows.items()})
+
+    def data(self) -> StoredRows:
+        """The rows that are kept now, as data to train on, on the CPU until the loader moves them."""
+        return StoredRows(self.batch().to("cpu"))
+
+    def _batch(self, rows: Mapping[str, Tensor]) -> Batch:
         return Batch.from_tensors({n: t.long() if t.dtype == torch.int32 else t for n, t in rows.items()})
 
     def _allocate(self, fields: Mapping[str, Tensor]) -> None:
@@ -93,14 +113,16 @@ class Buffer:
         last = ordered.diff(append=torch.tensor([-1])) != 0
         return taken[order[last]], ordered[last]
 
-    def _balanced(self, new_groups: Tensor) -> tuple[Tensor, Tensor]:
+    def _balanced(self, new_groups: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
         """Which new rows stay, and the slots of those that go: every group keeps its rows of lowest priority number.
 
         Filling rank by rank over all groups gives equal shares. A row that once fell out would never be wanted
         again, so what stays is exactly what the rule picks from everything seen.
         """
         new = len(new_groups)
-        if self.policy == "ring":
+        if given is not None:
+            fresh = self.world.gather(given).cpu().double()
+        elif self.policy == "ring":
             fresh = -(self.seen + torch.arange(new, dtype=torch.float64))
         else:
             fresh = torch.rand(new, generator=self.generator, dtype=torch.float64)
@@ -144,6 +166,28 @@ class Buffer:
         for name, tensor in state["rows"].items():
             self.size = len(tensor)
             self.rows[name][: self.size] = tensor
+
+
+class StoredRows:
+    """The rows of one batch as a set to train on (`streams.base.Data`)."""
+
+    def __init__(self, rows: Batch) -> None:
+        self.rows, tensors = rows, rows.tensors().values()
+        self.nbytes = sum(tensor.nbytes for tensor in tensors)
+        self.digest = digest(*tensors)
+        self.tokens_per_row = math.prod(rows.targets.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows: Tensor) -> Batch:
+        return self.rows.rows(rows.to(self.rows.inputs.device, non_blocking=True))
+
+    def to(self, device: torch.device) -> StoredRows:
+        """The same rows on another device."""
+        moved = copy.copy(self)
+        moved.rows = self.rows.to(device)
+        return moved
 
 
 def stored_fields(batch: Batch) -> dict[str, Tensor]:

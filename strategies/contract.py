@@ -133,16 +133,16 @@ class ToyRun:
         self.mixed = batch
         owners = self.having("step")
         if owners:
-            owners[0].step(batch, self.optimizer)
+            _, output = owners[0].step(batch, self.optimizer)
         else:
             output = self.architecture(batch)
             self._descend(output, batch)
-            outcome = StepOutcome(
-                step=self.context.step + 1, batch=batch, output=output,
-                row_loss=lambda: self.context.row_loss(output, batch).detach(),
-            )  # fmt: skip
-            for strategy in self.having("step_end"):
-                strategy.step_end(outcome)
+        outcome = StepOutcome(
+            step=self.context.step + 1, batch=batch, output=output,
+            row_loss=lambda: self.context.row_loss(output, batch).detach(),
+        )  # fmt: skip
+        for strategy in self.having("step_end"):
+            strategy.step_end(outcome)
         self.context.step += 1
 
     def _descend(self, output: Output, batch: Batch) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clplat.architectures.base import Output
-from clplat.strategies.base import Context
+from clplat.strategies.base import Context, Fidelity
 from clplat.strategies.buffers import Policy
 from clplat.strategies.replay import ExperienceReplay, current_rows
 from clplat.streams.batch import AUXILIARY, REPLAY, Batch
@@ -23,9 +24,10 @@ class DERpp(ExperienceReplay):
     form; the paper has classification only).
     """
 
-    knobs = ("ratio", "alpha", "beta")
+    knobs: ClassVar[tuple[str, ...]] = ("ratio", "alpha", "beta")
     paper = "Buzzega et al. 2020, arXiv:2004.07211, Eq. 6"
-    fidelity = "exact"
+    fidelity: ClassVar[Fidelity] = "exact"
+    draws: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -55,13 +57,13 @@ class DERpp(ExperienceReplay):
         self.alpha, self.beta, self.top_logits = alpha, beta, top_logits
 
     def setup(self, context: Context) -> None:
-        outputs = context.spec.num_outputs
+        name, outputs = type(self).__name__, context.spec.num_outputs
         if context.spec.kind == "language" and self.top_logits is None:
             raise ValueError(
-                f"DERpp.top_logits: {outputs} logits would be stored for every token; say how many of them to keep"
+                f"{name}.top_logits: {outputs} logits would be stored for every token; say how many of them to keep"
             )
         if self.top_logits is not None and self.top_logits > outputs:
-            raise ValueError(f"DERpp.top_logits: the model has only {outputs} outputs, got {self.top_logits}")
+            raise ValueError(f"{name}.top_logits: the model has only {outputs} outputs, got {self.top_logits}")
         super().setup(context)
         self.matched = slice(0, 0)
 
@@ -72,9 +74,9 @@ class DERpp(ExperienceReplay):
 
     def batch(self, batch: Batch) -> Batch:
         self.fresh.append(current_rows(batch))
-        mixed = self.with_replay(batch, AUXILIARY, self.ratio / 2 if self.alpha else 0.0, 0.0)
+        mixed = self.with_replay(batch, AUXILIARY, self.ratio / self.draws if self.alpha else 0.0, 0.0)
         self.matched = slice(len(batch), len(mixed))
-        return self.with_replay(mixed, REPLAY, self.ratio / 2 if self.beta else 0.0, self.beta)
+        return self.with_replay(mixed, REPLAY, self.ratio / self.draws if self.beta else 0.0, self.beta)
 
     def penalty(self, output: Output, batch: Batch) -> Tensor | None:
         # Current rows stand first in a mixed batch; what the model answers now is what it is held to later.
@@ -93,3 +95,31 @@ class DERpp(ExperienceReplay):
             return {"logits": logits.float()}
         largest = logits.topk(self.top_logits, dim=-1)
         return {"logits": largest.values.half(), "places": largest.indices}
+
+
+class DER(DERpp):
+    """Dark experience replay: one draw from the buffer is held to its stored logits, and labels are not replayed.
+
+    This is `DERpp` with `beta` 0, but for the draw, which has `ratio` rows for each current one.
+    """
+
+    knobs = ("ratio", "alpha")
+    paper = "Buzzega et al. 2020, arXiv:2004.07211"
+    draws = 1
+
+    def __init__(
+        self,
+        *,
+        capacity: int | None = None,
+        capacity_bytes: int | None = None,
+        policy: Policy = "reservoir",
+        ratio: float = 1.0,
+        alpha: float = 0.3,
+        from_task: int = 2,
+        top_logits: int | None = None,
+    ) -> None:
+        """`alpha` weighs the mean squared distance to stored logits; the others as in `DERpp`."""
+        super().__init__(
+            capacity=capacity, capacity_bytes=capacity_bytes, policy=policy, ratio=ratio, alpha=alpha, beta=0.0,
+            from_task=from_task, top_logits=top_logits,
+        )  # fmt: skip

@@ -1,8 +1,8 @@
-"""Experience replay: rows of earlier tasks come back beside the current ones."""
+"""Experience replay: rows of earlier tasks come back beside the current ones, or in their place."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -10,66 +10,29 @@ import torch
 from clplat.architectures.base import StepOutcome
 from clplat.strategies.base import Context, Fidelity, Strategy
 from clplat.strategies.buffers import Buffer, Policy, stored_fields
+from clplat.streams.base import Data, Task
 from clplat.streams.batch import CURRENT, REPLAY, Batch
 
 
-class ExperienceReplay(Strategy):
-    """Keep some rows of what was seen and add a draw of them to every batch; current rows are never displaced.
-
-    The rows of a batch are offered to the buffer when its optimizer step is done, each time they are trained on.
-    """
+class _Rehearsal(Strategy):
+    """A buffer of rows within a budget of rows or bytes."""
 
     replays = True
-    knobs: ClassVar[tuple[str, ...]] = ("ratio", "weight")
-    paper = "Chaudhry et al. 2019, arXiv:1902.10486"
-    fidelity: ClassVar[Fidelity] = "mechanism"
 
-    def __init__(
-        self,
-        *,
-        capacity: int | None = None,
-        capacity_bytes: int | None = None,
-        policy: Policy = "reservoir",
-        ratio: float = 1.0,
-        weight: float = 1.0,
-        from_task: int = 2,
-    ) -> None:
-        """`capacity` in rows (samples, or rows of tokens) or `capacity_bytes`; `ratio` replayed rows for each
-        current one; `weight` of their mean loss; replay begins with task number `from_task`, by default the second:
-        before it there is nothing to forget, and rows would come from the current task alone (1: as in the paper)."""
+    def __init__(self, *, capacity: int | None, capacity_bytes: int | None, policy: Policy) -> None:
         if (capacity is None) == (capacity_bytes is None):
             raise ValueError("capacity, capacity_bytes: give exactly one of them")
-        if ratio < 0 or weight < 0:
-            raise ValueError(f"ratio, weight: must not be negative, got {ratio} and {weight}")
         self.capacity, self.capacity_bytes, self.policy = capacity, capacity_bytes, policy
-        self.ratio, self.weight, self.from_task = ratio, weight, from_task
 
     def setup(self, context: Context) -> None:
         super().setup(context)
         rows = self._capacity_in_rows(self.row_bytes())
         self.buffer = Buffer(capacity=rows, policy=self.policy, generator=context.generator, world=context.world)
-        self.fresh: list[Batch] = []
 
     def row_bytes(self) -> int:
         """Bytes that the buffer takes for one row."""
         one = self.context.tasks[0].train.batch(torch.tensor([0]))
         return sum(tensor.nbytes for tensor in stored_fields(one).values())
-
-    def batch(self, batch: Batch) -> Batch:
-        self.fresh.append(current_rows(batch))
-        return self.with_replay(batch, REPLAY, self.ratio if self.weight else 0.0, self.weight)
-
-    def with_replay(self, batch: Batch, origin: int, ratio: float, weight: float) -> Batch:
-        """The batch with `ratio` buffered rows for each current one, while replay is on and there are any."""
-        count = round(ratio * len(self.fresh[-1]))
-        if not count or not len(self.buffer) or len(self.context.past) + 1 < self.from_task:
-            return batch
-        return batch.joined(self.buffer.draw(count).with_origin(origin, weight))
-
-    def step_end(self, outcome: StepOutcome) -> None:
-        for batch in self.fresh:
-            self.buffer.add(batch)
-        self.fresh.clear()
 
     def stored_bytes(self) -> int:
         return self.buffer.nbytes
@@ -96,6 +59,96 @@ class ExperienceReplay(Strategy):
             raise ValueError(f"{name}.{option}: {given}, more than the stream's {available} training rows; lower it, "
                              "or use Cumulative")  # fmt: skip
         return rows
+
+
+class ExperienceReplay(_Rehearsal):
+    """Keep some rows of what was seen and add a draw of them to every batch; current rows are never displaced.
+
+    The rows of a batch are offered to the buffer when its optimizer step is done, each time they are trained on.
+    """
+
+    knobs: ClassVar[tuple[str, ...]] = ("ratio", "weight")
+    paper = "Chaudhry et al. 2019, arXiv:1902.10486"
+    fidelity: ClassVar[Fidelity] = "mechanism"
+
+    def __init__(
+        self,
+        *,
+        capacity: int | None = None,
+        capacity_bytes: int | None = None,
+        policy: Policy = "reservoir",
+        ratio: float = 1.0,
+        weight: float = 1.0,
+        from_task: int = 2,
+    ) -> None:
+        """`capacity` in rows (samples, or rows of tokens) or `capacity_bytes`; `ratio` replayed rows for each
+        current one; `weight` of their mean loss; replay begins with task number `from_task`, by default the second:
+        before it there is nothing to forget, and rows would come from the current task alone (1: as in the paper)."""
+        super().__init__(capacity=capacity, capacity_bytes=capacity_bytes, policy=policy)
+        if ratio < 0 or weight < 0:
+            raise ValueError(f"ratio, weight: must not be negative, got {ratio} and {weight}")
+        self.ratio, self.weight, self.from_task = ratio, weight, from_task
+
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        self.fresh: list[Batch] = []
+
+    def batch(self, batch: Batch) -> Batch:
+        self.fresh.append(current_rows(batch))
+        return self.with_replay(batch, REPLAY, self.ratio if self.weight else 0.0, self.weight)
+
+    def with_replay(self, batch: Batch, origin: int, ratio: float, weight: float) -> Batch:
+        """The batch with `ratio` buffered rows for each current one, while replay is on and there are any."""
+        count = round(ratio * len(self.fresh[-1]))
+        if not count or not len(self.buffer) or len(self.context.past) + 1 < self.from_task:
+            return batch
+        return batch.joined(self.buffer.draw(count).with_origin(origin, weight))
+
+    def step_end(self, outcome: StepOutcome) -> None:
+        for batch in self.fresh:
+            self.buffer.add(batch)
+        self.fresh.clear()
+
+
+class GDumb(_Rehearsal):
+    """Keep a class-balanced sample of what was seen, and answer with a fresh network trained on that alone.
+
+    Every task begins with the weights that the run began with, and its budget of steps goes through the rows kept of
+    all tasks, its own included; nothing else is trained on. What was learned before lives in the rows alone.
+    """
+
+    restarts: ClassVar[bool] = True
+    paper = "Prabhu et al. 2020, GDumb (ECCV)"
+    fidelity: ClassVar[Fidelity] = "mechanism"
+
+    def __init__(self, *, capacity: int | None = None, capacity_bytes: int | None = None) -> None:
+        """`capacity` in rows (samples, or rows of tokens) or `capacity_bytes`."""
+        super().__init__(capacity=capacity, capacity_bytes=capacity_bytes, policy="class_balanced")
+
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        self.initial = {name: tensor.clone() for name, tensor in context.architecture.state_dict().items()}
+
+    def task_start(self, task: Task) -> None:
+        world, device = self.context.world, self.context.device()
+        rows = torch.arange(len(task.train) // world.size * world.size)
+        for part in rows.split(1024 * world.size):
+            self.buffer.add(task.train.batch(part[world.rank :: world.size]).to(device))
+        weights = self.context.architecture.state_dict()
+        if [t.shape for t in weights.values()] != [t.shape for t in self.initial.values()]:
+            raise ValueError("GDumb: the architecture has grown since the run began, and cannot go back to its initial "
+                             "weights; use one that does not grow")  # fmt: skip
+        self.context.architecture.load_state_dict(self.initial)
+
+    def train_data(self, task: Task, past: Sequence[Task]) -> Data:
+        return self.buffer.data()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"initial": self.initial}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.initial = {name: tensor.to(self.context.device(), copy=True) for name, tensor in state["initial"].items()}
 
 
 def current_rows(batch: Batch) -> Batch:

@@ -20,6 +20,9 @@ from clplat.journal import last_status, read, table
 ARMS: dict[str, dict[str, Any]] = {
     "naive": {},
     "er": {"replay": {"class_path": "ExperienceReplay", "init_args": {"capacity": 30, "ratio": 0.5}}},
+    "gem": {"gem": {"class_path": "GEM", "init_args": {"patterns_per_task": 20}}},
+    "gdumb": {"gdumb": {"class_path": "GDumb", "init_args": {"capacity": 30}}},
+    "icarl": {"icarl": {"class_path": "iCaRL", "init_args": {"capacity": 30}}},
 }
 
 

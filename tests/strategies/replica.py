@@ -14,9 +14,13 @@ import torch.distributed as dist
 from clplat.objective import Objective
 from clplat.strategies.buffers import Buffer
 from clplat.strategies.contract import ToyRun
+from clplat.strategies.contrastive import SCR
 from clplat.strategies.distillation import DERpp
+from clplat.strategies.er_ace import ERACE
+from clplat.strategies.icarl import iCaRL
+from clplat.strategies.projection import GEM
 from clplat.strategies.regularization import OnlineEWC
-from clplat.strategies.replay import ExperienceReplay
+from clplat.strategies.replay import ExperienceReplay, GDumb
 from clplat.strategies.world import World
 from clplat.streams.batch import Batch
 
@@ -49,11 +53,17 @@ def main(rank: int, size: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     world = World.current()
     replay = ExperienceReplay(capacity=9, policy="class_balanced")
-    strategies = [ExperienceReplay(capacity=9, ratio=0.5), replay, DERpp(capacity=9), OnlineEWC(strength=2.0)]
+    strategies = [ExperienceReplay(capacity=9, ratio=0.5), replay, DERpp(capacity=9), OnlineEWC(strength=2.0),
+                  GEM(patterns_per_task=6)]  # fmt: skip
     run = synchronised(ToyRun(strategies, Objective, world=world)).train()
+    alone = [ERACE(capacity=9), SCR(capacity=9), iCaRL(capacity=9), GDumb(capacity=9)]
+    for strategy in alone:
+        synchronised(ToyRun([strategy], Objective, world=world)).train()
     torch.save(
         {
             "strategies": [strategy.state_dict() for strategy in strategies],
+            "alone": [strategy.state_dict() for strategy in alone],
+            "ends": [strategy.context.architecture.state_dict() for strategy in alone],
             "generator": run.context.generator.get_state(),
             "weights": run.weights(),
             "mixed": run.mixed.inputs,

@@ -1,6 +1,6 @@
-"""Our EWC and A-GEM against Avalanche 0.6.0's plugins: on the same state the same numbers to 1e-5, in float32.
+"""Our EWC, A-GEM, GEM and ER-ACE against Avalanche 0.6.0: on the same state the same numbers to 1e-5, in float32.
 
-The plugins are driven by a bare namespace here, not by `AvalanchePlugin`, so that nothing of ours stands between.
+Plugins are driven by a bare namespace here, not by `AvalanchePlugin`, so that nothing of ours stands between.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from clplat.objective import Objective
 from clplat.strategies.avalanche_shim import PlainModel, avalanche_dataset
 from clplat.strategies.contract import ROWS, STEPS, ToyRun
-from clplat.strategies.projection import AGEM
+from clplat.strategies.er_ace import ERACE
+from clplat.strategies.projection import AGEM, GEM
 from clplat.strategies.regularization import EWC, OnlineEWC
 from clplat.streams.avalanche_stream import quiet
 
@@ -112,3 +113,46 @@ def test_the_gradient_that_our_agem_leaves_is_avalanches(tasks: int) -> None:
         changed = not torch.equal(results[1], torch.cat([part.flatten() for part in before]))
         projected, kept = projected + changed, kept + (not changed)
     assert projected and kept
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+def test_the_gradient_that_our_gem_leaves_is_avalanches(strength: float) -> None:
+    with quiet():
+        from avalanche.training.plugins import GEMPlugin
+    ours = GEM(patterns_per_task=ROWS, memory_strength=strength)
+    run, plugin = ToyRun([ours], Objective).train(2 * STEPS), GEMPlugin(ROWS, strength)
+    for task in range(2):
+        rows = ours.memory.batch(slice(task * ROWS, (task + 1) * ROWS))
+        plugin.memory_x[task], plugin.memory_y[task], plugin.memory_tid[task] = rows.inputs, rows.targets, rows.task
+    strategy, parameters = strategy_of(run, task=2), list(run.architecture.parameters())
+    noise, projected, kept = torch.Generator().manual_seed(8), 0, 0
+    for number in range(24):
+        batch = run.path[2].train.batch(torch.arange(4) + number % 8)
+        plugin.before_training_iteration(strategy)
+        loss = (-1) ** number * run.context.loss(run.architecture(batch), batch)
+        before = [own + 0.1 * torch.randn(own.shape, generator=noise) for own in torch.autograd.grad(loss, parameters)]
+        results = []
+        for project in (ours.gradient, lambda: plugin.after_backward(strategy)):
+            for parameter, part in zip(parameters, before):
+                parameter.grad = part.clone()
+            project()
+            results.append(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+        assert torch.allclose(*results, **TOLERANCE)
+        changed = not torch.equal(results[1], torch.cat([part.flatten() for part in before]))
+        projected, kept = projected + changed, kept + (not changed)
+    assert projected and kept
+
+
+def test_once_all_classes_are_seen_our_asymmetric_loss_is_twice_avalanches() -> None:
+    with quiet():
+        from avalanche.training.regularization import ACECriterion
+    run = ToyRun([ERACE(capacity=ROWS)], Objective).train(2 * STEPS + 1)
+    output, current = run.architecture(run.mixed), len(run.current)
+    logits, targets = output.logits, run.mixed.targets
+    losses = [
+        run.strategies[0].objective(output, run.mixed),
+        2 * ACECriterion()(logits[:current], targets[:current], logits[current:], targets[current:]),
+    ]
+    assert torch.allclose(*losses, **TOLERANCE)
+    ours, theirs = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in losses)
+    assert ours.abs().max() > 0.01 and torch.allclose(ours, theirs, **TOLERANCE)

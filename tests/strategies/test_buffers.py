@@ -100,6 +100,15 @@ def test_class_balanced_keeps_every_row_of_a_class_with_the_same_chance() -> Non
         assert low < deviation < high, "chi-square with rows − 1 degrees of freedom, two-sided 0.1 %"
 
 
+def test_of_rows_with_a_priority_of_their_own_each_class_keeps_the_lowest() -> None:
+    store, labels = buffer("class_balanced", 6), torch.arange(12) % 2
+    order = torch.tensor([5, 0, 3, 4, 1, 5, 0, 1, 2, 3, 4, 2]).double()
+    store.add(samples(torch.arange(12), labels), priority=order)
+    assert sorted(kept(store).tolist()) == [1, 4, 6, 7, 8, 11]
+    store.add(samples(torch.arange(12, 16), torch.full((4,), 2)), priority=torch.tensor([1.0, 3.0, 0.0, 2.0]))
+    assert sorted(kept(store).tolist()) == [1, 4, 6, 7, 12, 14]
+
+
 def test_token_rows_are_balanced_over_tasks() -> None:
     store = buffer("class_balanced", 9)
     for task, rows in enumerate((50, 20, 10)):

@@ -18,10 +18,15 @@ from clplat.strategies.contract import (
     check_storage,
     check_strategy,
 )
-from clplat.strategies.distillation import DERpp
+from clplat.strategies.contrastive import SCR
+from clplat.strategies.distillation import DER, DERpp
+from clplat.strategies.er_ace import ERACE
+from clplat.strategies.icarl import iCaRL
+from clplat.strategies.la_maml import LaMAML
+from clplat.strategies.projection import GEM
 from clplat.strategies.reference import Cumulative, Joint, Naive
 from clplat.strategies.regularization import EWC, OnlineEWC
-from clplat.strategies.replay import ExperienceReplay
+from clplat.strategies.replay import ExperienceReplay, GDumb
 from clplat.streams.batch import Batch
 
 CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
@@ -32,24 +37,56 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "ER ring": (lambda: ExperienceReplay(capacity=7, policy="ring", from_task=1), {"ratio": 0.0}),
     "ER class_balanced": (lambda: ExperienceReplay(capacity=7, policy="class_balanced"), {"weight": 0.0}),
     "ER bytes": (lambda: ExperienceReplay(capacity_bytes=500, ratio=2.0), {"ratio": 0.0}),
+    "GDumb": (lambda: GDumb(capacity=7), None),
+    "GDumb bytes": (lambda: GDumb(capacity_bytes=500), None),
     "DER++": (lambda: DERpp(capacity=7), {"ratio": 0.0}),
     "DER++ bytes": (lambda: DERpp(capacity_bytes=500, ratio=2.0, from_task=1), {"alpha": 0.0, "beta": 0.0}),
     "DER++ top": (lambda: DERpp(capacity=7, top_logits=3), {"ratio": 0.0}),
+    "DER": (lambda: DER(capacity=7, ratio=0.5), {"ratio": 0.0}),
+    "DER top": (lambda: DER(capacity=7, top_logits=3), {"alpha": 0.0}),
+    "ER-ACE": (lambda: ERACE(capacity=7), {"ratio": 0.0}),
+    "ER-ACE first": (lambda: ERACE(capacity_bytes=500, from_task=1), {"weight": 0.0}),
+    "SCR": (lambda: SCR(capacity=7), None),
+    "SCR one view": (lambda: SCR(capacity_bytes=500, ratio=2.0, second_view=False, from_task=2), None),
+    "iCaRL": (lambda: iCaRL(capacity=7), None),
+    "iCaRL bytes": (lambda: iCaRL(capacity_bytes=500, ratio=0.5, weight=2.0), None),
+    "La-MAML": (lambda: LaMAML(capacity=7), None),
+    "La-MAML second": (lambda: LaMAML(capacity_bytes=500, second_order=True, inner_steps=2, from_task=2), None),
+    "GEM": (lambda: GEM(patterns_per_task=4), {"patterns_per_task": 0}),
     "EWC": (lambda: EWC(strength=5.0, fisher_samples=6, fisher_batch_size=4), {"strength": 0.0}),
     "EWC batch": (lambda: EWC(strength=5.0, fisher="batch", labels="observed"), {"strength": 0.0}),
     "OnlineEWC": (lambda: OnlineEWC(strength=5.0, decay=0.5, fisher_batch_size=1), {"strength": 0.0}),
 }
 
 
+NO_LANGUAGE = {
+    "DER++": r"DERpp\.top_logits: 7 logits would be stored for every token",
+    "DER++ bytes": r"DERpp\.top_logits",
+    "DER": r"DER\.top_logits: 7 logits would be stored for every token",
+    "ER-ACE": "ERACE: the tasks of this stream have no classes",
+    "ER-ACE first": "ERACE: the tasks of this stream have no classes",
+    "SCR": "SCR: the tasks of this stream have no classes",
+    "SCR one view": "SCR: the tasks of this stream have no classes",
+    "iCaRL": "iCaRL: the tasks of this stream have no classes",
+    "iCaRL bytes": "iCaRL: the tasks of this stream have no classes",
+}
+"""What is refused on language, and with which words."""
+
+
 @pytest.mark.parametrize("kind", ["classify", "language"])
 @pytest.mark.parametrize("name", CASES)
 def test_every_strategy_keeps_the_contract(name: str, kind: Kind) -> None:
     make, off = CASES[name]
-    if kind == "language" and name in ("DER++", "DER++ bytes"):
-        with pytest.raises(ValueError, match=r"DERpp\.top_logits: 7 logits would be stored for every token"):
+    if kind == "language" and name in NO_LANGUAGE:
+        with pytest.raises(ValueError, match=NO_LANGUAGE[name]):
             ToyRun([make()], Objective, kind)
     else:
         check_strategy(make, Objective, off=off, kind=kind)
+
+
+@pytest.mark.parametrize("name", ["GDumb", "SCR", "SCR one view", "iCaRL", "iCaRL bytes", "La-MAML"])
+def test_what_cannot_be_turned_off_composes_with_replay_all_the_same(name: str) -> None:
+    check_composition(CASES[name][0], Objective)
 
 
 class _Forgets(Strategy):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from clplat.objective import Objective
 from clplat.strategies.contract import BATCH, ROWS, STEPS, TASKS, ToyRun
-from clplat.strategies.distillation import DERpp
+from clplat.strategies.distillation import DER, DERpp
 from clplat.strategies.replay import ExperienceReplay
 from clplat.streams.batch import AUXILIARY, CURRENT, REPLAY
 
@@ -86,6 +86,17 @@ def test_der_loss_is_current_plus_alpha_mse_on_one_draw_plus_beta_cross_entropy_
     assert torch.allclose(run.context.loss(output, batch) + dark.penalty(output, batch), expected)
 
 
+def test_der_is_current_plus_alpha_mse_on_one_whole_draw_and_replays_no_label() -> None:
+    dark = DER(capacity=12, alpha=0.7, ratio=1.5)
+    run = ToyRun([dark], Objective).train(STEPS + 1)
+    dark.fresh.append(run.current)
+    batch, output = run.mixed, run.architecture(run.mixed)
+    assert batch.origin.tolist() == [CURRENT] * 4 + [AUXILIARY] * 6
+    expected = F.cross_entropy(output.logits[:4], batch.targets[:4])
+    expected = expected + 0.7 * (output.logits[4:] - batch.extra["logits"][4:]).square().mean()
+    assert torch.allclose(run.context.loss(output, batch) + dark.penalty(output, batch), expected)
+
+
 def test_of_the_largest_logits_value_and_place_are_kept_and_the_distance_is_taken_over_them() -> None:
     dark = DERpp(capacity=12, alpha=0.7, beta=0.4, ratio=1.5, top_logits=2)
     run = ToyRun([dark], Objective, "language").train(STEPS + 1)
@@ -120,6 +131,7 @@ def test_stored_logits_are_what_the_model_answered_before_the_step_that_stored_t
         (lambda: ExperienceReplay(capacity=5, ratio=-1.0), "ratio, weight: must not be negative"),
         (lambda: DERpp(capacity=5, alpha=-1.0), "alpha, beta: must not be negative"),
         (lambda: DERpp(capacity=5, top_logits=0), "top_logits: must be positive, got 0"),
+        (lambda: DER(capacity=5, top_logits=7), r"DER\.top_logits: the model has only 6 outputs, got 7"),
         (lambda: DERpp(capacity=5, top_logits=7), r"DERpp\.top_logits: the model has only 6 outputs, got 7"),
     ],
 )  # fmt: skip
