@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ from clplat.objective import Objective
 from clplat.strategies.contract import ROWS, STEPS, ToyRun
 from clplat.strategies.fisher import fisher_diagonal, flat_parameters
 from clplat.strategies.regularization import EWC, OnlineEWC
+from clplat.streams.avalanche_stream import quiet
 from clplat.streams.base import Spec
 from clplat.streams.batch import IGNORE, Batch
 
@@ -139,8 +139,7 @@ def test_the_batch_fisher_and_its_penalty_are_avalanches() -> None:
 
 def avalanche_after_two_tasks():
     """A run with our EWC, and Avalanche's plugin told of the same model at the same boundaries."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
+    with quiet():
         from avalanche.training.plugins import EWCPlugin
     options = {"fisher": "batch", "labels": "observed", "fisher_samples": None, "fisher_batch_size": 5}
     run = ToyRun([EWC(strength=0.8, **options)], Objective)
