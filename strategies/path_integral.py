@@ -89,9 +89,10 @@ class SI(PathIntegral, Strategy):
         weights = self.weights()
         gained = self.path / ((weights - self.anchor).square() + self.damping)
         if self.definition == "paper":
-            gained = gained.relu()
-        self.total = gained if self.total is None else self.total + gained
-        self.importance = self.total if self.definition == "paper" else self.total.clamp(max=1e-3)
+            self.importance = gained.relu() + (0.0 if self.importance is None else self.importance)
+        else:
+            self.total = gained if self.total is None else self.total + gained
+            self.importance = self.total.clamp(max=1e-3)
         self.anchor, self.path = weights, None
 
 

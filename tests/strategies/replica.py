@@ -14,8 +14,9 @@ import torch.distributed as dist
 from clplat.objective import Objective
 from clplat.strategies.buffers import Buffer
 from clplat.strategies.contract import ToyRun
-from clplat.strategies.distillation import DERpp
-from clplat.strategies.regularization import OnlineEWC
+from clplat.strategies.distillation import DERpp, LwF
+from clplat.strategies.path_integral import SI, RWalk
+from clplat.strategies.regularization import MAS, OnlineEWC
 from clplat.strategies.replay import ExperienceReplay
 from clplat.strategies.world import World
 from clplat.streams.batch import Batch
@@ -50,6 +51,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     world = World.current()
     replay = ExperienceReplay(capacity=9, policy="class_balanced")
     strategies = [ExperienceReplay(capacity=9, ratio=0.5), replay, DERpp(capacity=9), OnlineEWC(strength=2.0)]
+    strategies += [MAS(strength=0.01), SI(strength=0.1), RWalk(strength=0.1, interval=2), LwF()]
     run = synchronised(ToyRun(strategies, Objective, world=world)).train()
     torch.save(
         {
