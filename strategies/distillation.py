@@ -108,7 +108,7 @@ class LwF(Strategy):
     """
 
     knobs: ClassVar[tuple[str, ...]] = ("alpha",)
-    paper = "Li & Hoiem 2016, arXiv:1606.09282, Eq. 2-3"
+    paper = "Li & Hoiem 2016, arXiv:1606.09282, Sec. 3"
     fidelity = "mechanism"
 
     def __init__(self, *, alpha: float | list[float] = 1.0, temperature: float = 2.0) -> None:

@@ -106,7 +106,7 @@ class RWalk(PathIntegral, Strategy):
 
     knobs: ClassVar[tuple[str, ...]] = ("strength",)
     kept = (*PathIntegral.kept, "fisher", "score", "total", "since")
-    paper = "Chaudhry et al. 2018, arXiv:1801.10112, Eq. 7-9"
+    paper = "Chaudhry et al. 2018, arXiv:1801.10112, Sec. 4"
     fidelity = "mechanism"
     fisher: Tensor | None = None
     score: Tensor | None = None

@@ -113,7 +113,7 @@ class MAS(QuadraticPenalty, Strategy):
     """
 
     knobs: ClassVar[tuple[str, ...]] = ("strength",)
-    paper = "Aljundi et al. 2018, arXiv:1711.09601, Eq. 2-4"
+    paper = "Aljundi et al. 2018, arXiv:1711.09601, Sec. 4.1"
     fidelity = "exact"
 
     def __init__(
