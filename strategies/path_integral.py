@@ -53,7 +53,9 @@ class PathIntegral(QuadraticPenalty):
         if self.path is None or self.slope is None or self.start is None:
             raise ValueError(f"{type(self).__name__}: saw no gradient before the step; it cannot stand beside a "
                              "strategy that owns the step")  # fmt: skip
-        self.path.addcmul_(self.slope, self.weights() - self.start, value=-1)
+        moved = self.weights() - self.start
+        # 16-bit training skips a step whose gradient overflowed: infinity times nothing would be no number.
+        self.path -= torch.where(moved == 0, 0.0, self.slope * moved)
         self.slope = self.start = None
 
 
@@ -130,7 +132,8 @@ class RWalk(PathIntegral, Strategy):
         if self.slope is None:
             return
         square = self.slope.square()
-        self.fisher = square if self.fisher is None else self.alpha * square + (1 - self.alpha) * self.fisher
+        before = square.nan_to_num(nan=0.0, posinf=0.0) if self.fisher is None else self.fisher
+        self.fisher = torch.where(square.isfinite(), self.alpha * square + (1 - self.alpha) * before, before)
         if self.since is None:
             self.since, self.score = self.start, torch.zeros_like(square)
 

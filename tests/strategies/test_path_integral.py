@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,24 @@ def test_two_half_batches_accumulated_are_one_batch(make, tmp_path: Path) -> Non
     assert float(states[0]["importance"].max()) > 1e-3
     for name in ("importance", "anchor"):
         assert torch.allclose(states[0][name], states[1][name], rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_step_that_is_skipped_because_its_gradient_overflowed_leaves_no_trace(steps: int) -> None:
+    si, rwalk = SI(strength=0.1), RWalk(strength=0.1)
+    run = in_doubles(si, rwalk).train(steps)
+    if not steps:
+        run.context.task = run.path[0]
+        si.task_start(run.path[0])
+        rwalk.task_start(run.path[0])
+    before = [tensor if tensor is None else tensor.clone() for tensor in (si.path, rwalk.path, rwalk.fisher)]
+    for parameter in run.architecture.parameters():
+        parameter.grad = torch.full_like(parameter, float("inf"))
+    for strategy in (si, rwalk):
+        strategy.gradient()
+        strategy.step_end(SimpleNamespace(step=steps + 1))
+    for old, new in zip(before, (si.path, rwalk.path, rwalk.fisher)):
+        assert torch.equal(new, torch.zeros_like(new) if old is None else old)
 
 
 def test_what_hardly_moved_is_not_important_for_that() -> None:
