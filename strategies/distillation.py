@@ -1,9 +1,12 @@
-"""Replay of what the model answered: dark experience."""
+"""Holding the model to what it answered: dark experience replay, learning without forgetting."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +14,12 @@ from torch import Tensor
 
 from clplat.architectures.base import Output
 from clplat.strategies.base import Context, Fidelity
+from clplat.architectures.base import Architecture, Output
+from clplat.strategies.base import Context, Strategy
 from clplat.strategies.buffers import Policy
 from clplat.strategies.replay import ExperienceReplay, current_rows
-from clplat.streams.batch import AUXILIARY, REPLAY, Batch
+from clplat.streams.base import Task
+from clplat.streams.batch import AUXILIARY, CURRENT, IGNORE, REPLAY, Batch
 
 
 class DERpp(ExperienceReplay):
@@ -123,3 +129,85 @@ class DER(DERpp):
             capacity=capacity, capacity_bytes=capacity_bytes, policy=policy, ratio=ratio, alpha=alpha, beta=0.0,
             from_task=from_task, top_logits=top_logits,
         )  # fmt: skip
+class LwF(Strategy):
+    """Learning without forgetting: on the current inputs the model is held to what it answered before the task.
+
+    α T² Σ_heads KL(softmax(old / T) ‖ softmax(new / T)), the mean over current rows; replayed ones are left out. In the
+    `task` scenario every earlier task is a head, in the `class` scenario all classes met before the task are one, else
+    the whole output is. The old answers come from a copy of the model as the last task left it, in evaluation mode.
+    """
+
+    knobs: ClassVar[tuple[str, ...]] = ("alpha",)
+    paper = "Li & Hoiem 2016, arXiv:1606.09282, Sec. 3"
+    fidelity = "mechanism"
+
+    def __init__(self, *, alpha: float | list[float] = 1.0, temperature: float = 2.0) -> None:
+        """`alpha` is α, a number or a list with one for each task (the first task has nothing to be held to); with
+        nothing but 0 no model is kept. `temperature` is T: at 2 small chances of the old answer count more."""
+        schedule = alpha if isinstance(alpha, list) else [alpha]
+        if min(schedule, default=-1.0) < 0:
+            raise ValueError(f"alpha: give a number that is not negative, or one for each task; got {alpha}")
+        if temperature <= 0:
+            raise ValueError(f"temperature: must be positive, got {temperature}")
+        self.alpha, self.temperature = schedule[0], temperature
+        self.schedule = schedule if isinstance(alpha, list) else []
+        self.teacher: Architecture | None = None
+        self.units: list[list[int]] = []
+        self.heads: list[Tensor | slice] = []
+
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        if self.schedule and len(self.schedule) < len(context.tasks):
+            raise ValueError(f"LwF.alpha: {len(self.schedule)} numbers for {len(context.tasks)} tasks; "
+                             "give one for each, or a single number for all")  # fmt: skip
+
+    def task_start(self, task: Task) -> None:
+        if self.schedule:
+            self.alpha = self.schedule[len(self.context.past)]
+
+    def penalty(self, output: Output, batch: Batch) -> Tensor | None:
+        if self.teacher is None or not self.alpha:
+            return None
+        with torch.no_grad():
+            old = self.teacher(batch).logits
+        apart = sum(self._divergence(old[..., head], output.logits[..., head]) for head in self.heads)
+        counted = batch.targets != IGNORE
+        if batch.origin is not None:
+            counted = counted & (batch.origin == CURRENT).view(-1, *[1] * (counted.ndim - 1))
+        return self.alpha * self.temperature**2 * (apart * counted).sum() / counted.sum().clamp(min=1)
+
+    def _divergence(self, old: Tensor, new: Tensor) -> Tensor:
+        """KL of the softened answers of one head, (B,) or (B, T)."""
+        soft_old, soft_new = ((logits.float() / self.temperature).log_softmax(-1) for logits in (old, new))
+        return F.kl_div(soft_new, soft_old, reduction="none", log_target=True).sum(-1)
+
+    def task_end(self, task: Task) -> None:
+        if not self.alpha and not any(self.schedule):
+            return
+        spec, classes = self.context.spec, [list(each.classes or ()) for each in (*self.context.past, task)]
+        if spec.kind == "language" or spec.scenario not in ("task", "class"):
+            classes = [[]]
+        elif spec.scenario == "class":
+            classes = [sorted({unit for group in classes for unit in group})]
+        self._keep(classes)
+
+    def _keep(self, units: list[list[int]]) -> None:
+        """A copy of the model, and the output units of each of its heads (an empty list: all)."""
+        self.teacher = copy.deepcopy(self.context.architecture).eval().requires_grad_(False)
+        # Made once a task: a list that goes to the device in a step would make the step wait.
+        device, self.units = self.context.device(), units
+        self.heads = [torch.tensor(head, device=device) if head else slice(None) for head in units]
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.teacher is None:
+            return {"alpha": self.alpha, "teacher": None}
+        weights, structure = dict(self.teacher.state_dict()), dict(self.teacher.structure())
+        return {"alpha": self.alpha, "teacher": {"weights": weights, "structure": structure, "units": self.units}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.alpha, saved = state["alpha"], state["teacher"]
+        if saved is not None:
+            self._keep(saved["units"])
+            assert self.teacher is not None
+            self.teacher.restructure(saved["structure"])
+            self.teacher.load_state_dict(saved["weights"])

@@ -1,8 +1,8 @@
-"""The diagonal of the Fisher information: how much each weight matters for what the model answers."""
+"""How much each weight matters: the sizes of gradients by row, above all the diagonal of the Fisher information."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -16,11 +16,28 @@ from clplat.strategies.base import Context
 from clplat.streams.base import Task
 from clplat.streams.batch import IGNORE, Batch
 
+Scalar = Callable[[Context, Output, Batch], Tensor]
+"""What gradients are taken of: a mean over the rows of a batch, ()."""
+Size = Callable[[Tensor], Tensor]
+"""Elementwise: `torch.square`, or `torch.abs`."""
+
 
 def flat_parameters(architecture: nn.Module) -> Tensor:
     """All trainable weights as one vector (P,), in float32 at least: one operation in place of one for each tensor."""
     flat = torch.cat([p.flatten() for p in architecture.parameters() if p.requires_grad])
     return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+def flat_gradients(architecture: nn.Module) -> Tensor:
+    """The `.grad` of all trainable weights as one vector (P,) like `flat_parameters`, 0 where there is none."""
+    weights = [p for p in architecture.parameters() if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in weights])
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+def mean_loss(context: Context, output: Output, batch: Batch) -> Tensor:
+    """Mean cross-entropy over what is predicted; 0 for rows that predict nothing."""
+    return context.row_loss(output, batch).sum() / (batch.targets != IGNORE).sum().clamp(min=1)
 
 
 def fisher_diagonal(
@@ -32,7 +49,25 @@ def fisher_diagonal(
     batch_size: int,
     per_sample: bool,
 ) -> Tensor:
-    """Mean of squared gradients (P,) in evaluation mode, over rows, or over batches of `batch_size` rows.
+    """Mean of squared gradients of the loss (P,), with `labels` as observed, or drawn from the model's own answers."""
+    return gradient_sizes(
+        context, task, mean_loss, torch.square, samples=samples, labels=labels, batch_size=batch_size,
+        per_sample=per_sample,
+    )  # fmt: skip
+
+
+def gradient_sizes(
+    context: Context,
+    task: Task,
+    scalar: Scalar,
+    size: Size,
+    *,
+    samples: int | None,
+    batch_size: int,
+    per_sample: bool,
+    labels: Literal["sampled", "observed"] = "observed",
+) -> Tensor:
+    """Mean of `size` of the gradients of `scalar` (P,) in evaluation mode, over rows, or over batches of `batch_size`.
 
     `samples` training rows of the task are drawn (None: all of them, in order). Each process takes a part of the
     batches; the result is the same on all. Random numbers come from the run's `strategy` source alone.
@@ -49,35 +84,43 @@ def fisher_diagonal(
             batch = task.train.batch(part).to(context.device())
             if labels == "sampled":
                 batch = _with_sampled_targets(context, batch, torch.Generator().manual_seed(seed))
-            squares = squares_by_row if per_sample and len(batch) > 1 else _square_of_mean
-            total += squares(context, batch)
+            sizes = _sizes_by_row if per_sample and len(batch) > 1 else _size_of_mean
+            total += sizes(context, batch, scalar, size)
     return world.sum(total) / (count if per_sample else len(parts))
 
 
-def squares_by_row(context: Context, batch: Batch) -> Tensor:
-    """Σ over rows of the squared gradient of the row's loss, (P,)."""
+def try_gradients_by_row(context: Context, scalar: Scalar, size: Size, *, option: str) -> None:
+    """Find out before training, not after the first task, whether the model allows gradients by row."""
+    data = context.tasks[0].train
+    batch = data.batch(torch.arange(min(2, len(data)))).to(context.device())
+    try:
+        _sizes_by_row(context, batch, scalar, size)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{option}: {type(context.architecture).__name__} does not allow gradients of several rows at once "
+            f"({error}); set it to 1"
+        ) from error
+
+
+def _sizes_by_row(context: Context, batch: Batch, scalar: Scalar, size: Size) -> Tensor:
+    """Σ over rows of the size of the row's own gradient, (P,)."""
     weights = {n: p.detach() for n, p in context.architecture.named_parameters() if p.requires_grad}
 
     def loss(parameters: dict[str, Tensor], row: dict[str, Tensor]) -> Tensor:
         one = Batch.from_tensors({name: tensor.unsqueeze(0) for name, tensor in row.items()})
-        return _mean_loss(context, functional_call(context.architecture, parameters, (one,)), one)
+        return scalar(context, functional_call(context.architecture, parameters, (one,)), one)
 
     # The fused forms of attention have no batching rule; the plain form has.
     with evaluating(context.architecture), sdpa_kernel(SDPBackend.MATH):
         gradients = vmap(grad(loss), in_dims=(None, 0))(weights, batch.tensors())
-    return torch.cat([gradient.square().sum(0).flatten() for gradient in gradients.values()])
+    return torch.cat([size(gradient).sum(0).flatten() for gradient in gradients.values()])
 
 
-def _square_of_mean(context: Context, batch: Batch) -> Tensor:
+def _size_of_mean(context: Context, batch: Batch, scalar: Scalar, size: Size) -> Tensor:
     weights = [p for p in context.architecture.parameters() if p.requires_grad]
-    loss = _mean_loss(context, context.architecture(batch), batch)
+    loss = scalar(context, context.architecture(batch), batch)
     gradients = torch.autograd.grad(loss, weights, materialize_grads=True)
-    return torch.cat([gradient.square().flatten() for gradient in gradients])
-
-
-def _mean_loss(context: Context, output: Output, batch: Batch) -> Tensor:
-    """Mean cross-entropy over what is predicted; 0 for rows that predict nothing."""
-    return context.row_loss(output, batch).sum() / (batch.targets != IGNORE).sum().clamp(min=1)
+    return torch.cat([size(gradient).flatten() for gradient in gradients])
 
 
 @torch.no_grad()

@@ -1,21 +1,21 @@
-"""Quadratic penalties that hold weights near where earlier tasks left them, weight by weight."""
+"""Penalties whose importances are measured at the end of a task: EWC, OnlineEWC, MAS."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from clplat.architectures.base import Output
 from clplat.strategies.base import Context, Strategy
-from clplat.strategies.fisher import fisher_diagonal, flat_parameters, squares_by_row
+from clplat.strategies.fisher import fisher_diagonal, gradient_sizes, mean_loss, try_gradients_by_row
+from clplat.strategies.quadratic import QuadraticPenalty
 from clplat.streams.base import Task
-from clplat.streams.batch import Batch
+from clplat.streams.batch import IGNORE, Batch
 
 
-class EWC(Strategy):
+class EWC(QuadraticPenalty, Strategy):
     """Elastic weight consolidation: λ/2 Σ_tasks Σ_i F_i (θ_i − θ*_i)².
 
     The sum over tasks is kept as one quadratic, exactly: two quadratics around different anchors are one around
@@ -23,6 +23,7 @@ class EWC(Strategy):
     """
 
     knobs: ClassVar[tuple[str, ...]] = ("strength",)
+    factor = 0.5
     paper = "Kirkpatrick et al. 2017, arXiv:1612.00796, Eq. 3"
     fidelity = "exact"
 
@@ -48,20 +49,12 @@ class EWC(Strategy):
                              f"got {fisher_samples} and {fisher_batch_size}")  # fmt: skip
         self.strength, self.fisher_samples, self.fisher, self.labels = strength, fisher_samples, fisher, labels
         self.fisher_batch_size = fisher_batch_size
-        self.importance: Tensor | None = None
-        self.anchor: Tensor | None = None
-        self.constant = 0.0
 
     def setup(self, context: Context) -> None:
         super().setup(context)
         if self.strength and self.fisher == "per_sample" and self.fisher_batch_size > 1:
-            self._try_vmap()
-
-    def penalty(self, output: Output, batch: Batch) -> Tensor | None:
-        if self.importance is None or not self.strength:
-            return None
-        quadratic = _Quadratic.apply(self._weights(), self.importance, self.anchor)
-        return 0.5 * self.strength * (quadratic + self.constant)
+            option = f"{type(self).__name__}.fisher_batch_size"
+            try_gradients_by_row(context, mean_loss, torch.square, option=option)
 
     def task_end(self, task: Task) -> None:
         if self.strength:
@@ -69,7 +62,7 @@ class EWC(Strategy):
                 self.context, task, samples=self.fisher_samples, labels=self.labels,
                 batch_size=self.fisher_batch_size, per_sample=self.fisher == "per_sample",
             )  # fmt: skip
-            self.consolidate(importance, self._weights().detach().clone())
+            self.consolidate(importance, self.weights().detach())
 
     def consolidate(self, importance: Tensor, weights: Tensor) -> None:
         """Add the quadratic of one task to the sum."""
@@ -81,35 +74,6 @@ class EWC(Strategy):
         apart = weights - self.anchor
         self.constant += float((self.importance * share * apart.square()).sum())
         self.importance, self.anchor = total, self.anchor + share * apart
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"importance": self.importance, "anchor": self.anchor, "constant": self.constant}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        device = self.context.device()
-        self.importance, self.anchor = (
-            None if state[name] is None else state[name].to(device, copy=True) for name in ("importance", "anchor")
-        )
-        self.constant = state["constant"]
-
-    def _weights(self) -> Tensor:
-        flat = flat_parameters(self.context.architecture)
-        if self.anchor is not None and len(flat) != len(self.anchor):
-            raise ValueError(f"{type(self).__name__}: the architecture went from {len(self.anchor)} trainable weights "
-                             f"to {len(flat)} between tasks; use one that does not grow")  # fmt: skip
-        return flat
-
-    def _try_vmap(self) -> None:
-        """Find out before training, not after the first task, whether the model allows gradients by row."""
-        data = self.context.tasks[0].train
-        batch = data.batch(torch.arange(min(2, len(data)))).to(self.context.device())
-        try:
-            squares_by_row(self.context, batch)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{type(self).__name__}.fisher_batch_size: {type(self.context.architecture).__name__} does not allow "
-                f"gradients of several rows at once ({error}); set it to 1"
-            ) from error
 
 
 class OnlineEWC(EWC):
@@ -142,16 +106,63 @@ class OnlineEWC(EWC):
         self.anchor = weights
 
 
-class _Quadratic(torch.autograd.Function):
-    """Σ_i F_i (θ_i − θ*_i)² with its gradient kept from the forward pass: half the passes over the weights."""
+class MAS(QuadraticPenalty, Strategy):
+    """Memory aware synapses: weights that change the length of the answer most are held, whatever the labels.
 
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, importance: Tensor, anchor: Tensor) -> Tensor:
-        moved = weights - anchor
-        pull = importance * moved
-        ctx.save_for_backward(pull)
-        return torch.dot(pull, moved)
+    λ Σ_i Ω_i (θ_i − θ*_i)², with Ω the mean over the task's rows of |∂‖f(x)‖²/∂θ_i|, anchored at the latest weights.
+    """
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return 2 * grad * ctx.saved_tensors[0], None, None
+    knobs: ClassVar[tuple[str, ...]] = ("strength",)
+    paper = "Aljundi et al. 2018, arXiv:1711.09601, Sec. 4.1"
+    fidelity = "exact"
+
+    def __init__(
+        self,
+        *,
+        strength: float,
+        samples: int | None = None,
+        gradients: Literal["per_sample", "batch"] = "per_sample",
+        batch_size: int = 16,
+        average: float | None = None,
+    ) -> None:
+        """`strength` is λ; at 0 no importance is estimated either. Gradients are taken over `samples` rows (None:
+        all). `gradients="batch"` takes the absolute gradient of the mean over each batch instead of the mean over
+        rows: Avalanche's. `batch_size` rows are worked on at once; at 1 they go one by one, without the `vmap` that
+        some models do not allow. Importances of several tasks are added, as in the paper; with `average` α they are
+        α × the earlier ones + (1 − α) × the new one: Avalanche's, with α 0.5."""
+        if strength < 0:
+            raise ValueError(f"strength: must not be negative, got {strength}")
+        if batch_size < 1 or (samples is not None and samples < 1):
+            raise ValueError(f"samples, batch_size: must be at least 1, got {samples} and {batch_size}")
+        if average is not None and not 0 <= average <= 1:
+            raise ValueError(f"average: must lie between 0 and 1, got {average}")
+        self.strength, self.samples, self.gradients = strength, samples, gradients
+        self.batch_size, self.average = batch_size, average
+
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        if self.strength and self.gradients == "per_sample" and self.batch_size > 1:
+            try_gradients_by_row(context, squared_length, torch.abs, option=f"{type(self).__name__}.batch_size")
+
+    def task_end(self, task: Task) -> None:
+        if not self.strength:
+            return
+        new = gradient_sizes(
+            self.context, task, squared_length, torch.abs, samples=self.samples, batch_size=self.batch_size,
+            per_sample=self.gradients == "per_sample",
+        )  # fmt: skip
+        if self.importance is None:
+            self.importance = new
+        elif self.average is None:
+            self.importance = self.importance + new
+        else:
+            self.importance = self.average * self.importance + (1 - self.average) * new
+        self.anchor = self.weights().detach()
+
+
+def squared_length(context: Context, output: Output, batch: Batch) -> Tensor:
+    """Mean of ‖logits‖² over what is predicted, among the classes that the scenario shows."""
+    shown = context.masked(output, batch)
+    lengths = shown.masked_fill(shown.isinf(), 0.0).square().sum(-1)
+    counted = batch.targets != IGNORE
+    return (lengths * counted).sum() / counted.sum().clamp(min=1)

@@ -21,6 +21,10 @@ from clplat.strategies.icarl import iCaRL
 from clplat.strategies.projection import GEM
 from clplat.strategies.regularization import OnlineEWC
 from clplat.strategies.replay import ExperienceReplay, GDumb
+from clplat.strategies.distillation import DERpp, LwF
+from clplat.strategies.path_integral import SI, RWalk
+from clplat.strategies.regularization import MAS, OnlineEWC
+from clplat.strategies.replay import ExperienceReplay
 from clplat.strategies.world import World
 from clplat.streams.batch import Batch
 
@@ -55,6 +59,8 @@ def main(rank: int, size: int, folder: Path) -> None:
     replay = ExperienceReplay(capacity=9, policy="class_balanced")
     strategies = [ExperienceReplay(capacity=9, ratio=0.5), replay, DERpp(capacity=9), OnlineEWC(strength=2.0),
                   GEM(patterns_per_task=6)]  # fmt: skip
+    strategies = [ExperienceReplay(capacity=9, ratio=0.5), replay, DERpp(capacity=9), OnlineEWC(strength=2.0)]
+    strategies += [MAS(strength=0.01), SI(strength=0.1), RWalk(strength=0.1, interval=2), LwF()]
     run = synchronised(ToyRun(strategies, Objective, world=world)).train()
     alone = [ERACE(capacity=9), SCR(capacity=9), iCaRL(capacity=9), GDumb(capacity=9)]
     for strategy in alone:

@@ -1,4 +1,5 @@
 """Our EWC, A-GEM, GEM and ER-ACE against Avalanche 0.6.0: on the same state the same numbers to 1e-5, in float32.
+"""Our EWC, MAS, SI, RWalk, LwF and A-GEM against Avalanche 0.6.0's plugins: the same numbers on the same state.
 
 Plugins are driven by a bare namespace here, not by `AvalanchePlugin`, so that nothing of ours stands between.
 """
@@ -12,12 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from clplat.objective import Objective
-from clplat.strategies.avalanche_shim import PlainModel, avalanche_dataset
+from clplat.strategies.avalanche_shim import PlainModel, avalanche_dataset, unshared
+from clplat.strategies.base import Strategy
 from clplat.strategies.contract import ROWS, STEPS, ToyRun
 from clplat.strategies.er_ace import ERACE
 from clplat.strategies.projection import AGEM, GEM
 from clplat.strategies.regularization import EWC, OnlineEWC
+from clplat.strategies.distillation import LwF
+from clplat.strategies.path_integral import SI, RWalk
+from clplat.strategies.projection import AGEM
+from clplat.strategies.regularization import EWC, MAS, OnlineEWC
 from clplat.streams.avalanche_stream import quiet
+from clplat.streams.batch import Batch
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -34,8 +41,9 @@ def strategy_of(run: ToyRun, task: int, batch_size: int = 4) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def gradient(run: ToyRun, loss: Tensor) -> Tensor:
-    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(run.architecture.parameters()))])
+def gradient(run: ToyRun, loss: Tensor, **options: bool) -> Tensor:
+    parts = torch.autograd.grad(loss, list(run.architecture.parameters()), **options)
+    return torch.cat([part.flatten() for part in parts])
 
 
 OBSERVED = {"labels": "observed", "fisher_samples": None}
@@ -72,6 +80,76 @@ def test_penalty_and_gradient_of_our_ewc_are_avalanches(pair: str) -> None:
     pull = gradient(run, penalty)
     assert pull.abs().max() > 0.01
     assert torch.allclose(pull, gradient(run, strategy.loss), **TOLERANCE)
+
+
+class Beside(Strategy):
+    """Tells a plugin of Avalanche of every step that the run takes, and adds nothing to it."""
+
+    def __init__(self, plugin) -> None:
+        self.plugin = plugin
+
+    def task_start(self, task) -> None:
+        self.told = strategy_of(SimpleNamespace(architecture=self.context.architecture, optimizer=self.run.optimizer,
+                                                path=self.context.tasks), task.index)  # fmt: skip
+        self.tell("before_training", "before_training_exp")
+
+    def batch(self, batch: Batch) -> Batch:
+        self.told.mbatch = [batch.inputs, batch.targets, torch.zeros_like(batch.targets)]
+        self.told.clock.train_iterations = self.context.step
+        self.tell("before_training_iteration")
+        return batch
+
+    def step_end(self, outcome) -> None:
+        self.tell("after_training_iteration")
+
+    def task_end(self, task) -> None:
+        self.tell("after_training_exp")
+
+    def tell(self, *callbacks: str) -> None:
+        for callback in callbacks:
+            getattr(self.plugin, callback)(self.told)
+            unshared(self.plugin)
+
+
+PAIRS = {
+    # c is half of Avalanche's λ.
+    "SI": (lambda: SI(strength=1000.0, damping=1e-3, definition="avalanche"),
+           ("SynapticIntelligencePlugin", {"si_lambda": 2000.0, "eps": 1e-3})),
+    "MAS": (lambda: MAS(strength=2.0, gradients="batch", batch_size=4, average=0.7),
+            ("MASPlugin", {"lambda_reg": 2.0, "alpha": 0.7})),
+    "RWalk": (lambda: RWalk(strength=1.0, alpha=0.8, interval=5),
+              ("RWalkPlugin", {"ewc_lambda": 1.0, "ewc_alpha": 0.8, "delta_t": 5})),
+    "RWalk every step": (lambda: RWalk(strength=0.3, interval=1), ("RWalkPlugin", {"ewc_lambda": 0.3, "delta_t": 1})),
+    # Avalanche leaves out T².
+    "LwF": (lambda: LwF(alpha=0.5, temperature=2.0), ("LwFPlugin", {"alpha": 2.0, "temperature": 2.0})),
+    "LwF by task": (lambda: LwF(alpha=[0.0, 1.0, 2.0], temperature=1.0),
+                    ("LwFPlugin", {"alpha": [0.0, 1.0, 2.0], "temperature": 1.0})),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")  # numpy, of Avalanche's SI
+@pytest.mark.parametrize("pair", PAIRS)
+def test_our_penalty_and_its_gradient_are_those_of_avalanches_plugin(pair: str) -> None:
+    with quiet():
+        from avalanche.training import plugins
+    make, (name, arguments) = PAIRS[pair]
+    plugin = getattr(plugins, name)(**arguments)
+    beside = Beside(plugin)
+    run = ToyRun([make(), beside], Objective)
+    beside.run = run
+    run.optimizer.param_groups[0]["lr"] = 0.02
+    run.train(2 * STEPS + 2)
+    batch = run.path[2].train.batch(torch.arange(4))
+    output = run.architecture(batch)
+    # MAS refuses a loss of 0.
+    beside.told.loss, beside.told.mb_x, beside.told.mb_output = torch.ones(()), batch.inputs, output.logits
+    plugin.before_backward(beside.told)
+    penalty, theirs = run.strategies[0].penalty(output, batch), beside.told.loss - 1
+    assert float(penalty.detach()) > 0.005
+    assert torch.allclose(penalty, theirs, **TOLERANCE)
+    pull = gradient(run, penalty, retain_graph=True)
+    assert pull.abs().max() > 0.01
+    assert torch.allclose(pull, gradient(run, theirs), **TOLERANCE)
 
 
 def agem_with_memory(tasks: int):

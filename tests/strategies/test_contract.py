@@ -27,6 +27,11 @@ from clplat.strategies.projection import GEM
 from clplat.strategies.reference import Cumulative, Joint, Naive
 from clplat.strategies.regularization import EWC, OnlineEWC
 from clplat.strategies.replay import ExperienceReplay, GDumb
+from clplat.strategies.distillation import DERpp, LwF
+from clplat.strategies.path_integral import SI, RWalk
+from clplat.strategies.reference import Cumulative, Joint, Naive
+from clplat.strategies.regularization import EWC, MAS, OnlineEWC
+from clplat.strategies.replay import ExperienceReplay
 from clplat.streams.batch import Batch
 
 CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
@@ -56,6 +61,12 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "EWC": (lambda: EWC(strength=5.0, fisher_samples=6, fisher_batch_size=4), {"strength": 0.0}),
     "EWC batch": (lambda: EWC(strength=5.0, fisher="batch", labels="observed"), {"strength": 0.0}),
     "OnlineEWC": (lambda: OnlineEWC(strength=5.0, decay=0.5, fisher_batch_size=1), {"strength": 0.0}),
+    "MAS": (lambda: MAS(strength=0.1, samples=6, batch_size=4), {"strength": 0.0}),
+    "MAS batch": (lambda: MAS(strength=0.1, gradients="batch", average=0.5), {"strength": 0.0}),
+    "SI": (lambda: SI(strength=0.5), {"strength": 0.0}),
+    "SI avalanche": (lambda: SI(strength=5.0, damping=1e-3, definition="avalanche"), {"strength": 0.0}),
+    "RWalk": (lambda: RWalk(strength=0.5, interval=3), {"strength": 0.0}),
+    "LwF": (lambda: LwF(alpha=0.5), {"alpha": 0.0}),
 }
 
 

@@ -1,8 +1,7 @@
-"""EWC: the Fisher diagonal against its definition, the penalty against its formula, both against Avalanche."""
+"""EWC and MAS: importances against their definitions, penalties against their formulas, EWC against Avalanche."""
 
 from __future__ import annotations
 
-import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,8 @@ from clplat.architectures.transformer import Transformer
 from clplat.objective import Objective
 from clplat.strategies.contract import ROWS, STEPS, ToyRun
 from clplat.strategies.fisher import fisher_diagonal, flat_parameters
-from clplat.strategies.regularization import EWC, OnlineEWC
+from clplat.strategies.regularization import EWC, MAS, OnlineEWC
+from clplat.streams.avalanche_stream import quiet
 from clplat.streams.base import Spec
 from clplat.streams.batch import IGNORE, Batch
 
@@ -139,8 +139,7 @@ def test_the_batch_fisher_and_its_penalty_are_avalanches() -> None:
 
 def avalanche_after_two_tasks():
     """A run with our EWC, and Avalanche's plugin told of the same model at the same boundaries."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "JAXopt is no longer maintained", DeprecationWarning)
+    with quiet():
         from avalanche.training.plugins import EWCPlugin
     options = {"fisher": "batch", "labels": "observed", "fisher_samples": None, "fisher_batch_size": 5}
     run = ToyRun([EWC(strength=0.8, **options)], Objective)
@@ -220,3 +219,62 @@ def test_weights_move_less_where_the_fisher_is_large() -> None:
     importance = held.strategies[0].importance
     important = importance > importance.quantile(0.9)
     assert moved[1][important].mean() < 0.5 * moved[0][important].mean()
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("kind", ["classify", "language"])
+def test_mas_weighs_by_the_mean_absolute_gradient_of_the_squared_length_of_each_rows_answer(
+    kind: str, batch_size: int
+) -> None:
+    run = in_doubles(kind)
+    mas = MAS(strength=3.0, batch_size=batch_size)
+    mas.setup(run.context)
+    expected = torch.zeros_like(flat_parameters(run.architecture))
+    for task in run.path[:2]:
+        mas.task_end(task)
+        for row in range(ROWS):
+            logits = run.architecture(task.train.batch(torch.tensor([row]))).logits
+            expected += gradient(run, logits.square().sum() / logits[..., 0].numel()).abs() / ROWS
+        with torch.no_grad():
+            run.architecture.head.weight += 0.1
+    assert torch.allclose(mas.importance, expected.detach(), rtol=1e-10, atol=1e-14)
+    moved = flat_parameters(run.architecture) - mas.anchor
+    assert float(moved.detach().abs().max()) == pytest.approx(0.1)
+    assert torch.allclose(mas.penalty(None, None), 3.0 * (expected * moved.square()).sum(), rtol=1e-10)
+
+
+def test_mas_measures_only_the_classes_of_the_task_where_others_are_hidden() -> None:
+    run = in_doubles()
+    hidden = torch.arange(6) > 1
+    run.context.masked = lambda output, batch: output.logits.masked_fill(hidden, float("-inf"))
+    mas = MAS(strength=1.0)
+    mas.setup(run.context)
+    mas.task_end(run.path[0])
+    head = mas.importance[-6 * 9 :]
+    assert bool((head[:16] > 0).all()) and bool((head[16:48] == 0).all())
+    assert bool((head[48:50] > 0).all()) and bool((head[50:] == 0).all())
+
+
+def test_mas_adds_importances_or_averages_them() -> None:
+    single = []
+    for task in (0, 1):
+        mas = MAS(strength=1.0)
+        run = ToyRun([mas], Objective)
+        mas.task_end(run.path[task])
+        single.append(mas.importance)
+    for average, expected in ((None, single[0] + single[1]), (0.3, 0.3 * single[0] + 0.7 * single[1])):
+        mas = MAS(strength=1.0, average=average)
+        run = ToyRun([mas], Objective)
+        for task in (0, 1):
+            mas.task_end(run.path[task])
+        assert torch.allclose(mas.importance, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"strength": -1.0}, "strength"), ({"strength": 1.0, "batch_size": 0}, "samples, batch_size"),
+     ({"strength": 1.0, "samples": 0}, "samples, batch_size"), ({"strength": 1.0, "average": 1.5}, "average")],
+)  # fmt: skip
+def test_wrong_options_of_mas_are_refused_by_name(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}: "):
+        MAS(**options)

@@ -1,0 +1,63 @@
+"""No step of a penalty asks the device for a number: on a GPU each such question would make the step wait."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clplat.objective import Objective
+from clplat.strategies.base import Strategy
+from clplat.strategies.contract import STEPS, Kind, Make, ToyRun
+from clplat.strategies.distillation import LwF
+from clplat.strategies.path_integral import SI, RWalk
+from clplat.strategies.regularization import EWC, MAS
+from clplat.streams.batch import CURRENT, REPLAY, Batch
+
+PENALTIES: dict[str, Make] = {
+    "EWC": lambda: EWC(strength=1.0),
+    "MAS": lambda: MAS(strength=0.1),
+    "SI": lambda: SI(strength=1.0),
+    "SI avalanche": lambda: SI(strength=1.0, definition="avalanche"),
+    "RWalk": lambda: RWalk(strength=1.0, interval=2),
+    "LwF": lambda: LwF(),
+}
+
+
+class NoQuestions(TorchDispatchMode):
+    """Fails where a value, or a size that depends on values, has to come to the host."""
+
+    asking = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in self.asking, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+class MixesIn(Strategy):
+    """Two rows of the first task beside the current ones."""
+
+    def batch(self, batch: Batch) -> Batch:
+        others = self.context.tasks[0].train.batch(torch.arange(2)).with_origin(REPLAY)
+        return batch.with_origin(CURRENT).joined(others)
+
+
+class Asks(Strategy):
+    def gradient(self) -> None:
+        if float(next(self.context.architecture.parameters()).grad.sum()) > 0:
+            next(self.context.architecture.parameters()).grad.zero_()
+
+
+@pytest.mark.parametrize("kind", ["classify", "language"])
+@pytest.mark.parametrize("name", PENALTIES)
+def test_no_step_of_a_penalty_waits_for_the_device(name: str, kind: Kind) -> None:
+    run = ToyRun([MixesIn(), PENALTIES[name]()], Objective, kind).train(2 * STEPS + 1)
+    with NoQuestions():
+        run.train(3 * STEPS - 1)
+
+
+def test_a_strategy_that_asks_is_caught() -> None:
+    run = ToyRun([Asks()], Objective).train(1)
+    with NoQuestions(), pytest.raises(AssertionError, match="waits for the device"):
+        run.train(2)
