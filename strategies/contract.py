@@ -86,7 +86,7 @@ class ToyRun:
         self.context = Context(
             architecture=self.architecture, spec=spec, tasks=tasks, world=world or World(),
             generator=torch.Generator().manual_seed(2), loss=loss, row_loss=loss.row_loss, masked=loss.masked,
-            batches=_batches, batch_size=BATCH, device=lambda: torch.device("cpu"),
+            batches=_batches, batch_size=BATCH, device=lambda: torch.device("cpu"), optimizer=lambda: self.optimizer,
         )  # fmt: skip
         for strategy in self.strategies:
             strategy.setup(self.context)

@@ -44,7 +44,7 @@ def fisher_diagonal(
     seeds = torch.randint(2**62, (len(parts),), generator=context.generator).tolist()
     total = torch.zeros_like(flat_parameters(context.architecture))
     world = context.world
-    with _evaluating(context.architecture):
+    with evaluating(context.architecture):
         for part, seed in list(zip(parts, seeds, strict=True))[world.rank :: world.size]:
             batch = task.train.batch(part).to(context.device())
             if labels == "sampled":
@@ -63,7 +63,7 @@ def squares_by_row(context: Context, batch: Batch) -> Tensor:
         return _mean_loss(context, functional_call(context.architecture, parameters, (one,)), one)
 
     # The fused forms of attention have no batching rule; the plain form has.
-    with _evaluating(context.architecture), sdpa_kernel(SDPBackend.MATH):
+    with evaluating(context.architecture), sdpa_kernel(SDPBackend.MATH):
         gradients = vmap(grad(loss), in_dims=(None, 0))(weights, batch.tensors())
     return torch.cat([gradient.square().sum(0).flatten() for gradient in gradients.values()])
 
@@ -90,7 +90,7 @@ def _with_sampled_targets(context: Context, batch: Batch, generator: torch.Gener
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Dropout off and running statistics used, and every part's own mode back afterwards."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
