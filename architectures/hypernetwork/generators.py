@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Order = Literal["depth", "permuted"]
+LSTMState = tuple[Tensor, Tensor]
 
 
 class Generator(nn.Module):
@@ -103,38 +104,40 @@ class RecurrentGenerator(Generator):
         self.stages[-1].requires_grad_(True)
 
     def forward(self, embeddings_NE: Tensor, stage: int) -> Tensor:
-        hidden_NLD = torch.stack(self.hidden_states(embeddings_NE, stage), dim=1)
-        outward_KD = torch.cat([part.outward for part in self._upto(stage + 1)], dim=1)
-        chunks_NLK = F.linear(hidden_NLD, outward_KD, self.bias)
+        chunks_NLK = self.weights_at(self.hidden_states(self.inputs(embeddings_NE), stage)[0], stage)
         return (chunks_NLK[:, self.place] if self.order == "permuted" else chunks_NLK).flatten(1)
 
-    def hidden_states(self, embeddings_NE: Tensor, stage: int) -> list[Tensor]:
-        """h (N, D) of every step, each computed from the one before it."""
+    def hidden_states(self, inputs_NLI: Tensor, stage: int, state: LSTMState | None = None) -> tuple[Tensor, LSTMState]:
+        """h of every step (N, L, D) and the last (h, s), each (1, N, D), which continue where `state` left off."""
         parts = self._upto(stage + 1)
-        inward = torch.cat([part.inward for part in parts], dim=1).flatten(0, 1)
-        bias = torch.cat([part.bias for part in parts], dim=1)
-        units = bias.shape[1]
-        steps = F.linear(self.inputs(embeddings_NE), inward, bias.flatten()).unflatten(-1, (4, units)).unbind(1)
+        inward, bias = torch.cat([p.inward for p in parts], dim=1), torch.cat([p.bias for p in parts], dim=1)
+        units, num_tasks = bias.shape[1], len(inputs_NLI)
+        if not self.recurrent:
+            gates = F.linear(inputs_NLI, inward.flatten(0, 1), bias.flatten()).unflatten(-1, (4, units)).unbind(-2)
+            cells = gates[0].sigmoid() * gates[2].tanh()
+            hidden = gates[3].sigmoid() * cells.tanh()
+            return hidden, (hidden[None, :, -1], cells[None, :, -1])
         # An earlier stage never reads a later one: zeros to the right of its block.
-        recurrent = torch.cat([F.pad(part.recurrent, (0, units - part.recurrent.shape[-1])) for part in parts], dim=1)
-        hidden = cell = steps[0].new_zeros(len(embeddings_NE), units)
-        found = []
-        for number, gates_N4D in enumerate(steps):
-            if number and self.recurrent:
-                gates_N4D = gates_N4D + F.linear(hidden, recurrent.flatten(0, 1)).unflatten(-1, (4, units))
-            enter, keep, leave = gates_N4D[:, :3].sigmoid().unbind(1)
-            fresh = enter * gates_N4D[:, 3].tanh()
-            cell = keep * cell + fresh if self.recurrent else fresh
-            hidden = leave * cell.tanh()
-            found.append(hidden)
-        return found
+        recurrent = torch.cat([F.pad(p.recurrent, (0, units - p.recurrent.shape[-1])) for p in parts], dim=1)
+        empty = inputs_NLI.new_zeros(1, num_tasks, units)
+        weights = [inward.flatten(0, 1), recurrent.flatten(0, 1), bias.flatten(), torch.zeros_like(bias).flatten()]
+        # One fused call; a loop over steps in Python takes six times as long.
+        hidden, last, cell = torch.lstm(
+            inputs_NLI, state or (empty, empty), weights, has_biases=True, num_layers=1, dropout=0.0, train=True,
+            bidirectional=False, batch_first=True,
+        )  # fmt: skip
+        return hidden, (last, cell)
+
+    def weights_at(self, hidden_NLD: Tensor, stage: int) -> Tensor:
+        """The chunks (N, L, K) that states are read out as."""
+        return F.linear(hidden_NLD, torch.cat([part.outward for part in self._upto(stage + 1)], dim=1), self.bias)
 
     def _upto(self, stop: int) -> list[_Stage]:
         return [stage for stage in self.stages[:stop] if isinstance(stage, _Stage)]
 
 
 class _Stage(nn.Module):
-    """The parameters that some more units bring: gates by input, forget, output and candidate, (4, units, …)."""
+    """The parameters that some more units bring: input gate, forget gate, candidate, output gate: (4, units, …)."""
 
     def __init__(
         self, units: int, below: int, input_size: int, chunk_size: int, recurrent: bool, draw: torch.Generator
@@ -146,6 +149,7 @@ class _Stage(nn.Module):
             return nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=draw))
 
         self.inward = drawn(4, units, input_size)
-        self.recurrent = drawn(4, units, below + units if recurrent else 0)
+        if recurrent:
+            self.recurrent = drawn(4, units, below + units)
         self.bias = drawn(4, units)
         self.outward = drawn(chunk_size, units)

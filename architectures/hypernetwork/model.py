@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clplat.architectures.base import Architecture, Output, State
 from clplat.architectures.hypernetwork.generators import ChunkedGenerator, Generator, Order, RecurrentGenerator
@@ -148,11 +149,11 @@ class _Hypernetwork(Architecture):
         def logits(own: Tensor, statistics: dict[str, Tensor]) -> Tensor:
             return self.target.answer(own, statistics, batch).logits
 
-        logits_TBC = (
-            vmap(logits)(weights, kept)
-            if len(weights) > 1
-            else logits(weights[0], {name: tensor[0] for name, tensor in kept.items()}).unsqueeze(0)
-        )
+        if len(weights) == 1:
+            return self.target.answer(weights[0], {name: tensor[0] for name, tensor in kept.items()}, batch)
+        # The fused forms of attention have no batching rule; the plain form has.
+        with sdpa_kernel(SDPBackend.MATH):
+            logits_TBC = vmap(logits)(weights, kept)
         chosen = entropy(logits_TBC).argmin(0)
         return Output(logits=logits_TBC[chosen, torch.arange(len(batch), device=chosen.device)])
 
