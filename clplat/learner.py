@@ -196,7 +196,13 @@ class Learner(LightningModule):
         self._current_optimizer = [self.optimizers(use_pl_optimizer=False)]
         self._weights = list(self.architecture.parameters())
         if self.optimizer_state is not None:
-            self.optimizer().load_state_dict(self.optimizer_state)
+            try:
+                self.optimizer().load_state_dict(self.optimizer_state)
+            except ValueError as error:
+                raise ConfigError(
+                    f"training.optimizer_state: keep needs the same parameters in every task, and "
+                    f"{type(self.architecture).__name__} went on with others; use reset ({error})"
+                ) from error
         if self.scaler_state:
             self.trainer.precision_plugin.load_state_dict(dict(self.scaler_state))
         if self.watch is not None:

@@ -106,6 +106,14 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path, arm: str) -> None
         torch.testing.assert_close(both["architecture"][name], weight, rtol=1e-3, atol=1e-4)
 
 
+def test_an_optimizer_kept_over_growth_is_refused_by_name(tmp_path: Path) -> None:
+    data = grown(grow_by=3)
+    data["training"]["optimizer_state"] = "keep"
+    outcome = execute(run_folder(tmp_path, data))
+    assert outcome.status == "FAILED"
+    assert "training.optimizer_state: keep needs the same parameters" in outcome.reason
+
+
 @pytest.mark.parametrize("extra", [{"replay": REPLAY}, {"all": {"class_path": "Cumulative"}}])
 def test_statistics_of_batchnorm_and_replay_go_together(tmp_path: Path, extra: dict[str, Any]) -> None:
     target = {"class_path": "ResNet32", "init_args": {"width": 2}}

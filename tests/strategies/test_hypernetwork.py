@@ -15,6 +15,7 @@ from clplat.architectures.mlp import MLP
 from clplat.objective import Objective
 from clplat.strategies import contract
 from clplat.strategies.contract import STEPS, ToyRun, check_strategy
+from clplat.strategies.fisher import fisher_diagonal
 from clplat.strategies.hypernetwork import HypernetworkRegularizer, candidates
 from clplat.strategies.replay import ExperienceReplay
 from clplat.streams.base import Spec
@@ -254,6 +255,21 @@ def test_importance_is_the_floored_fisher_of_the_generated_weights(model) -> Non
 def _only(logits: Tensor, targets: Tensor) -> Tensor:
     """Logits under which the observed label is the one that is drawn."""
     return logits.masked_fill(torch.arange(logits.shape[-1]) != targets.unsqueeze(-1), float("-inf"))
+
+
+def test_gradients_by_row_go_through_both_generators(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fixed(spec: Spec) -> RecurrentHypernetwork:
+        torch.manual_seed(0)
+        return RecurrentHypernetwork(spec=spec, target=target, chunk_size=20, hidden_size=4)
+
+    for make in (chunked, fixed):
+        monkeypatch.setattr(contract, "ToyModel", make)
+        run = ToyRun([], Objective).train(1)
+        options = {"samples": None, "labels": "observed"}
+        at_once, one_by_one = (
+            fisher_diagonal(run.context, run.path[0], batch_size=size, per_sample=True, **options) for size in (6, 1)
+        )
+        assert torch.allclose(at_once, one_by_one, rtol=1e-3, atol=1e-7)
 
 
 def test_it_goes_with_replay(model) -> None:
