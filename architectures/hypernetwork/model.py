@@ -63,13 +63,13 @@ class _Hypernetwork(Architecture):
             return self._inferred(batch)
         if self.generator.num_stages == 1 and (len(batch) == 1 or batch.task.stride(0) == 0):
             # Rows of one task, known as such without asking the device which.
-            return self._answered(batch.task[:1].clamp(max=len(self.stages) - 1), 0, batch)
+            return self._answered(batch.task[:1].clamp(max=len(self.stages) - 1), 0, batch, return_hidden)
         latest = len(self.stages) - 1
         tasks = batch.task.clamp(max=latest)
         found = tasks.unique().tolist()
         if len(found) == 1:
-            return self._answered(tasks[:1], self.stages[found[0]], batch)
-        return self._mixed(batch, tasks, found)
+            return self._answered(tasks[:1], self.stages[found[0]], batch, return_hidden)
+        return self._mixed(batch, tasks, found, return_hidden)
 
     def task_start(self, task: Task) -> None:
         """Freeze the embeddings of tasks that have been trained, and begin new ones; grows where the generator does."""
@@ -115,20 +115,21 @@ class _Hypernetwork(Architecture):
         """The target's alone: weights are generated once a batch and task, whatever its rows."""
         return self.target.flops
 
-    def _answered(self, row: Tensor, stage: int, batch: Batch) -> Output:
+    def _answered(self, row: Tensor, stage: int, batch: Batch, return_hidden: str | None) -> Output:
         """All rows by the task in `row` (1,)."""
         weights = self._weights(self._embedding_table()[row], stage)[0]
         statistics = {name: kept[0] for name, kept in self.target.of_tasks(row).items()}
-        output = self.target.answer(weights, statistics, batch)
+        output = self.target.answer(weights, statistics, batch, return_hidden)
         if self.training:
             self.target.keep(row, statistics)
         return output
 
-    def _mixed(self, batch: Batch, tasks: Tensor, found: Sequence[int]) -> Output:
+    def _mixed(self, batch: Batch, tasks: Tensor, found: Sequence[int], return_hidden: str | None) -> Output:
         """Rows of several tasks, a pass over those of each (which of them has how many, a GPU has to be asked)."""
         places = [(tasks == task).nonzero().squeeze(1) for task in found]
         outputs = [
-            self._answered(tasks[rows[:1]], self.stages[task], batch.rows(rows)) for task, rows in zip(found, places)
+            self._answered(tasks[rows[:1]], self.stages[task], batch.rows(rows), return_hidden)
+            for task, rows in zip(found, places)
         ]
         back = torch.cat(places).argsort()
         shares = [len(rows) / len(batch) for rows in places]

@@ -49,12 +49,14 @@ class Target(nn.Module):
     def num_weights(self) -> int:
         return sum(self.lengths)
 
-    def answer(self, weights_W: Tensor, statistics: Mapping[str, Tensor], batch: Batch) -> Output:
+    def answer(
+        self, weights_W: Tensor, statistics: Mapping[str, Tensor], batch: Batch, return_hidden: str | None = None
+    ) -> Output:
         """The module's output with these weights and buffers; the buffers change where the module changes its own."""
         parts = weights_W.split(self.lengths)
         tensors = {name: part.view(shape) for part, (name, shape) in zip(parts, self.shapes.items(), strict=True)}
         named = {name: tensors[owner] for name, owner in self.owners.items()}
-        return functional_call(self.model, {**named, **statistics}, (batch,), tie_weights=False)
+        return functional_call(self.model, {**named, **statistics}, (batch, None, return_hidden), tie_weights=False)
 
     def of_tasks(self, rows: Tensor | None = None) -> dict[str, Tensor]:
         """Buffers of the tasks `rows` (long), or of all, by the module's names, stacked over tasks."""
