@@ -91,7 +91,7 @@ def test_a_trained_and_grown_model_is_loaded_from_its_run(tmp_path: Path) -> Non
     assert_same(dict(model.state_dict()), state["architecture"])
 
 
-@pytest.mark.parametrize("arm", ["hold", "joint"])
+@pytest.mark.parametrize("arm", ["hold", pytest.param("joint", marks=pytest.mark.long)])
 def test_two_processes_give_the_weights_of_one(tmp_path: Path, arm: str) -> None:
     data = grown("task") if arm == "hold" else grown("task") | {"strategies": {"all": {"class_path": "Joint"}}}
     data["training"] |= {"budget": {"steps": 6}}
