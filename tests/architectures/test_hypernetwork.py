@@ -201,18 +201,13 @@ def test_old_units_that_go_on_learning_change_earlier_tasks() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"grow_by": 4}, {"grow_by": 4, "freeze_grown": False}])
 def test_each_task_adds_the_parameters_that_the_page_says(options: dict) -> None:
-    model = through(lstm(**options), 1)
-    counts = [sum(p.numel() for p in model.parameters())]
-    for index in range(1, 4):
-        counts.append(sum(p.numel() for p in through(model, 0).parameters()))
+    model, counts = lstm(**options), []
+    for index in range(4):
         model.task_start(TASKS.task(index))
-        counts[-1] = sum(p.numel() for p in model.parameters())
-    expected = []
-    for index in range(1, 4):
-        units, below = options.get("grow_by", 0), 11 + options.get("grow_by", 0) * (index - 1)
-        grown = 4 * units * (64 + below + units + 1) + 50 * units
-        expected.append(32 + grown)
-    assert [b - a for a, b in zip(counts, counts[1:])] == expected
+        counts.append(sum(p.numel() for p in model.parameters()))
+    units = options.get("grow_by", 0)
+    expected = [32 + 4 * units * (64 + 11 + units * before + units + 1) + 50 * units for before in range(3)]
+    assert [after - before for before, after in zip(counts, counts[1:])] == expected
 
 
 def test_embeddings_of_earlier_tasks_are_frozen_and_the_current_one_learns() -> None:
