@@ -6,7 +6,7 @@ and its own options as keyword arguments, and defines `forward`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -99,6 +99,23 @@ class Decodes(Protocol):
 
     def decode(self, tokens: Tensor, state: State, lengths: Tensor) -> tuple[Tensor, State]:
         """Logits (B, T, V) for `tokens` (B, T), given `lengths` (B,) tokens already in `state`."""
+        ...
+
+
+@runtime_checkable
+class GeneratesWeights(Protocol):
+    """Capability: shared parameters generate, for every task, the weights that answer its rows."""
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """By name the trainable parameters on which the weights of all tasks depend, task embeddings left out."""
+        ...
+
+    def generated_weights(self, tasks: Sequence[int], parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Flat weights (N, W) for N tasks that have started, with `parameters` in place of shared ones of that name."""
+        ...
+
+    def answer_with(self, weights: Tensor, batch: Batch, task: int) -> Output:
+        """The answer with flat weights (W,) and what else is kept for the task."""
         ...
 
 

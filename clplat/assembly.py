@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> P
     device = device_for(config.training.accelerator)
     objective = Objective(stream.spec, stream.tasks).to(device)
     architecture.to(device)
-    context = _context(config, stream, architecture, objective, world)
+    context = _context(config, stream, architecture, objective, world, optimizer=lambda: learner.optimizer())
     hooks.setup(context)
     if config.training.accumulate > 1 and hooks.step_owner is not None:
         raise ConfigError("training.accumulate: a strategy of this run owns the step, which rules out accumulation")
@@ -110,7 +110,12 @@ def device_for(accelerator: str) -> torch.device:
 
 
 def _context(
-    config: RunConfig, stream: Stream, architecture: Architecture, objective: Objective, world: World
+    config: RunConfig,
+    stream: Stream,
+    architecture: Architecture,
+    objective: Objective,
+    world: World,
+    optimizer: Callable[[], torch.optim.Optimizer],
 ) -> Context:
     def batches(data: Data, batch_size: int) -> Iterator[Batch]:
         for rows in torch.arange(len(data)).split(batch_size):
@@ -128,6 +133,7 @@ def _context(
         batches=batches,
         batch_size=config.training.batch_size,
         device=lambda: device_of(architecture),
+        optimizer=optimizer,
     )
 
 

@@ -166,12 +166,22 @@ def checked(component: Component, wing: str, key: str) -> Component:
 def _given(component: Component, found: type, wing: str) -> dict[str, Any]:
     """The options to parse: a copy, since jsonargparse changes nested mappings in place."""
     supplied, options = WINGS[wing].supplied, _options(found, wing)
-    given = copy.deepcopy({name: value for name, value in component.init_args.items() if name not in supplied})
+    given = _with_full_paths({name: value for name, value in component.init_args.items() if name not in supplied})
     for name, value in given.items():
         kind = str(options[name].annotation) if name in options else ""
         if isinstance(value, float) and value.is_integer() and "int" in kind and "float" not in kind:
             given[name] = int(value)  # 1e6 is how one writes a million
     return given
+
+
+def _with_full_paths(value: Any) -> Any:
+    """A copy in which the bare names of components inside a component's options are import paths."""
+    if isinstance(value, Mapping):
+        inner = {name: _with_full_paths(item) for name, item in value.items()}
+        if isinstance(name := inner.get("class_path"), str) and "." not in name:
+            inner["class_path"] = next((catalogue(w)[name].path for w in WINGS if name in catalogue(w)), name)
+        return inner
+    return [_with_full_paths(item) for item in value] if isinstance(value, list) else copy.deepcopy(value)
 
 
 def _plain(value: Any) -> Any:
@@ -262,6 +272,8 @@ def _said_plainly(text: str) -> str:
         module, _, name = match[1].rpartition(".")
         known = inspect.signature(getattr(importlib.import_module(module), name)).parameters
         return f"{name} has no option {match[2]!r}{nearest(match[2], known)}"
+    if match := re.search(r": Option '(\w+)' is not accepted\. Got value: Namespace\(class_path='[\w.]+\.(\w+)'", text):
+        return f"{match[2]} has no option {match[1]!r}"
     if match := re.fullmatch(r"Group '([\w.]+)' does not accept option '(\w+)'", text):
         return f"{match[1]} has no option {match[2]!r}"
     if match := re.match(r"Problem with given class_path '([\w.]+)': (.*)", text):

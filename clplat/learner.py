@@ -123,7 +123,7 @@ class Learner(LightningModule):
         self.rows["replay"] += len(batch) - rows
         if self.hooks.step_owner is not None:
             seen = batch if self.augment is None else batch.replaced(inputs=self.augment(batch.inputs))
-            loss, output = self.hooks.step_owner.step(seen, self._optimizer())
+            loss, output = self.hooks.step_owner.step(seen, self.optimizer())
             self._note({"loss": loss})
         else:
             # The shorter batch that ends a pass is not worth a compilation.
@@ -148,7 +148,7 @@ class Learner(LightningModule):
 
     def _step(self, loss: Tensor) -> None:
         """Backward, and after `accumulate` batches: strategies change the gradient, clip, step."""
-        config, optimizer = self.training_config, self._optimizer()
+        config, optimizer = self.training_config, self.optimizer()
         if config.accumulate > 1:
             loss = loss / config.accumulate
         # Through Lightning, which scales 16-bit losses and has processes exchange gradients.
@@ -196,7 +196,13 @@ class Learner(LightningModule):
         self._current_optimizer = [self.optimizers(use_pl_optimizer=False)]
         self._weights = list(self.architecture.parameters())
         if self.optimizer_state is not None:
-            self._optimizer().load_state_dict(self.optimizer_state)
+            try:
+                self.optimizer().load_state_dict(self.optimizer_state)
+            except ValueError as error:
+                raise ConfigError(
+                    f"training.optimizer_state: keep needs the same parameters in every task, and "
+                    f"{type(self.architecture).__name__} went on with others; use reset ({error})"
+                ) from error
         if self.scaler_state:
             self.trainer.precision_plugin.load_state_dict(dict(self.scaler_state))
         if self.watch is not None:
@@ -209,7 +215,7 @@ class Learner(LightningModule):
             return
         step = self.global_steps if config.schedule_span == "stream" else self.batches // config.accumulate
         factor = rate_factor(step, self.total_steps, config.schedule, config.warmup)
-        for group in self._optimizer().param_groups:
+        for group in self.optimizer().param_groups:
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = group["initial_lr"] * factor
 
@@ -241,7 +247,7 @@ class Learner(LightningModule):
 
     def on_train_end(self) -> None:
         """The optimizer's last state of the task, for a next task that keeps it."""
-        self.optimizer_state, self._fitting = self._optimizer().state_dict(), False
+        self.optimizer_state, self._fitting = self.optimizer().state_dict(), False
         if self.watch is not None:
             self.watch.ended()
 
@@ -268,12 +274,13 @@ class Learner(LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device, non_blocking=True)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of the task that is being trained."""
         return self._current_optimizer[0]
 
     def live_optimizer_state(self) -> dict[str, Any] | None:
         """The optimizer's state now, or the one kept for the next task."""
-        return self._optimizer().state_dict() if self._fitting else self.optimizer_state
+        return self.optimizer().state_dict() if self._fitting else self.optimizer_state
 
     def live_scaler_state(self) -> dict[str, Any]:
         """State of the loss scaler of 16-bit training; empty otherwise."""
@@ -281,7 +288,7 @@ class Learner(LightningModule):
 
     def current_rate(self) -> float | None:
         """The learning rate of the first parameter group; None outside training."""
-        return float(self._optimizer().param_groups[0]["lr"]) if self._fitting else None
+        return float(self.optimizer().param_groups[0]["lr"]) if self._fitting else None
 
     def flush(self, world: World) -> Means | None:
         """Means of the loss terms since the last flush, on their way to the host; None without any."""

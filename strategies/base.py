@@ -31,7 +31,7 @@ class Context:
     (B, T), 0 where ignored. `logits(batch)` forwards and hides the classes that the scenario hides.
     `batches(data, batch_size)` walks a set once, in order, on the learner's device. `tasks` are all of the
     stream, `task` is the current one (None before the first), `past` those already trained on, `step` the
-    optimizer steps done in the run.
+    optimizer steps done in the run. `optimizer()` is the one that trains the current task, while it trains.
     """
 
     architecture: Architecture
@@ -45,6 +45,7 @@ class Context:
     batches: Callable[[Data, int], Iterator[Batch]]
     batch_size: int
     device: Callable[[], torch.device]
+    optimizer: Callable[[], torch.optim.Optimizer]
     task: Task | None = None
     past: Sequence[Task] = ()
     step: int = 0

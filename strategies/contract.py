@@ -82,11 +82,11 @@ class ToyRun:
         spec, tasks = toy_stream(kind)
         loss = objective(spec, tasks)
         self.architecture = ToyModel(spec)
-        self.optimizer = torch.optim.SGD(self.architecture.parameters(), lr=0.1, momentum=0.9)
+        self.optimizer = self._new_optimizer()
         self.context = Context(
             architecture=self.architecture, spec=spec, tasks=tasks, world=world or World(),
             generator=torch.Generator().manual_seed(2), loss=loss, row_loss=loss.row_loss, masked=loss.masked,
-            batches=_batches, batch_size=BATCH, device=lambda: torch.device("cpu"),
+            batches=_batches, batch_size=BATCH, device=lambda: torch.device("cpu"), optimizer=lambda: self.optimizer,
         )  # fmt: skip
         for strategy in self.strategies:
             strategy.setup(self.context)
@@ -110,6 +110,8 @@ class ToyRun:
             task = self.path[position]
             self.context.task, self.context.past = task, self.path[:position]
             if place == 0:
+                self.architecture.task_start(task)
+                self._follow_growth()
                 for strategy in self.having("task_start"):
                     strategy.task_start(task)
             self._step(self._rows(task))
@@ -117,6 +119,16 @@ class ToyRun:
                 for strategy in self.having("task_end"):
                     strategy.task_end(task)
         return self
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        weights = [p for p in self.architecture.parameters() if p.requires_grad]
+        return torch.optim.SGD(weights, lr=0.1, momentum=0.9)
+
+    def _follow_growth(self) -> None:
+        """A new optimizer where the architecture trains other parameters than before."""
+        trained = {p for group in self.optimizer.param_groups for p in group["params"]}
+        if trained != {p for p in self.architecture.parameters() if p.requires_grad}:
+            self.optimizer = self._new_optimizer()
 
     def _rows(self, task: Task) -> Batch:
         data: Data = task.train
@@ -164,6 +176,7 @@ class ToyRun:
         """Everything that a checkpoint holds, as a file."""
         file = io.BytesIO()
         state = {
+            "structure": dict(self.architecture.structure()),
             "architecture": self.architecture.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "strategies": [strategy.state_dict() for strategy in self.strategies],
@@ -176,6 +189,8 @@ class ToyRun:
     def load(self, saved: bytes) -> ToyRun:
         """The inverse of `saved`, into a new run; fails on anything but tensors and plain data."""
         state = torch.load(io.BytesIO(saved), weights_only=True)
+        self.architecture.restructure(state["structure"])
+        self._follow_growth()
         self.architecture.load_state_dict(state["architecture"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.context.generator.set_state(state["generator"])

@@ -7,8 +7,10 @@ from collections.abc import Callable
 import pytest
 
 from clplat.architectures.contract import CHECKS
+from clplat.architectures.hypernetwork.model import ChunkedHypernetwork, RecurrentHypernetwork
 from clplat.architectures.mlp import MLP
 from clplat.architectures.probing import Contract
+from clplat.architectures.resnet import ResNet32
 from clplat.architectures.text_classifier import TextClassifier
 from clplat.architectures.transformer import Transformer
 from clplat.streams.base import Spec
@@ -36,6 +38,39 @@ CONTRACTS = {
     "text-classifier-causal": Contract(
         factory=lambda spec: TextClassifier(spec=spec, hidden_size=24, num_layers=1, num_heads=2, attention="causal"),
         spec=LABELLED,
+    ),
+}
+
+
+def _small(spec: Spec) -> MLP:
+    return MLP(spec=spec, hidden_sizes=[32, 16], dropout=0.2)
+
+
+COLOURED = Spec(kind="classify", input_shape=(3, 8, 8), num_outputs=6, scenario="task")
+
+CONTRACTS |= {
+    "chunked-hypernetwork": Contract(
+        factory=lambda spec: ChunkedHypernetwork(spec=spec, target=_small, chunk_size=100), spec=IMAGES
+    ),
+    "chunked-hypernetwork-resnet": Contract(
+        factory=lambda spec: ChunkedHypernetwork(
+            spec=spec, target=lambda spec: ResNet32(spec=spec, width=4), chunk_size=1000, hidden_sizes=[8]
+        ),
+        spec=COLOURED,
+    ),
+    "recurrent-hypernetwork": Contract(
+        factory=lambda spec: RecurrentHypernetwork(spec=spec, target=_small, chunk_size=100, hidden_size=16),
+        spec=IMAGES,
+    ),
+    "recurrent-hypernetwork-growing": Contract(
+        factory=lambda spec: RecurrentHypernetwork(spec=spec, target=_small, chunk_size=100, hidden_size=16, grow_by=4),
+        spec=IMAGES,
+    ),
+    "recurrent-hypernetwork-ablated": Contract(
+        factory=lambda spec: RecurrentHypernetwork(
+            spec=spec, target=_small, chunk_size=100, hidden_size=16, order="permuted", recurrent=False
+        ),
+        spec=IMAGES,
     ),
 }
 

@@ -14,6 +14,7 @@ from clplat.study_file import expand, load_study
 TEXT = {"class_path": "TextStream"}
 DOMAIN = {"name": "a", "path": "text", "data_files": {"train": "x.txt"}}
 BPE = {"class_path": "clplat.streams.tokenizers.BPETokenizer"}
+MLP = {"class_path": "MLP"}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"trainin": {}}, r"trainin: there is no such key; did you mean 'training'"),
     "unknown nested key": ({"training__batchsize": 3}, r"training\.batchsize: .*did you mean 'batch_size'"),
@@ -65,6 +66,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"stream": TEXT | {"init_args": {"domains": [DOMAIN], "tokenizer": {"class_path": "nowhere.BPE"}}}},
         r"stream\.init_args\.tokenizer: class_path 'nowhere\.BPE' cannot be used",
     ),
+    "option of a component that is built later": (
+        {"architecture": {"class_path": "ChunkedHypernetwork", "init_args": {"target": MLP | {"init_args": {"x": 1}}}}},
+        r"architecture\.init_args\.target: MLP has no option 'x'",
+    ),
     "no list": (
         {"stream": TEXT | {"init_args": {"domains": 3}}},
         r"stream\.init_args\.domains: expected a list, got 3",
@@ -89,3 +94,11 @@ def test_what_an_inner_component_refuses_is_said_in_its_own_words() -> None:
     changed = {"stream": TEXT | {"init_args": {"domains": [DOMAIN], "tokenizer": tokenizer}}}
     with pytest.raises(ConfigError, match=r"stream\.init_args: BPETokenizer\.vocab_size: at least 257"):
         preflight(expand(load_study(study(**changed))))
+
+
+def test_a_component_inside_a_component_goes_by_its_bare_name_too() -> None:
+    options = {"target": MLP | {"init_args": {"hidden_sizes": [7]}}}
+    (run,) = expand(load_study(study(architecture={"class_path": "ChunkedHypernetwork", "init_args": options})))
+    target = run.architecture.init_args["target"]
+    assert target["class_path"] == "clplat.architectures.mlp.MLP"
+    assert target["init_args"] == {"hidden_sizes": [7], "dropout": 0.0}
