@@ -5,17 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clplat.architectures.base import Output
-from clplat.strategies.base import Context, Fidelity
 from clplat.architectures.base import Architecture, Output
-from clplat.strategies.base import Context, Strategy
+from clplat.strategies.base import Context, Fidelity, Strategy
 from clplat.strategies.buffers import Policy
 from clplat.strategies.replay import ExperienceReplay, current_rows
 from clplat.streams.base import Task
@@ -129,6 +126,8 @@ class DER(DERpp):
             capacity=capacity, capacity_bytes=capacity_bytes, policy=policy, ratio=ratio, alpha=alpha, beta=0.0,
             from_task=from_task, top_logits=top_logits,
         )  # fmt: skip
+
+
 class LwF(Strategy):
     """Learning without forgetting: on the current inputs the model is held to what it answered before the task.
 

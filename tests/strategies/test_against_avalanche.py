@@ -1,5 +1,4 @@
-"""Our EWC, A-GEM, GEM and ER-ACE against Avalanche 0.6.0: on the same state the same numbers to 1e-5, in float32.
-"""Our EWC, MAS, SI, RWalk, LwF and A-GEM against Avalanche 0.6.0's plugins: the same numbers on the same state.
+"""Our EWC, MAS, SI, RWalk, LwF, A-GEM, GEM and ER-ACE against Avalanche 0.6.0: the same numbers on the same state.
 
 Plugins are driven by a bare namespace here, not by `AvalanchePlugin`, so that nothing of ours stands between.
 """
@@ -16,12 +15,10 @@ from clplat.objective import Objective
 from clplat.strategies.avalanche_shim import PlainModel, avalanche_dataset, unshared
 from clplat.strategies.base import Strategy
 from clplat.strategies.contract import ROWS, STEPS, ToyRun
-from clplat.strategies.er_ace import ERACE
-from clplat.strategies.projection import AGEM, GEM
-from clplat.strategies.regularization import EWC, OnlineEWC
 from clplat.strategies.distillation import LwF
+from clplat.strategies.er_ace import ERACE
 from clplat.strategies.path_integral import SI, RWalk
-from clplat.strategies.projection import AGEM
+from clplat.strategies.projection import AGEM, GEM
 from clplat.strategies.regularization import EWC, MAS, OnlineEWC
 from clplat.streams.avalanche_stream import quiet
 from clplat.streams.batch import Batch

@@ -19,19 +19,15 @@ from clplat.strategies.contract import (
     check_strategy,
 )
 from clplat.strategies.contrastive import SCR
-from clplat.strategies.distillation import DER, DERpp
+from clplat.strategies.distillation import DER, DERpp, LwF
 from clplat.strategies.er_ace import ERACE
 from clplat.strategies.icarl import iCaRL
 from clplat.strategies.la_maml import LaMAML
+from clplat.strategies.path_integral import SI, RWalk
 from clplat.strategies.projection import GEM
 from clplat.strategies.reference import Cumulative, Joint, Naive
-from clplat.strategies.regularization import EWC, OnlineEWC
-from clplat.strategies.replay import ExperienceReplay, GDumb
-from clplat.strategies.distillation import DERpp, LwF
-from clplat.strategies.path_integral import SI, RWalk
-from clplat.strategies.reference import Cumulative, Joint, Naive
 from clplat.strategies.regularization import EWC, MAS, OnlineEWC
-from clplat.strategies.replay import ExperienceReplay
+from clplat.strategies.replay import ExperienceReplay, GDumb
 from clplat.streams.batch import Batch
 
 CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
