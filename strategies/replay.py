@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -80,14 +80,19 @@ class ExperienceReplay(_Rehearsal):
         ratio: float = 1.0,
         weight: float = 1.0,
         from_task: int = 2,
+        mean: Literal["each", "all"] = "each",
     ) -> None:
         """`capacity` in rows (samples, or rows of tokens) or `capacity_bytes`; `ratio` replayed rows for each
         current one; `weight` of their mean loss; replay begins with task number `from_task`, by default the second:
-        before it there is nothing to forget, and rows would come from the current task alone (1: as in the paper)."""
+        before it there is nothing to forget, and rows would come from the current task alone (1: as in the paper).
+        The loss is the sum of two means, over current and over replayed rows; with `mean="all"` it is one mean over
+        all of them, as in the paper and in Avalanche."""
         super().__init__(capacity=capacity, capacity_bytes=capacity_bytes, policy=policy)
         if ratio < 0 or weight < 0:
             raise ValueError(f"ratio, weight: must not be negative, got {ratio} and {weight}")
-        self.ratio, self.weight, self.from_task = ratio, weight, from_task
+        if mean not in ("each", "all"):
+            raise ValueError(f"mean: must be each or all, got {mean!r}")
+        self.ratio, self.weight, self.from_task, self.mean = ratio, weight, from_task, mean
 
     def setup(self, context: Context) -> None:
         super().setup(context)
@@ -95,7 +100,14 @@ class ExperienceReplay(_Rehearsal):
 
     def batch(self, batch: Batch) -> Batch:
         self.fresh.append(current_rows(batch))
-        return self.with_replay(batch, REPLAY, self.ratio if self.weight else 0.0, self.weight)
+        mixed = self.with_replay(batch, REPLAY, self.ratio if self.weight else 0.0, self.weight)
+        if self.mean == "each" or mixed.weight is None or len(mixed) == len(batch):
+            return mixed
+        # Every origin's mean, times its share of the rows, is its part of the mean over all.
+        share, weight = len(batch) / len(mixed), mixed.weight.clone()
+        weight[: len(batch)] *= share
+        weight[len(batch) :] *= 1 - share
+        return mixed.replaced(weight=weight)
 
     def with_replay(self, batch: Batch, origin: int, ratio: float, weight: float) -> Batch:
         """The batch with `ratio` buffered rows for each current one, while replay is on and there are any."""

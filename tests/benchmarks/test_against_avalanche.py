@@ -20,11 +20,12 @@ def run(*words: str) -> list[list[str]]:
 
 
 def test_with_equal_weights_and_batches_fifty_steps_have_avalanches_losses() -> None:
-    lines = run("losses", "--pairs", "naive", "ewc")
-    assert [line[:2] for line in lines] == [["naive", "50"], ["ewc", "50"]]
+    names = ["naive", "ewc", "lwf", "si"]
+    lines = run("losses", "--pairs", *names)
+    assert [line[:2] for line in lines] == [[name, "50"] for name in names]
     assert all(float(line[2]) < 1e-5 for line in lines)
-    # In the second task EWC's penalty is part of the loss.
-    assert lines[0][3].split(", ")[-1] != lines[1][3].split(", ")[-1]
+    # In the second task the penalties are part of the loss.
+    assert len({line[3].split(", ")[-1] for line in lines}) == 4
 
 
 def test_the_interval_of_a_mean_is_students() -> None:

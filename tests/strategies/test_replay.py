@@ -39,6 +39,15 @@ def test_replayed_rows_are_not_stored_again_and_every_current_row_is_offered_onc
     assert len(replay.buffer) == 12
 
 
+def test_with_mean_all_the_loss_is_one_mean_over_all_rows() -> None:
+    run = ToyRun([ExperienceReplay(capacity=12, ratio=0.5, mean="all")], Objective).train(STEPS + 1)
+    batch = run.mixed
+    assert (batch.origin == REPLAY).any()
+    output = run.architecture(batch)
+    expected = torch.nn.functional.cross_entropy(output.logits, batch.targets)
+    assert torch.allclose(run.context.loss(output, batch), expected)
+
+
 def test_the_loss_is_the_current_mean_plus_weight_times_the_replayed_mean() -> None:
     run = ToyRun([ExperienceReplay(capacity=12, ratio=0.5, weight=0.3)], Objective).train(STEPS + 1)
     output = run.architecture(run.mixed)
@@ -129,6 +138,7 @@ def test_stored_logits_are_what_the_model_answered_before_the_step_that_stored_t
         (lambda: ExperienceReplay(), "capacity, capacity_bytes: give exactly one"),
         (lambda: ExperienceReplay(capacity=1, capacity_bytes=1), "capacity, capacity_bytes: give exactly one"),
         (lambda: ExperienceReplay(capacity=5, ratio=-1.0), "ratio, weight: must not be negative"),
+        (lambda: ExperienceReplay(capacity=5, mean="some"), "mean: must be each or all, got 'some'"),
         (lambda: DERpp(capacity=5, alpha=-1.0), "alpha, beta: must not be negative"),
         (lambda: DERpp(capacity=5, top_logits=0), "top_logits: must be positive, got 0"),
         (lambda: DER(capacity=5, top_logits=7), r"DER\.top_logits: the model has only 6 outputs, got 7"),
