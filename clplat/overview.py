@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from clplat.components import WINGS, catalogue
 from clplat.errors import ConfigError, nearest
@@ -29,7 +29,9 @@ def listed(what: str | None) -> list[Table]:
         raise ConfigError(f"list: there is no list of {what!r}{nearest(what, words)}")
     tables = []
     for word in [what] if what else words:
-        table = Table("name", "what it is for", "paper" if word != "studies" else "command", title=word)
+        columns = ("what it is for",) if word == "studies" else ("what it is for", "paper")
+        title = "studies: clplat run NAME" if word == "studies" else word
+        table = Table(Column("name", no_wrap=True), *columns, title=title)
         for row in _studies() if word == "studies" else _components(PLURALS[word]):
             table.add_row(*row)
         tables.append(table)
@@ -43,13 +45,13 @@ def _components(wing: str) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _studies() -> list[tuple[str, str, str]]:
+def _studies() -> list[tuple[str, str]]:
     folder = shipped_folder()
     rows = []
     for file in sorted(folder.rglob("*.yaml")):
         name = str(file.relative_to(folder).with_suffix(""))
         first = file.read_text().splitlines()[0]
-        rows.append((name, first.lstrip("# ") if first.startswith("#") else "", f"clplat run {name}"))
+        rows.append((name, first.lstrip("# ") if first.startswith("#") else ""))
     return rows
 
 
