@@ -67,7 +67,7 @@ PAIRS = {
     "replay": Pair(
         ours={
             "class_path": "ExperienceReplay",
-            "init_args": {"capacity": 200, "policy": "class_balanced", "mean": "all"},
+            "init_args": {"capacity": 200, "policy": "class_balanced", "mean": "all", "fill": "task_end"},
         },
         theirs="Replay", arguments={"mem_size": 200}, draws=True,
     ),

@@ -34,6 +34,13 @@ class _Rehearsal(Strategy):
         one = self.context.tasks[0].train.batch(torch.tensor([0]))
         return sum(tensor.nbytes for tensor in stored_fields(one).values())
 
+    def offer(self, task: Task) -> None:
+        """Offer all rows of a task to the buffer, each process its share."""
+        world, device = self.context.world, self.context.device()
+        rows = torch.arange(len(task.train) // world.size * world.size)
+        for part in rows.split(1024 * world.size):
+            self.buffer.add(task.train.batch(part[world.rank :: world.size]).to(device))
+
     def stored_bytes(self) -> int:
         return self.buffer.nbytes
 
@@ -64,7 +71,8 @@ class _Rehearsal(Strategy):
 class ExperienceReplay(_Rehearsal):
     """Keep some rows of what was seen and add a draw of them to every batch; current rows are never displaced.
 
-    The rows of a batch are offered to the buffer when its optimizer step is done, each time they are trained on.
+    The rows of a batch are offered to the buffer when its optimizer step is done, each time they are trained on, or
+    all rows of a task when it ends.
     """
 
     knobs: ClassVar[tuple[str, ...]] = ("ratio", "weight")
@@ -81,18 +89,22 @@ class ExperienceReplay(_Rehearsal):
         weight: float = 1.0,
         from_task: int = 2,
         mean: Literal["each", "all"] = "each",
+        fill: Literal["step", "task_end"] = "step",
     ) -> None:
         """`capacity` in rows (samples, or rows of tokens) or `capacity_bytes`; `ratio` replayed rows for each
         current one; `weight` of their mean loss; replay begins with task number `from_task`, by default the second:
         before it there is nothing to forget, and rows would come from the current task alone (1: as in the paper).
         The loss is the sum of two means, over current and over replayed rows; with `mean="all"` it is one mean over
-        all of them, as in the paper and in Avalanche."""
+        all of them, as in the paper and in Avalanche. `fill`: rows come into the buffer at each step, so that some of a
+        draw are the current task's, or when their task has ended, as in Avalanche: every draw is of earlier tasks."""
         super().__init__(capacity=capacity, capacity_bytes=capacity_bytes, policy=policy)
         if ratio < 0 or weight < 0:
             raise ValueError(f"ratio, weight: must not be negative, got {ratio} and {weight}")
         if mean not in ("each", "all"):
             raise ValueError(f"mean: must be each or all, got {mean!r}")
-        self.ratio, self.weight, self.from_task, self.mean = ratio, weight, from_task, mean
+        if fill not in ("step", "task_end"):
+            raise ValueError(f"fill: must be step or task_end, got {fill!r}")
+        self.ratio, self.weight, self.from_task, self.mean, self.fill = ratio, weight, from_task, mean, fill
 
     def setup(self, context: Context) -> None:
         super().setup(context)
@@ -117,9 +129,13 @@ class ExperienceReplay(_Rehearsal):
         return batch.joined(self.buffer.draw(count).with_origin(origin, weight))
 
     def step_end(self, outcome: StepOutcome) -> None:
-        for batch in self.fresh:
+        for batch in self.fresh if self.fill == "step" else ():
             self.buffer.add(batch)
         self.fresh.clear()
+
+    def task_end(self, task: Task) -> None:
+        if self.fill == "task_end":
+            self.offer(task)
 
 
 class GDumb(_Rehearsal):
@@ -142,10 +158,7 @@ class GDumb(_Rehearsal):
         self.initial = {name: tensor.clone() for name, tensor in context.architecture.state_dict().items()}
 
     def task_start(self, task: Task) -> None:
-        world, device = self.context.world, self.context.device()
-        rows = torch.arange(len(task.train) // world.size * world.size)
-        for part in rows.split(1024 * world.size):
-            self.buffer.add(task.train.batch(part[world.rank :: world.size]).to(device))
+        self.offer(task)
         weights = self.context.architecture.state_dict()
         if [t.shape for t in weights.values()] != [t.shape for t in self.initial.values()]:
             raise ValueError("GDumb: the architecture has grown since the run began, and cannot go back to its initial "

@@ -48,6 +48,15 @@ def test_with_mean_all_the_loss_is_one_mean_over_all_rows() -> None:
     assert torch.allclose(run.context.loss(output, batch), expected)
 
 
+def test_filled_at_the_end_of_tasks_every_draw_is_of_earlier_ones() -> None:
+    replay = ExperienceReplay(capacity=12, fill="task_end")
+    run = ToyRun([replay], Objective).train(STEPS - 1)
+    assert not len(replay.buffer)
+    run.train(STEPS + 2)
+    assert set(run.mixed.task[run.mixed.origin == REPLAY].tolist()) == {0}
+    assert replay.buffer.seen == len(run.path[0].train)
+
+
 def test_the_loss_is_the_current_mean_plus_weight_times_the_replayed_mean() -> None:
     run = ToyRun([ExperienceReplay(capacity=12, ratio=0.5, weight=0.3)], Objective).train(STEPS + 1)
     output = run.architecture(run.mixed)
@@ -139,6 +148,7 @@ def test_stored_logits_are_what_the_model_answered_before_the_step_that_stored_t
         (lambda: ExperienceReplay(capacity=1, capacity_bytes=1), "capacity, capacity_bytes: give exactly one"),
         (lambda: ExperienceReplay(capacity=5, ratio=-1.0), "ratio, weight: must not be negative"),
         (lambda: ExperienceReplay(capacity=5, mean="some"), "mean: must be each or all, got 'some'"),
+        (lambda: ExperienceReplay(capacity=5, fill="now"), "fill: must be step or task_end, got 'now'"),
         (lambda: DERpp(capacity=5, alpha=-1.0), "alpha, beta: must not be negative"),
         (lambda: DERpp(capacity=5, top_logits=0), "top_logits: must be positive, got 0"),
         (lambda: DER(capacity=5, top_logits=7), r"DER\.top_logits: the model has only 6 outputs, got 7"),
