@@ -38,7 +38,7 @@ def forward(
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     kept = NOTHING
     if keep:
-        W_kept = v.new_empty(layout.all_slots, layout.V, layout.D, layout.E)
+        W_kept = v.new_empty(layout.all_slots, layout.V, layout.E, layout.D)
         S_kept, E_kept = torch.empty_like(W_kept) if momentum else None, None if mode == 0 else torch.empty_like(o)
         kept = Kept(W_kept, S_kept, E_kept, *ready)
     groups = num_groups(layout)
@@ -61,7 +61,8 @@ def walk(
     q, k, v = inputs[:3]
     W, S = torch.empty_like(state.W), None if state.S is None else torch.empty_like(state.S)
     # An empty sequence leaves its open chunk as it is.
-    anchor = (state.W if state.anchor is None else state.anchor).clone() if mode == FROZEN.value else None
+    open_chunk = mode == FROZEN.value and (layout.packed or layout.offsets or layout.T % layout.C)
+    anchor = (state.W if state.anchor is None else state.anchor).clone() if open_chunk else None
     tuned = options("scan", layout)
     scan[(triton.cdiv(layout.E, tuned["BE"]), layout.N * layout.V)](
         q, k, v, *ready, state.W, state.S, state.anchor, o, W, S, anchor, *kept[:3], cu_seqlens, state.offset,
@@ -153,9 +154,11 @@ def backward(
     dkept = [None if part is None else torch.empty_like(part) for part in (kept.W, kept.S)]
     constants = layout.constants(momentum=momentum is not None) | {"MODE": mode}
     q_strides, k_strides, v_strides = strides(q), strides(k), strides(v)
+    # The last chunk was full: the forward pass gave no anchor.
+    danchor = dstate.anchor if dstate.anchor is not None and dstate.anchor.numel() else None
     tuned = options("scan_back", layout)
     scan_back[(triton.cdiv(layout.E, tuned["BE"]), layout.N * layout.V)](
-        q, k, do, P, Tinv, vectors, dstate.W, dstate.S, dstate.anchor, dv, *states, *dkept,
+        q, k, do, P, Tinv, vectors, dstate.W, dstate.S, danchor, dv, *states, *dkept,
         cu_seqlens, state.offset, *q_strides, *k_strides, layout.T, layout.slots, layout.D, layout.E,
         **tuned, **constants,
     )  # fmt: skip

@@ -84,9 +84,9 @@ class Kept(NamedTuple):
     """What the forward pass leaves for the backward one."""
 
     W: Tensor | None
-    """(slots, V, D, E), the memory at the start of every chunk."""
+    """(slots, V, E, D), the memory at the start of every chunk, on its side."""
     S: Tensor | None
-    """(slots, V, D, E), the momentum there; None without."""
+    """(slots, V, E, D), the momentum there; None without."""
     E: Tensor | None
     """(B, T, V, E), the errors; None in mode `hebb`, where they are −v."""
     P: Tensor | None

@@ -87,11 +87,12 @@ def _forward_shapes(
         log_momentum is not None,
         num_slots(len(W), v.shape[1], chunk, packed=cu_seqlens is not None, offsets=offset is not None),
     )
-    states = v.new_empty(slots if keep else 0, v.shape[2], *W.shape[2:])
+    states = v.new_empty(slots if keep else 0, v.shape[2], W.shape[3], W.shape[2])
     square = v.new_empty(slots if keep else 0, v.shape[2], chunk, chunk)
     vectors = W.new_empty(slots if keep else 0, v.shape[2], 7, chunk)
+    ragged = cu_seqlens is not None or offset is not None or v.shape[1] % chunk != 0
     return (
-        maybe(True, v), maybe(True, W), maybe(momentum, W), maybe(MODES[mode] == "frozen", W),
+        maybe(True, v), maybe(True, W), maybe(momentum, W), maybe(MODES[mode] == "frozen" and ragged, W),
         maybe(keep, states), maybe(keep and momentum, states), maybe(keep and MODES[mode] != "hebb", v),
         maybe(keep, square), maybe(keep and MODES[mode] in ("exact", "gdn"), square), maybe(keep, vectors),
     )  # fmt: skip
@@ -137,11 +138,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
         raise RuntimeError("delta_memory_forward was called with keep=False for tensors that need gradients")
     ctx.save_for_backward(*tensors, *output[4:])
     ctx.mark_non_differentiable(*output[4:])
+    # Else zeros as large as all kept states would be made, for nothing.
+    ctx.set_materialize_grads(False)
+    ctx.shapes = [part.shape for part in output[:4]]
 
 
-def _backward(ctx: Any, do: Tensor, dW: Tensor, dS: Tensor, danchor: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    found = torch.ops.clplat.delta_memory_backward(*saved, do, dW, dS, danchor, ctx.mode, ctx.chunk)
+    v, W = saved[2], saved[6]
+    adjoints = (
+        (v if place == 0 else W).new_zeros(shape) if part is None else part
+        for place, (part, shape) in enumerate(zip(given[:4], ctx.shapes, strict=True))
+    )
+    found = torch.ops.clplat.delta_memory_backward(*saved, *adjoints, ctx.mode, ctx.chunk)
     gradients = [None if part is None else gradient for part, gradient in zip(saved[:9], found, strict=True)]
     return (*gradients, None, None, None, None, None)
 

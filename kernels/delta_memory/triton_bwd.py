@@ -17,6 +17,7 @@ from clplat.kernels.delta_memory.triton_tiles import (
     WG_,
     WL_,
     chunk_rows,
+    factors,
     first_slot,
     load_tile,
     load_turned,
@@ -24,6 +25,7 @@ from clplat.kernels.delta_memory.triton_tiles import (
     rows_at,
     sequence,
     store_tile,
+    store_turned,
 )
 
 
@@ -49,28 +51,48 @@ def scan_back(
     dv += (token * V + head) * E
     slot = first_slot(n, cu_seqlens, slots, C, PACKED).to(tl.int64) * V + head
     count = num_chunks(length, offset, C)
-    if MODE == FROZEN:
+    if danchor_end is not None:
         if OFFSETS:
             untouched_DE = load_tile(danchor_end + state, d, D, E, e, E, False)
             store_tile(danchor + state, untouched_DE * tl.where(count == 0, 1.0, 0.0), d, D, E, e, E)
         elif count == 0:
             dW_DE += load_tile(danchor_end + state, d, D, E, e, E, False).to(ACC)
+    if count > 0:
+        _, ahead_valid = chunk_rows(count - 1, length, offset, C)
+        b_C, f_C, wg_C, wl_C, b1_C, f1_C, b_end, f_end, m_end = factors(
+            vectors, slot + (count - 1) * V, ahead_valid, MODE, MOMENTUM, C
+        )
+    else:
+        zero_C, zero = tl.zeros([C], dtype=ACC), tl.zeros([], dtype=ACC)
+        b_C, f_C, wg_C, wl_C, b1_C, f1_C, b_end, f_end, m_end = (
+            zero_C,
+            zero_C,
+            zero_C,
+            zero_C,
+            zero_C,
+            zero_C,
+            zero,
+            zero,
+            zero,
+        )
     for back in range(count):
         i = count - 1 - back
         start, valid = chunk_rows(i, length, offset, C)
         place = slot + i * V
-        here = vectors + place * NUM_VECTORS * C
-        store_tile(dW_kept + place * D * E, dW_DE, d, D, E, e, E)
+        ahead = tl.maximum(i - 1, 0)
+        _, ahead_valid = chunk_rows(ahead, length, offset, C)
+        next_b_C, next_f_C, next_wg_C, next_wl_C, next_b1_C, next_f1_C, next_b, next_f, next_m = factors(
+            vectors, slot + ahead * V, ahead_valid, MODE, MOMENTUM, C
+        )
+        store_turned(dW_kept + place * D * E, dW_DE, e, E, D, d, D)
         do_CE = load_tile(do + start * V * E, c, valid, V * E, e, E, UPCAST)
         k_CD = load_tile(k + start * k_token, c, valid, k_token, d, D, UPCAST)
         P_ji = load_turned(P + place * C * C, c, C, C, c, C, UPCAST)
-        wg_C = tl.load(here + WG_ * C + c)
         dW_now = dW_DE.to(do_CE.dtype)
         dE_CE = -tl.dot(P_ji, do_CE, input_precision=PRECISION, out_dtype=ACC)
         dE_CE -= wg_C[:, None] * tl.dot(k_CD, dW_now, input_precision=PRECISION, out_dtype=ACC)
         if MOMENTUM:
-            store_tile(dS_kept + place * D * E, dS_DE, d, D, E, e, E)
-            wl_C = tl.load(here + WL_ * C + c)
+            store_turned(dS_kept + place * D * E, dS_DE, e, E, D, d, D)
             dS_now = dS_DE.to(do_CE.dtype)
             dE_CE -= wl_C[:, None] * tl.dot(k_CD, dS_now, input_precision=PRECISION, out_dtype=ACC)
         dR_CE = dE_CE
@@ -80,29 +102,28 @@ def scan_back(
         store_tile(dv + start * V * E, -dR_CE, c, valid, V * E, e, E)
         q_DC = load_turned(q + start * q_token, c, valid, q_token, d, D, UPCAST)
         k_DC = tl.trans(k_CD)
-        b_C = tl.load(here + B_ * C + c)
         if MOMENTUM:
-            f_C = tl.load(here + F_ * C + c)
-            dS_DE *= tl.load(here + M_ * C + valid - 1)
-            dS_DE += tl.load(here + F_ * C + valid - 1) * dW_DE
+            dS_DE *= m_end
+            dS_DE += f_end * dW_DE
             dS_DE += tl.dot(q_DC, (f_C[:, None] * do_CE).to(q_DC.dtype), input_precision=PRECISION, out_dtype=ACC)
             if MODE >= EXACT:
-                f1_C = tl.load(here + F1_ * C + c)
                 dS_DE += tl.dot(k_DC, (f1_C[:, None] * dR_CE).to(k_DC.dtype), input_precision=PRECISION, out_dtype=ACC)
-        dW_DE *= tl.load(here + B_ * C + valid - 1)
+        dW_DE *= b_end
         dW_DE += tl.dot(q_DC, (b_C[:, None] * do_CE).to(q_DC.dtype), input_precision=PRECISION, out_dtype=ACC)
         if MODE >= EXACT:
-            b1_C = tl.load(here + B1_ * C + c)
             dW_DE += tl.dot(k_DC, (b1_C[:, None] * dR_CE).to(k_DC.dtype), input_precision=PRECISION, out_dtype=ACC)
         if MODE == FROZEN:
             dsource_DE = tl.dot(k_DC, dR_CE.to(k_DC.dtype), input_precision=PRECISION, out_dtype=ACC)
-            if i == count - 1:
-                dsource_DE += load_tile(danchor_end + state, d, D, E, e, E, False).to(ACC)
+            if danchor_end is not None:
+                if i == count - 1:
+                    dsource_DE += load_tile(danchor_end + state, d, D, E, e, E, False).to(ACC)
             if OFFSETS:
                 if (i == 0) & (offset > 0):
                     store_tile(danchor + state, dsource_DE, d, D, E, e, E)
                     dsource_DE *= 0.0
             dW_DE += dsource_DE
+        b_C, f_C, wg_C, wl_C, b1_C, f1_C = next_b_C, next_f_C, next_wg_C, next_wl_C, next_b1_C, next_f1_C
+        b_end, f_end, m_end = next_b, next_f, next_m
     store_tile(dW + state, dW_DE, d, D, E, e, E)
     if MOMENTUM:
         store_tile(dS + state, dS_DE, d, D, E, e, E)

@@ -24,15 +24,20 @@ from clplat.kernels.delta_memory.triton_tiles import (
     WL_,
     chunk_of,
     chunk_rows,
+    factors,
     first_slot,
     last_row,
     load_row,
     load_tile,
+    load_turned,
     lower,
     num_chunks,
     rows_at,
+    running,
+    running_back,
     sequence,
     store_tile,
+    store_turned,
 )
 
 
@@ -70,41 +75,47 @@ def prepare(
     token = (row * T + start).to(tl.int64)
     q = rows_at(q, row, start, head // GROUP, q_row, q_token, q_head)
     k = rows_at(k, row, start, head // GROUP, k_row, k_token, k_head)
-    rate_C = load_row(rate + token * V + head, c, valid, V, ACC)
-    decay_C = load_row(log_decay + token * V + head, c, valid, V, ACC) if DECAY else tl.zeros([C], dtype=ACC)
+    gate = token * V + head
+    rate_C = load_row(rate + gate, c, valid, V, ACC)
+    decay_C = load_row(log_decay + gate, c, valid, V, ACC) if DECAY else tl.zeros([C], dtype=ACC)
     total_C = tl.cumsum(decay_C, 0)
-    La_ij = lower(total_C, total_C, True, C)
-    b_C = tl.exp(total_C)
-    G_ij = La_ij
-    last = valid - 1
+    G_row = last_row(total_C, valid - 1, C)
+    G_ij = lower(total_C, total_C, True, C)
     here = vectors + (slot.to(tl.int64) * V + head) * NUM_VECTORS * C + c
     if MOMENTUM:
-        momentum_C = tl.cumsum(load_row(log_momentum + token * V + head, c, valid, V, ACC), 0)
-        Le_ij = lower(momentum_C, momentum_C, True, C)
-        m_C = tl.exp(momentum_C)
-        G_ij = tl.dot(La_ij, Le_ij, input_precision=PRECISION, out_dtype=ACC)
-        tl.store(here + F_ * C, tl.sum(La_ij * m_C[None, :], 1))
-        tl.store(here + WL_ * C, last_row(momentum_C, last, C) * rate_C)
+        momentum_C = load_row(log_momentum + gate, c, valid, V, ACC)
+        next_C = load_row(log_momentum + gate + V, c, valid - 1, V, ACC)
+        sums_C = tl.cumsum(momentum_C, 0)
+        Le_ij = lower(sums_C, sums_C, True, C)
+        m_C = tl.exp(sums_C)
+        G_ij = tl.dot(G_ij, Le_ij, input_precision=PRECISION, out_dtype=ACC)
+        G_row = running_back(G_row, tl.exp(next_C))
+        tl.store(here + F_ * C, running(m_C, tl.exp(decay_C)))
+        tl.store(here + WL_ * C, last_row(sums_C, valid - 1, C) * rate_C)
         tl.store(here + M_ * C, m_C)
-        G_row = tl.sum(tl.where(c[:, None] == last, G_ij, 0.0), 0)
-    else:
-        G_row = last_row(total_C, last, C)
-    tl.store(here + B_ * C, b_C)
+    tl.store(here + B_ * C, tl.exp(total_C))
     tl.store(here + WG_ * C, G_row * rate_C)
-    square = (slot.to(tl.int64) * V + head) * C * C
     q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)
     k_CD = load_tile(k, c, valid, k_token, d, D, UPCAST)
+    square = (slot.to(tl.int64) * V + head) * C * C
     P_ij = tl.dot(q_CD, tl.trans(k_CD), input_precision=PRECISION, out_dtype=ACC) * G_ij * rate_C[None, :]
     store_tile(P + square, P_ij, c, C, C, c, C)
     if MODE >= EXACT:
         seen_C = total_C if MODE == GDN else total_C - decay_C
-        La1_ij = lower(seen_C, total_C, False, C)
+        G_ij = lower(seen_C, total_C, False, C)
         tl.store(here + B1_ * C, tl.exp(seen_C))
-        G1_ij = La1_ij
         if MOMENTUM:
-            G1_ij = tl.dot(La1_ij, Le_ij, input_precision=PRECISION, out_dtype=ACC)
-            tl.store(here + F1_ * C, tl.sum(La1_ij * m_C[None, :], 1))
-        A_ij = tl.dot(k_CD, tl.trans(k_CD), input_precision=PRECISION, out_dtype=ACC) * G1_ij * rate_C[None, :]
+            G_ij = tl.dot(G_ij, Le_ij, input_precision=PRECISION, out_dtype=ACC)
+            # f of the token before.
+            earlier = (c > 0) & (c <= valid)
+            kept_C = (
+                tl.exp(tl.load(log_decay + gate + (c - 1) * V, mask=earlier, other=0.0).to(ACC))
+                if DECAY
+                else rate_C * 0.0 + 1.0
+            )
+            f1_C = running(tl.where(c > 0, tl.exp(sums_C - momentum_C), 0.0), kept_C)
+            tl.store(here + F1_ * C, f1_C * tl.exp(decay_C) if MODE == GDN else f1_C)
+        A_ij = tl.dot(k_CD, tl.trans(k_CD), input_precision=PRECISION, out_dtype=ACC) * G_ij * rate_C[None, :]
         store_tile(Tinv + square, inverse(A_ij, C, ACC, PRECISION), c, C, C, c, C)
 
 
@@ -137,14 +148,34 @@ def scan(
         E_kept += (token * V + head) * E
     slot = (first_slot(n, cu_seqlens, slots, C, PACKED)).to(tl.int64) * V + head
     count = num_chunks(length, offset, C)
+    if count > 0:
+        _, ahead = chunk_rows(0, length, offset, C)
+        b_C, f_C, wg_C, wl_C, b1_C, f1_C, b_end, f_end, m_end = factors(vectors, slot, ahead, MODE, MOMENTUM, C)
+    else:
+        zero_C, zero = tl.zeros([C], dtype=ACC), tl.zeros([], dtype=ACC)
+        b_C, f_C, wg_C, wl_C, b1_C, f1_C, b_end, f_end, m_end = (
+            zero_C,
+            zero_C,
+            zero_C,
+            zero_C,
+            zero_C,
+            zero_C,
+            zero,
+            zero,
+            zero,
+        )
     for i in range(count):
         start, valid = chunk_rows(i, length, offset, C)
         place = slot + i * V
-        here = vectors + place * NUM_VECTORS * C
+        ahead = tl.minimum(i + 1, count - 1)
+        _, ahead_valid = chunk_rows(ahead, length, offset, C)
+        next_b_C, next_f_C, next_wg_C, next_wl_C, next_b1_C, next_f1_C, next_b, next_f, next_m = factors(
+            vectors, slot + ahead * V, ahead_valid, MODE, MOMENTUM, C
+        )
         W_now = W_DE.to(v.dtype.element_ty) if not UPCAST else W_DE
         if KEEP:
-            store_tile(W_kept + place * D * E, W_DE, d, D, E, e, E)
-        if MODE == FROZEN:
+            store_turned(W_kept + place * D * E, W_DE, e, E, D, d, D)
+        if anchor_end is not None:
             if i == count - 1:
                 store_tile(anchor_end + state, W_DE, d, D, E, e, E)
         if VALUES:
@@ -163,10 +194,8 @@ def scan(
                         store_tile(anchor_end + state, source, d, D, E, e, E)
             E_CE = tl.dot(k_CD, source, -v_CE.to(ACC), input_precision=PRECISION, out_dtype=ACC)
         else:
-            b1_C = tl.load(here + B1_ * C + c)
             R_CE = b1_C[:, None] * tl.dot(k_CD, W_now, input_precision=PRECISION, out_dtype=ACC) - v_CE
             if MOMENTUM:
-                f1_C = tl.load(here + F1_ * C + c)
                 S_now = S_DE.to(W_now.dtype)
                 R_CE += f1_C[:, None] * tl.dot(k_CD, S_now, input_precision=PRECISION, out_dtype=ACC)
             T_ij = load_tile(Tinv + place * C * C, c, C, C, c, C, UPCAST)
@@ -176,24 +205,22 @@ def scan(
         if READ:
             q_CD = load_tile(q + start * q_token, c, valid, q_token, d, D, UPCAST)
             P_ij = load_tile(P + place * C * C, c, C, C, c, C, UPCAST)
-            b_C = tl.load(here + B_ * C + c)
             o_CE = b_C[:, None] * tl.dot(q_CD, W_now, input_precision=PRECISION, out_dtype=ACC)
             if MOMENTUM:
-                f_C = tl.load(here + F_ * C + c)
                 o_CE += f_C[:, None] * tl.dot(q_CD, S_DE.to(W_now.dtype), input_precision=PRECISION, out_dtype=ACC)
             o_CE = tl.dot(P_ij, (-E_CE).to(P_ij.dtype), o_CE, input_precision=PRECISION, out_dtype=ACC)
             store_tile(o + start * V * E, o_CE, c, valid, V * E, e, E)
         k_DC = tl.trans(k_CD)
-        wg_C = tl.load(here + WG_ * C + c)
-        W_DE *= tl.load(here + B_ * C + valid - 1)
+        W_DE *= b_end
         if MOMENTUM:
-            W_DE += tl.load(here + F_ * C + valid - 1) * S_DE
+            W_DE += f_end * S_DE
             if KEEP:
-                store_tile(S_kept + place * D * E, S_DE, d, D, E, e, E)
-            wl_C = tl.load(here + WL_ * C + c)
-            S_DE *= tl.load(here + M_ * C + valid - 1)
+                store_turned(S_kept + place * D * E, S_DE, e, E, D, d, D)
+            S_DE *= m_end
             S_DE = tl.dot(k_DC, (-wl_C[:, None] * E_CE).to(k_DC.dtype), S_DE, input_precision=PRECISION, out_dtype=ACC)
         W_DE = tl.dot(k_DC, (-wg_C[:, None] * E_CE).to(k_DC.dtype), W_DE, input_precision=PRECISION, out_dtype=ACC)
+        b_C, f_C, wg_C, wl_C, b1_C, f1_C = next_b_C, next_f_C, next_wg_C, next_wl_C, next_b1_C, next_f1_C
+        b_end, f_end, m_end = next_b, next_f, next_m
     store_tile(W_end + state, W_DE, d, D, E, e, E)
     if MOMENTUM:
         store_tile(S_end + state, S_DE, d, D, E, e, E)

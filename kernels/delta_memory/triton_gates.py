@@ -24,6 +24,8 @@ from clplat.kernels.delta_memory.triton_tiles import (
     load_turned,
     lower,
     rows_at,
+    running,
+    running_back,
     store_tile,
     upper,
 )
@@ -145,9 +147,10 @@ def gates(
         WS, SS, df_C = tl.load(states + 1), tl.load(states + 2), tl.load(found + F_ * C)
         dwl_C, df1_C = tl.load(found + WL_ * C), tl.load(found + F1_ * C)
     last, kept = valid - 1, c < valid
-    gate = (token + c) * V + head
-    rate_C = load_row(rate + token * V + head, c, valid, V, ACC)
-    decay_C = load_row(log_decay + token * V + head, c, valid, V, ACC) if DECAY else zero_C
+    gates_at = token * V + head
+    gate = gates_at + c * V
+    rate_C = load_row(rate + gates_at, c, valid, V, ACC)
+    decay_C = load_row(log_decay + gates_at, c, valid, V, ACC) if DECAY else zero_C
     total_C = tl.cumsum(decay_C, 0)
     La_row = last_row(total_C, last, C)
     drow_C = dwg_C * rate_C
@@ -155,18 +158,21 @@ def gates(
     dseen_C = db1_C * b1_C if MODE >= EXACT else zero_C
     # Adjoints of a matrix of decays reach its running sums as the sums of its rows less those of its columns.
     if MOMENTUM:
-        momentum_C = tl.cumsum(load_row(log_momentum + token * V + head, c, valid, V, ACC), 0)
-        m_C, Le_row = tl.exp(momentum_C), last_row(momentum_C, last, C)
-        Le_ij = lower(momentum_C, momentum_C, True, C)
-        G_row = tl.sum(La_row[:, None] * Le_ij, 0)
-        read_C = La_row * tl.sum(Le_ij * drow_C[None, :], 1)
+        momentum_C = load_row(log_momentum + gates_at, c, valid, V, ACC)
+        sums_C = tl.cumsum(momentum_C, 0)
+        m_C, Le_row = tl.exp(sums_C), last_row(sums_C, last, C)
+        next_momentum_C = tl.exp(load_row(log_momentum + gates_at + V, c, valid - 1, V, ACC))
+        next_decay_C = tl.exp(load_row(log_decay + gates_at + V, c, valid - 1, V, ACC)) if DECAY else zero_C + 1.0
+        G_row = running_back(La_row, next_momentum_C)
+        read_C = La_row * running(drow_C, tl.exp(momentum_C))
         tail_C = dwl_C * rate_C * Le_row
         df_C += tl.where(c == last, WS, 0.0)
-        dm_C = tl.sum(lower(total_C, total_C, True, C) * df_C[:, None], 0)
+        dm_C = running_back(df_C, next_decay_C)
         dtotal_C += df_C * tl.load(here + F_ * C) - m_C * dm_C + _turned(read_C, last, C)
         if MODE >= EXACT:
-            seen_C = total_C if MODE == GDN else total_C - decay_C
-            dm1_C = tl.sum(lower(seen_C, total_C, False, C) * df1_C[:, None], 0)
+            # What f′ has of a token's m begins with the token after it.
+            next_df1_C = tl.load(found + F1_ * C + 1, mask=c < last, other=0.0)
+            dm1_C = running_back(next_df1_C * next_decay_C if MODE == GDN else next_df1_C, next_decay_C)
             dseen_C += df1_C * tl.load(here + F1_ * C)
             dtotal_C -= m_C * dm1_C
             dm_C += dm1_C

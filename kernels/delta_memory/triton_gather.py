@@ -26,12 +26,12 @@ from clplat.kernels.delta_memory.triton_tiles import (
 
 
 @triton.jit
-def reached(dx_CD, dgate_C, x_CD, dy_CE, W_DE, gate_C, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """Adds to the adjoints of x and of the gate what y = gate · (x W) sends back."""
-    y_CE = tl.dot(x_CD, W_DE, input_precision=PRECISION, out_dtype=ACC)
+def reached(dx_CD, dgate_C, x_CD, dy_CE, W_ED, gate_C, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """Adds to the adjoints of x and of the gate what y = gate · (x W) sends back; W lies on its side."""
+    y_CE = tl.dot(x_CD, tl.trans(W_ED), input_precision=PRECISION, out_dtype=ACC)
     dgate_C += tl.sum(dy_CE * y_CE, 1)
-    scaled_CE = (gate_C[:, None] * dy_CE).to(W_DE.dtype)
-    return tl.dot(scaled_CE, tl.trans(W_DE), dx_CD, input_precision=PRECISION, out_dtype=ACC), dgate_C
+    scaled_CE = (gate_C[:, None] * dy_CE).to(W_ED.dtype)
+    return tl.dot(scaled_CE, W_ED, dx_CD, input_precision=PRECISION, out_dtype=ACC), dgate_C
 
 
 @triton.jit
@@ -64,11 +64,11 @@ def gather_q(
     for block in range(0, E, BE):
         e = block + tl.arange(0, BE)
         do_CE = load_tile(do + tokens, c, valid, V * E, e, E, UPCAST)
-        W_DE = load_tile(W_kept + place * D * E, d, D, E, e, E, UPCAST)
-        dq_CD, db_C = reached(dq_CD, db_C, q_CD, do_CE, W_DE, b_C, ACC, PRECISION)
+        W_ED = load_tile(W_kept + place * D * E, e, E, D, d, D, UPCAST)
+        dq_CD, db_C = reached(dq_CD, db_C, q_CD, do_CE, W_ED, b_C, ACC, PRECISION)
         if MOMENTUM:
-            S_DE = load_tile(S_kept + place * D * E, d, D, E, e, E, UPCAST)
-            dq_CD, df_C = reached(dq_CD, df_C, q_CD, do_CE, S_DE, f_C, ACC, PRECISION)
+            S_ED = load_tile(S_kept + place * D * E, e, E, D, d, D, UPCAST)
+            dq_CD, df_C = reached(dq_CD, df_C, q_CD, do_CE, S_ED, f_C, ACC, PRECISION)
     store_tile(dq + (token * V + head) * D, dq_CD, c, valid, V * D, d, D)
     tl.store(found + B_ * C, db_C)
     tl.store(found + F_ * C, df_C)
@@ -119,29 +119,29 @@ def gather_k(
             minus_E_CE = load_tile(v, c, valid, v_token, e, E, UPCAST)
         else:
             minus_E_CE = -load_tile(errors + tokens, c, valid, V * E, e, E, UPCAST)
-        dW_DE = load_tile(dW_kept + place * D * E, d, D, E, e, E, UPCAST)
-        dk_CD, dwg_C = reached(dk_CD, dwg_C, k_CD, minus_E_CE, dW_DE, wg_C, ACC, PRECISION)
-        W_DE = load_tile(W_kept + place * D * E, d, D, E, e, E, UPCAST)
-        WW += tl.sum(tl.sum(W_DE.to(ACC) * dW_DE.to(ACC), 1), 0)
+        dW_ED = load_tile(dW_kept + place * D * E, e, E, D, d, D, UPCAST)
+        dk_CD, dwg_C = reached(dk_CD, dwg_C, k_CD, minus_E_CE, dW_ED, wg_C, ACC, PRECISION)
+        W_ED = load_tile(W_kept + place * D * E, e, E, D, d, D, UPCAST)
+        WW += tl.sum(tl.sum(W_ED.to(ACC) * dW_ED.to(ACC), 1), 0)
         if MODE != HEBB:
             dR_CE = -load_tile(dv + tokens, c, valid, V * E, e, E, UPCAST)
             if MODE == FROZEN:
-                source_DE = W_DE
+                source_ED = W_ED
                 if OFFSETS:
                     if (i == 0) & (offset > 0):
                         state = (n * V + head).to(tl.int64) * D * E
-                        source_DE = load_tile(anchor + state, d, D, E, e, E, False).to(W_DE.dtype)
-                dk_CD = tl.dot(dR_CE, tl.trans(source_DE), dk_CD, input_precision=PRECISION, out_dtype=ACC)
+                        source_ED = load_turned(anchor + state, d, D, E, e, E, False).to(W_ED.dtype)
+                dk_CD = tl.dot(dR_CE, source_ED, dk_CD, input_precision=PRECISION, out_dtype=ACC)
             else:
-                dk_CD, db1_C = reached(dk_CD, db1_C, k_CD, dR_CE, W_DE, b1_C, ACC, PRECISION)
+                dk_CD, db1_C = reached(dk_CD, db1_C, k_CD, dR_CE, W_ED, b1_C, ACC, PRECISION)
         if MOMENTUM:
-            S_DE = load_tile(S_kept + place * D * E, d, D, E, e, E, UPCAST)
-            WS += tl.sum(tl.sum(S_DE.to(ACC) * dW_DE.to(ACC), 1), 0)
+            S_ED = load_tile(S_kept + place * D * E, e, E, D, d, D, UPCAST)
+            WS += tl.sum(tl.sum(S_ED.to(ACC) * dW_ED.to(ACC), 1), 0)
             if MODE >= EXACT:
-                dk_CD, df1_C = reached(dk_CD, df1_C, k_CD, dR_CE, S_DE, f1_C, ACC, PRECISION)
-            dS_DE = load_tile(dS_kept + place * D * E, d, D, E, e, E, UPCAST)
-            SS += tl.sum(tl.sum(S_DE.to(ACC) * dS_DE.to(ACC), 1), 0)
-            dk_CD, dwl_C = reached(dk_CD, dwl_C, k_CD, minus_E_CE, dS_DE, wl_C, ACC, PRECISION)
+                dk_CD, df1_C = reached(dk_CD, df1_C, k_CD, dR_CE, S_ED, f1_C, ACC, PRECISION)
+            dS_ED = load_tile(dS_kept + place * D * E, e, E, D, d, D, UPCAST)
+            SS += tl.sum(tl.sum(S_ED.to(ACC) * dS_ED.to(ACC), 1), 0)
+            dk_CD, dwl_C = reached(dk_CD, dwl_C, k_CD, minus_E_CE, dS_ED, wl_C, ACC, PRECISION)
     store_tile(dk + (token * V + head) * D, dk_CD, c, valid, V * D, d, D)
     tl.store(found + B1_ * C, db1_C)
     tl.store(found + F1_ * C, df1_C)

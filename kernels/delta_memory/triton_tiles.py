@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 HEBB, FROZEN, EXACT, GDN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+LOG2_E = tl.constexpr(1.4426950408889634)
 NUM_VECTORS = tl.constexpr(7)
 B_, F_, WG_, WL_, M_, B1_, F1_ = (tl.constexpr(number) for number in range(7))
 
@@ -78,6 +79,26 @@ def chunk_of(
 
 
 @triton.jit
+def factors(vectors, place, valid, MODE: tl.constexpr, MOMENTUM: tl.constexpr, C: tl.constexpr):
+    """Of the chunk in a place: b, f, the writes' weights for W and S, b′, f′, and what is left of W and S at its end.
+
+    A walk asks for them one chunk ahead, so that it never waits for them. What a mode has not stands for b.
+    """
+    c = tl.arange(0, C)
+    here = vectors + place * NUM_VECTORS * C
+    b_C, wg_C, b_end = tl.load(here + B_ * C + c), tl.load(here + WG_ * C + c), tl.load(here + B_ * C + valid - 1)
+    f_C, wl_C, b1_C, f1_C, f_end, m_end = b_C, b_C, b_C, b_C, b_end, b_end
+    if MOMENTUM:
+        f_C, wl_C = tl.load(here + F_ * C + c), tl.load(here + WL_ * C + c)
+        f_end, m_end = tl.load(here + F_ * C + valid - 1), tl.load(here + M_ * C + valid - 1)
+    if MODE >= EXACT:
+        b1_C = tl.load(here + B1_ * C + c)
+        if MOMENTUM:
+            f1_C = tl.load(here + F1_ * C + c)
+    return b_C, f_C, wg_C, wl_C, b1_C, f1_C, b_end, f_end, m_end
+
+
+@triton.jit
 def rows_at(pointer, row, token, head, row_stride, token_stride, head_stride):
     """Where the features of one head begin, at one token of one batch row."""
     return pointer + row.to(tl.int64) * row_stride + token.to(tl.int64) * token_stride + head * head_stride
@@ -88,7 +109,7 @@ def lower(total_C, base_C, DIAGONAL: tl.constexpr, C: tl.constexpr):
     """exp(total_i − base_j) for j < i, and j = i with DIAGONAL; zero elsewhere."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     kept = i >= j if DIAGONAL else i > j
-    return tl.where(kept, tl.exp(tl.where(kept, total_C[:, None] - base_C[None, :], 0.0)), 0.0)
+    return tl.exp2(tl.where(kept, (total_C * LOG2_E)[:, None] - (base_C * LOG2_E)[None, :], float("-inf")))
 
 
 @triton.jit
@@ -96,7 +117,24 @@ def upper(total_C, base_C, DIAGONAL: tl.constexpr, C: tl.constexpr):
     """The transpose of `lower`, computed and not transposed: Hopper's compilers mistake transposed accumulators."""
     i, j = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
     kept = i <= j if DIAGONAL else i < j
-    return tl.where(kept, tl.exp(tl.where(kept, total_C[None, :] - base_C[:, None], 0.0)), 0.0)
+    return tl.exp2(tl.where(kept, (total_C * LOG2_E)[None, :] - (base_C * LOG2_E)[:, None], float("-inf")))
+
+
+@triton.jit
+def _linked(kept, value, next_kept, next_value):
+    return kept * next_kept, value * next_kept + next_value
+
+
+@triton.jit
+def running(x_C, kept_C):
+    """y_i = x_i + kept_i y_{i−1}: a product with a triangle of decays, without the triangle."""
+    return tl.associative_scan((kept_C, x_C), 0, _linked)[1]
+
+
+@triton.jit
+def running_back(x_C, next_kept_C):
+    """y_i = x_i + kept_{i+1} y_{i+1}, given kept_{i+1}: a product with the transposed triangle."""
+    return tl.associative_scan((next_kept_C, x_C), 0, _linked, reverse=True)[1]
 
 
 @triton.jit
@@ -131,6 +169,13 @@ def store_tile(pointer, tile, rows, valid, stride, columns, width):
     """Writes what of a tile lies inside a matrix, in the matrix's type."""
     mask = (rows < valid)[:, None] & (columns < width)[None, :]
     tl.store(pointer + rows[:, None] * stride + columns[None, :], tile.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_turned(pointer, tile, rows, valid, stride, columns, width):
+    """The same of a tile (columns, rows)."""
+    mask = (columns < width)[:, None] & (rows < valid)[None, :]
+    tl.store(pointer + rows[None, :] * stride + columns[:, None], tile.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit

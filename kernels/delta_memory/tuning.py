@@ -14,7 +14,7 @@ short chains hide each other's waits. In `gather_k` more columns spill registers
 def options(kernel: str, layout: Layout) -> dict[str, int]:
     """Constants of a launch: columns of values a program holds (BE), warps, and stages of the pipeline of loads."""
     columns = {"BE": min(WIDEST[kernel], layout.block_E)} if kernel in WIDEST else {}
-    return columns | {"num_warps": 4, "num_stages": 2}
+    return columns | {"num_warps": 1 if kernel == "gates" else 4, "num_stages": 2}
 
 
 def num_groups(layout: Layout) -> int:
