@@ -103,6 +103,24 @@ class LauncherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KnownGood:
+    """A variant whose settings are known to work: what was published for them, and what they reach here."""
+
+    variant: str
+    published: float
+    """Final score in per cent, as the source has it."""
+    source: str
+    recalled: bool = False
+    """Whether the published number is from general knowledge of the source, and was not read in it."""
+    tolerance: float = 2.0
+    """Points by which a mean may differ from the published number and still reproduce it."""
+    measured: str = ""
+    """Mean ± standard deviation over seeds that the results page has; empty until it was measured."""
+    minutes: float
+    """What one seed takes on the machine that the study's first line names."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """What a study and each of its runs are made of."""
 
@@ -137,6 +155,8 @@ class StudyConfig(Experiment):
     """The variant with which the report compares all others."""
     folder: str = "runs"
     """Where run folders are made."""
+    known_good: dict[str, KnownGood] = field(default_factory=dict)
+    """What `clplat run --best NAME` runs, by name."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -223,9 +243,9 @@ def _check_keys(cls: type, data: Any, path: str) -> None:
         nested = _NESTED.get(kind)
         if nested is not None and value is not None:
             _check_keys(nested, value, f"{path}{key}.")
-        elif key == "strategies" and isinstance(value, Mapping):
-            for name, component in value.items():
-                _check_keys(Component, component, f"{path}strategies.{name}.")
+        elif key in _NAMED and isinstance(value, Mapping):
+            for name, item in value.items():
+                _check_keys(_NAMED[key], item, f"{path}{key}.{name}.")
     for name, item in known.items():
         missing = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if missing and name not in data:
@@ -238,6 +258,9 @@ _NESTED = {
         Component, Budget, TrainingConfig, EvaluationConfig, CheckpointConfig, TrackingConfig, LauncherConfig
     )
 }  # fmt: skip
+
+_NAMED = {"strategies": Component, "known_good": KnownGood}
+"""What stands under the names of a mapping."""
 
 
 def plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -131,24 +131,35 @@ class DER(DERpp):
 class LwF(Strategy):
     """Learning without forgetting: on the current inputs the model is held to what it answered before the task.
 
-    α T² Σ_heads KL(softmax(old / T) ‖ softmax(new / T)), the mean over current rows; replayed ones are left out. In the
-    `task` scenario every earlier task is a head, in the `class` scenario all classes met before the task are one, else
-    the whole output is. The old answers come from a copy of the model as the last task left it, in evaluation mode.
+    β CE + α T² Σ_heads KL(softmax(old / T) ‖ softmax(new / T)), the mean over current rows; replayed ones are left
+    out. In the `task` scenario every earlier task is a head, in the `class` scenario all classes met before the task
+    are one, else the whole output is. The old answers come from a copy of the model as the last task left it, in
+    evaluation mode.
     """
 
     knobs: ClassVar[tuple[str, ...]] = ("alpha",)
     paper = "Li & Hoiem 2016, arXiv:1606.09282, Sec. 3"
     fidelity = "mechanism"
 
-    def __init__(self, *, alpha: float | list[float] = 1.0, temperature: float = 2.0) -> None:
+    def __init__(
+        self,
+        *,
+        alpha: float | list[float] = 1.0,
+        temperature: float = 2.0,
+        loss_weight: Literal["one", "share"] = "one",
+    ) -> None:
         """`alpha` is α, a number or a list with one for each task (the first task has nothing to be held to); with
-        nothing but 0 no model is kept. `temperature` is T: at 2 small chances of the old answer count more."""
+        nothing but 0 no model is kept. `temperature` is T: at 2 small chances of the old answer count more.
+        `loss_weight` is β, the weight of the loss on current rows: one, or the current task's share of the tasks so
+        far, 1/n, as in van de Ven & Tolias 2019 (there α is 1 − 1/n)."""
         schedule = alpha if isinstance(alpha, list) else [alpha]
         if min(schedule, default=-1.0) < 0:
             raise ValueError(f"alpha: give a number that is not negative, or one for each task; got {alpha}")
+        if loss_weight not in ("one", "share"):
+            raise ValueError(f"loss_weight: must be one or share, got {loss_weight!r}")
         if temperature <= 0:
             raise ValueError(f"temperature: must be positive, got {temperature}")
-        self.alpha, self.temperature = schedule[0], temperature
+        self.alpha, self.temperature, self.loss_weight = schedule[0], temperature, loss_weight
         self.schedule = schedule if isinstance(alpha, list) else []
         self.teacher: Architecture | None = None
         self.units: list[list[int]] = []
@@ -163,6 +174,14 @@ class LwF(Strategy):
     def task_start(self, task: Task) -> None:
         if self.schedule:
             self.alpha = self.schedule[len(self.context.past)]
+
+    def batch(self, batch: Batch) -> Batch:
+        if self.loss_weight == "one" or not self.context.past:
+            return batch
+        mixed = batch if batch.origin is not None else batch.with_origin(CURRENT)
+        weight = torch.ones_like(mixed.origin, dtype=torch.float32) if mixed.weight is None else mixed.weight
+        share = 1 / (len(self.context.past) + 1)
+        return mixed.replaced(weight=torch.where(mixed.origin == CURRENT, share * weight, weight))
 
     def penalty(self, output: Output, batch: Batch) -> Tensor | None:
         if self.teacher is None or not self.alpha:
