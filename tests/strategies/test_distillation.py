@@ -82,10 +82,25 @@ def test_answers_change_less_the_larger_alpha_is() -> None:
     assert drift[0] > 1.2 * drift[1] > 1.5 * drift[2]
 
 
+def test_the_current_loss_counts_by_its_tasks_share_and_replayed_rows_fully() -> None:
+    run, _, batch = after_two_tasks(LwF(loss_weight="share"), "class")
+    lwf, loss = run.strategies[0], run.context.loss
+    output = run.architecture(batch)
+    assert torch.allclose(loss(output, lwf.batch(batch)), loss(output, batch) / 3, rtol=1e-6)
+    mixed = batch.joined(run.path[0].train.batch(torch.arange(3)).with_origin(REPLAY, 0.5))
+    weight = lwf.batch(mixed).weight
+    assert torch.allclose(weight[:BATCH], torch.tensor(1 / 3)) and (weight[BATCH:] == 0.5).all()
+
+
+def test_the_first_task_is_trained_as_without_it() -> None:
+    held, plain = ToyRun([LwF(loss_weight="share")], Objective), ToyRun([], Objective)
+    assert all(torch.equal(w, plain.train(STEPS).weights()[n]) for n, w in held.train(STEPS).weights().items())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"alpha": -1.0}, "alpha"), ({"alpha": []}, "alpha"), ({"alpha": [0.0, -1.0]}, "alpha"),
-     ({"temperature": 0.0}, "temperature")],
+     ({"temperature": 0.0}, "temperature"), ({"loss_weight": "half"}, "loss_weight")],
 )  # fmt: skip
 def test_wrong_options_are_refused_by_name(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}: "):
