@@ -16,8 +16,8 @@ from pathlib import Path
 
 from results_page import BEGIN, END, markdown
 
-from clplat.config import KnownGood
 from clplat.errors import ClplatError
+from clplat.known_good import KnownGood
 from clplat.study_file import load_study
 from clplat.study_results import journal_results
 
@@ -57,7 +57,7 @@ class Row:
 
 def rows(folders: list[Path]) -> list[Row]:
     """The rows of the studies below the folders, in the order of their names in the shipped studies."""
-    from clplat.known_good import catalogue
+    from clplat.best import catalogue
 
     found = {}
     for folder in (study.parent for each in folders for study in each.glob("*/study.yaml")):

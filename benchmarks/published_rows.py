@@ -19,6 +19,7 @@ import dataclasses
 import fnmatch
 import multiprocessing
 import os
+import signal
 import sys
 import tarfile
 import time
@@ -29,7 +30,7 @@ from pathlib import Path
 
 from published_page import rows, table
 
-from clplat import known_good
+from clplat import best
 from clplat.config import StudyConfig, plain, save
 from clplat.errors import ClplatError
 from clplat.journal import last_status
@@ -51,7 +52,7 @@ class Job:
 
 def order(names: Sequence[str]) -> list[str]:
     """Numbers that were read in their source before those that were recalled, and the longest runs first."""
-    entries = {name: entry for name, (_, entry) in known_good.catalogue().items() if name in names}
+    entries = {name: entry for name, (_, entry) in best.catalogue().items() if name in names}
     return sorted(entries, key=lambda name: (entries[name].recalled, -entries[name].minutes))
 
 
@@ -62,7 +63,7 @@ def wanted(name: str, options: argparse.Namespace) -> StudyConfig:
         changes.append(("seeds", str(options.seeds)))
     if not options.gpu_jobs:
         changes.append(("training.accelerator", "cpu"))
-    study = settled(known_good.study(name, changes))
+    study = settled(best.study(name, changes))
     if options.steps:
         (variant, keys), = study.variants.items()  # fmt: skip
         training = (keys.get("training") or {}) | {"budget": {"steps": options.steps}}
@@ -205,7 +206,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("published"))
     parser.add_argument("--plan", action="store_true", help="print what would be run, and stop")
     options = parser.parse_args()
-    known = known_good.catalogue()
+    known = best.catalogue()
     for pattern in options.rows:
         if not fnmatch.filter(known, pattern):
             parser.error(f"--rows: nothing is called {pattern!r}; `clplat run --best` lists the names")
@@ -214,6 +215,8 @@ def main() -> None:
         plan(names, options)
         return
     os.environ["OMP_NUM_THREADS"] = "1"
+    # Whoever stops this command stops its runs, which then save themselves.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         Pool([job for name in names for job in laid_out(name, options)], options).run()
     except ClplatError as error:

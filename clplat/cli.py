@@ -174,12 +174,12 @@ def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console:
     from clplat.study_file import load_study
 
     if options.best:
-        from clplat import known_good
+        from clplat import best
 
         if options.config is None:
-            console.print(known_good.listed())
+            console.print(best.listed())
             return 0
-        study = known_good.study(options.config, overrides)
+        study = best.study(options.config, overrides)
     else:
         study = load_study(options.config, overrides)
     if options.dry_run:

@@ -10,7 +10,7 @@ from rich.console import Console
 from studies import study
 from written_images import cifar10_parquet, write_idx
 
-from clplat import known_good
+from clplat import best
 from clplat.cli import main
 from clplat.dry_run import estimate
 from clplat.errors import ConfigError
@@ -26,19 +26,19 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("name", known_good.catalogue())
+@pytest.mark.parametrize("name", best.catalogue())
 def test_every_name_takes_its_first_steps(name: str, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLPLAT_DATA", str(images))
     monkeypatch.setenv("CLPLAT_CACHE", str(images / "cache"))
     few = [("seeds", "[7]"), ("stream.init_args.num_tasks", "2"), ("stream.init_args.max_test_per_class", "1")]
-    found = known_good.study(name, [*few, ("training.accelerator", "cpu")])
+    found = best.study(name, [*few, ("training.accelerator", "cpu")])
     assert list(found.variants) == [found.known_good[name].variant] and found.name == name
     table = estimate(found, Console(quiet=True))
     assert table.row_count == 1
 
 
 def test_every_row_says_where_its_number_is_from() -> None:
-    for name, (_, entry) in known_good.catalogue().items():
+    for name, (_, entry) in best.catalogue().items():
         assert 0 < entry.published <= 100 and entry.source and entry.minutes > 0, name
         assert entry.tolerance == (3.0 if "cifar" in name else 2.0), name
 
@@ -50,7 +50,7 @@ def test_alone_it_lists_the_names_and_an_unknown_one_has_neighbours(capsys: pyte
     with pytest.raises(
         ConfigError, match="--best: nothing is called 'split_mnist_gdum'; did you mean 'split_mnist_gdumb'"
     ):
-        known_good.study("split_mnist_gdum")
+        best.study("split_mnist_gdum")
 
 
 def test_run_without_a_configuration_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +68,7 @@ def test_one_name_runs_its_variant_with_its_seeds(
     variants = {"a": {}, "b": {"training": {"batch_size": 8}}}
     whole = study(variants=variants, seeds=[3, 4], baseline="a", known_good={"some_name": entry})
     (shipped / "digits.yaml").write_text(yaml.safe_dump(whole))
-    monkeypatch.setattr(known_good, "shipped_folder", lambda: shipped)
+    monkeypatch.setattr(best, "shipped_folder", lambda: shipped)
     with pytest.raises(SystemExit) as ended:
         main(["run", "--best", "some_name", "--training.budget.steps", "4"])
     assert not ended.value.code, capsys.readouterr().err
