@@ -67,6 +67,7 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "RWalk": (lambda: RWalk(strength=0.5, interval=3), {"strength": 0.0}),
     "LwF": (lambda: LwF(alpha=0.5), {"alpha": 0.0}),
     "LwF share": (lambda: LwF(alpha=[0.0, 0.5, 0.7], loss_weight="share"), None),
+    "LwF seen": (lambda: LwF(alpha=0.5, softmax="seen"), {"alpha": 0.0}),
 }
 
 
@@ -80,6 +81,7 @@ NO_LANGUAGE = {
     "SCR one view": "SCR: the tasks of this stream have no classes",
     "iCaRL": "iCaRL: the tasks of this stream have no classes",
     "iCaRL bytes": "iCaRL: the tasks of this stream have no classes",
+    "LwF seen": r"LwF\.softmax: seen is for classes in the class scenario",
 }
 """What is refused on language, and with which words."""
 
