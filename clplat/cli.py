@@ -22,7 +22,8 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = root.add_subparsers(dest="command", metavar="COMMAND")
     run = commands.add_parser("run", help="run a study: CONFIG [--dotted.key value ...] [--dry-run]")
-    run.add_argument("config", help="a YAML file, or the name of a shipped study (see `clplat list studies`)")
+    run.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped study (`clplat list studies`)")
+    run.add_argument("--best", action="store_true", help="CONFIG is a name of known-good settings; alone: list them")
     run.add_argument("--dry-run", action="store_true", help="two batches a task; estimate time and memory")
     resume = commands.add_parser("resume", help="continue a run or a study where it was stopped")
     resume.add_argument("target", metavar="RUN_OR_FOLDER", help="a run folder, a study folder, or an MLflow run id")
@@ -67,6 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command is None:
         root.print_help()
         sys.exit(2)
+    if options.command == "run" and options.config is None and not options.best:
+        root.error("run: which CONFIG? `clplat list studies` names those that are shipped")
     overrides = dotted(rest, root, allowed=options.command in ("run", "resume", "show"))
     from clplat.errors import ClplatError
 
@@ -170,7 +173,15 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
 def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console: Console) -> int:
     from clplat.study_file import load_study
 
-    study = load_study(options.config, overrides)
+    if options.best:
+        from clplat import best
+
+        if options.config is None:
+            console.print(best.listed())
+            return 0
+        study = best.study(options.config, overrides)
+    else:
+        study = load_study(options.config, overrides)
     if options.dry_run:
         from clplat.dry_run import estimate
 

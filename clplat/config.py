@@ -18,6 +18,7 @@ import yaml
 
 from clplat.components import Component
 from clplat.errors import ConfigError, nearest
+from clplat.known_good import KnownGood
 from clplat.streams.base import Budget
 
 
@@ -137,6 +138,8 @@ class StudyConfig(Experiment):
     """The variant with which the report compares all others."""
     folder: str = "runs"
     """Where run folders are made."""
+    known_good: dict[str, KnownGood] = field(default_factory=dict)
+    """What `clplat run --best NAME` runs, by name."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -223,9 +226,9 @@ def _check_keys(cls: type, data: Any, path: str) -> None:
         nested = _NESTED.get(kind)
         if nested is not None and value is not None:
             _check_keys(nested, value, f"{path}{key}.")
-        elif key == "strategies" and isinstance(value, Mapping):
-            for name, component in value.items():
-                _check_keys(Component, component, f"{path}strategies.{name}.")
+        elif key in _NAMED and isinstance(value, Mapping):
+            for name, item in value.items():
+                _check_keys(_NAMED[key], item, f"{path}{key}.{name}.")
     for name, item in known.items():
         missing = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
         if missing and name not in data:
@@ -238,6 +241,9 @@ _NESTED = {
         Component, Budget, TrainingConfig, EvaluationConfig, CheckpointConfig, TrackingConfig, LauncherConfig
     )
 }  # fmt: skip
+
+_NAMED = {"strategies": Component, "known_good": KnownGood}
+"""What stands under the names of a mapping."""
 
 
 def plain(value: Any) -> Any:

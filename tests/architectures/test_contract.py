@@ -21,6 +21,9 @@ LABELLED = Spec(kind="classify", input_shape=(12,), num_outputs=6, scenario="cla
 
 CONTRACTS = {
     "mlp": Contract(factory=lambda spec: MLP(spec=spec, hidden_sizes=[32, 16], dropout=0.2), spec=IMAGES),
+    "mlp tanh": Contract(
+        factory=lambda spec: MLP(spec=spec, hidden_sizes=[16], activation="tanh", init="xavier"), spec=IMAGES
+    ),
     "linear": Contract(factory=lambda spec: MLP(spec=spec, hidden_sizes=[]), spec=IMAGES),
     "transformer": Contract(
         factory=lambda spec: Transformer(spec=spec, hidden_size=32, num_layers=2, num_heads=4, dropout=0.2), spec=TEXT

@@ -101,4 +101,4 @@ def test_a_component_inside_a_component_goes_by_its_bare_name_too() -> None:
     (run,) = expand(load_study(study(architecture={"class_path": "ChunkedHypernetwork", "init_args": options})))
     target = run.architecture.init_args["target"]
     assert target["class_path"] == "clplat.architectures.mlp.MLP"
-    assert target["init_args"] == {"hidden_sizes": [7], "dropout": 0.0}
+    assert target["init_args"] == {"hidden_sizes": [7], "dropout": 0.0, "activation": "relu", "init": "torch"}

@@ -58,6 +58,7 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "GEM": (lambda: GEM(patterns_per_task=4), {"patterns_per_task": 0}),
     "EWC": (lambda: EWC(strength=5.0, fisher_samples=6, fisher_batch_size=4), {"strength": 0.0}),
     "EWC batch": (lambda: EWC(strength=5.0, fisher="batch", labels="observed"), {"strength": 0.0}),
+    "EWC predicted": (lambda: EWC(strength=5.0, labels="predicted", fisher_batch_size=4), {"strength": 0.0}),
     "OnlineEWC": (lambda: OnlineEWC(strength=5.0, decay=0.5, fisher_batch_size=1), {"strength": 0.0}),
     "MAS": (lambda: MAS(strength=0.1, samples=6, batch_size=4), {"strength": 0.0}),
     "MAS batch": (lambda: MAS(strength=0.1, gradients="batch", average=0.5), {"strength": 0.0}),
@@ -65,6 +66,8 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "SI avalanche": (lambda: SI(strength=5.0, damping=1e-3, definition="avalanche"), {"strength": 0.0}),
     "RWalk": (lambda: RWalk(strength=0.5, interval=3), {"strength": 0.0}),
     "LwF": (lambda: LwF(alpha=0.5), {"alpha": 0.0}),
+    "LwF share": (lambda: LwF(alpha=[0.0, 0.5, 0.7], loss_weight="share"), None),
+    "LwF seen": (lambda: LwF(alpha=0.5, softmax="seen"), {"alpha": 0.0}),
 }
 
 
@@ -78,6 +81,7 @@ NO_LANGUAGE = {
     "SCR one view": "SCR: the tasks of this stream have no classes",
     "iCaRL": "iCaRL: the tasks of this stream have no classes",
     "iCaRL bytes": "iCaRL: the tasks of this stream have no classes",
+    "LwF seen": r"LwF\.softmax: seen is for classes in the class scenario",
 }
 """What is refused on language, and with which words."""
 

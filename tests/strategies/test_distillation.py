@@ -82,10 +82,37 @@ def test_answers_change_less_the_larger_alpha_is() -> None:
     assert drift[0] > 1.2 * drift[1] > 1.5 * drift[2]
 
 
+def test_the_current_loss_counts_by_its_tasks_share_and_replayed_rows_fully() -> None:
+    run, _, batch = after_two_tasks(LwF(loss_weight="share"), "class")
+    lwf, loss = run.strategies[0], run.context.loss
+    output = run.architecture(batch)
+    assert torch.allclose(loss(output, lwf.batch(batch)), loss(output, batch) / 3, rtol=1e-6)
+    mixed = batch.joined(run.path[0].train.batch(torch.arange(3)).with_origin(REPLAY, 0.5))
+    weight = lwf.batch(mixed).weight
+    assert torch.allclose(weight[:BATCH], torch.tensor(1 / 3)) and (weight[BATCH:] == 0.5).all()
+
+
+def test_among_all_classes_seen_the_current_ones_take_chances_from_the_old() -> None:
+    run, old, batch = after_two_tasks(LwF(alpha=0.7, temperature=3.0, softmax="seen"), "class")
+    output = run.architecture(batch)
+    p = (old[:, [0, 1, 2, 3]].double() / 3).softmax(-1)
+    q = (output.logits.double() / 3).softmax(-1)[:, [0, 1, 2, 3]]
+    expected = 0.7 * 9 * float((p * (p.log() - q.log())).sum(-1).mean().detach())
+    assert float(run.strategies[0].penalty(output, batch).detach()) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match=r"LwF\.softmax: seen is for classes in the class scenario"):
+        run.context.spec = replace(run.context.spec, scenario="task")
+        LwF(softmax="seen").setup(run.context)
+
+
+def test_the_first_task_is_trained_as_without_it() -> None:
+    held, plain = ToyRun([LwF(loss_weight="share")], Objective), ToyRun([], Objective)
+    assert all(torch.equal(w, plain.train(STEPS).weights()[n]) for n, w in held.train(STEPS).weights().items())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"alpha": -1.0}, "alpha"), ({"alpha": []}, "alpha"), ({"alpha": [0.0, -1.0]}, "alpha"),
-     ({"temperature": 0.0}, "temperature")],
+     ({"temperature": 0.0}, "temperature"), ({"loss_weight": "half"}, "loss_weight"), ({"softmax": "all"}, "softmax")],
 )  # fmt: skip
 def test_wrong_options_are_refused_by_name(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}: "):

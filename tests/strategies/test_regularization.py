@@ -64,6 +64,18 @@ def test_labels_are_drawn_from_the_models_own_answers() -> None:
     assert 0.5 < error.square().mean() < 1.6
 
 
+def test_predicted_labels_are_the_likeliest_answers() -> None:
+    run = in_doubles()
+    task = run.path[0]
+    with torch.no_grad():
+        likeliest = run.architecture(task.train.batch(torch.arange(ROWS))).logits.argmax(-1)
+    assert not torch.equal(likeliest, task.train.targets)
+    options = {"samples": None, "batch_size": 4, "per_sample": True}
+    predicted = fisher_diagonal(run.context, task, labels="predicted", **options)
+    task.train.targets.copy_(likeliest)
+    assert torch.equal(predicted, fisher_diagonal(run.context, task, labels="observed", **options))
+
+
 def test_hidden_classes_are_never_drawn() -> None:
     run = in_doubles()
     run.context.masked = lambda output, batch: output.logits.masked_fill(torch.arange(6) > 0, float("-inf"))
