@@ -6,16 +6,8 @@ import triton
 import triton.language as tl
 
 from clplat.kernels.delta_memory.triton_tiles import (
-    B1_,
-    B_,
     EXACT,
-    F1_,
-    F_,
     FROZEN,
-    M_,
-    NUM_VECTORS,
-    WG_,
-    WL_,
     chunk_rows,
     factors,
     first_slot,

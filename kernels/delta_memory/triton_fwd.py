@@ -29,7 +29,6 @@ from clplat.kernels.delta_memory.triton_tiles import (
     last_row,
     load_row,
     load_tile,
-    load_turned,
     lower,
     num_chunks,
     rows_at,
