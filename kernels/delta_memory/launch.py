@@ -63,7 +63,7 @@ def walk(
     # An empty sequence leaves its open chunk as it is.
     open_chunk = mode == FROZEN.value and (layout.packed or layout.offsets or layout.T % layout.C)
     anchor = (state.W if state.anchor is None else state.anchor).clone() if open_chunk else None
-    tuned = options("scan", layout)
+    tuned = options("scan", layout, mode)
     scan[(triton.cdiv(layout.E, tuned["BE"]), layout.N * layout.V)](
         q, k, v, *ready, state.W, state.S, state.anchor, o, W, S, anchor, *kept[:3], cu_seqlens, state.offset,
         *strides(q), *strides(k), *strides(v), layout.T, layout.slots, layout.D, layout.E,
@@ -110,15 +110,24 @@ def prepared(inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, layo
     q, k, v = inputs[:3]
     P, Tinv = layout.square(v.device), layout.square(v.device) if mode >= EXACT.value else None
     shape = (layout.all_slots, layout.V, NUM_VECTORS.value, layout.C)
-    # Zeros, for not every mode has every vector, and an operator's outputs must not depend on what lay in memory.
-    vectors = torch.zeros(shape, dtype=layout.accumulator, device=v.device)
+    # An operator's outputs must not depend on what lay in memory, and idle slots are left as they are.
+    idle = layout.packed or layout.offsets
+    vectors = (torch.zeros if idle else torch.empty)(shape, dtype=layout.accumulator, device=v.device)
     prepare[(layout.all_slots, layout.V)](
         q, k, inputs.rate, inputs.log_decay, inputs.log_momentum, P, Tinv, vectors, cu_seqlens, state.offset,
         *strides(q), *strides(k), layout.T, layout.N, layout.slots, layout.D,
         BN=triton.next_power_of_2(layout.N), MODE=mode, DECAY=inputs.log_decay is not None,
-        **layout.constants(momentum=inputs.log_momentum is not None), **options("prepare", layout),
+        **layout.constants(momentum=inputs.log_momentum is not None), **options("prepare", layout, mode),
     )  # fmt: skip
     return P, Tinv, vectors
+
+
+class EndAdjoints(NamedTuple):
+    """Adjoints of the end state; None is zero."""
+
+    W: Tensor | None
+    S: Tensor | None
+    anchor: Tensor | None
 
 
 class Gradients(NamedTuple):
@@ -136,10 +145,10 @@ class Gradients(NamedTuple):
 
 
 def backward(
-    inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, kept: Kept, do: Tensor, dstate: MemoryState,
+    inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, kept: Kept, do: Tensor, dend: EndAdjoints,
     *, mode: int, chunk: int,
 ) -> Gradients:  # fmt: skip
-    """Adjoints of all inputs; `do` (B, T, V, E) dense, `dstate` those of the end state."""
+    """Adjoints of all inputs; `do` (B, T, V, E) dense, `dend` those of the end state."""
     layout = Layout.of(inputs, state, cu_seqlens, chunk)
     (q, k, v, rate, decay, momentum), device = inputs, inputs.v.device
     P, Tinv, vectors = kept[3:]
@@ -154,11 +163,9 @@ def backward(
     dkept = [None if part is None else torch.empty_like(part) for part in (kept.W, kept.S)]
     constants = layout.constants(momentum=momentum is not None) | {"MODE": mode}
     q_strides, k_strides, v_strides = strides(q), strides(k), strides(v)
-    # The last chunk was full: the forward pass gave no anchor.
-    danchor = dstate.anchor if dstate.anchor is not None and dstate.anchor.numel() else None
-    tuned = options("scan_back", layout)
+    tuned = options("scan_back", layout, mode)
     scan_back[(triton.cdiv(layout.E, tuned["BE"]), layout.N * layout.V)](
-        q, k, do, P, Tinv, vectors, dstate.W, dstate.S, danchor, dv, *states, *dkept,
+        q, k, do, P, Tinv, vectors, *dend, dv, *states, *dkept,
         cu_seqlens, state.offset, *q_strides, *k_strides, layout.T, layout.slots, layout.D, layout.E,
         **tuned, **constants,
     )  # fmt: skip
@@ -168,22 +175,22 @@ def backward(
     scores[grid](
         q, k, v, kept.E, do, dv, rate, decay, momentum, dX, dY, *dgates, cu_seqlens, state.offset,
         *q_strides, *k_strides, *v_strides, *sizes,
-        DECAY=decay is not None, **options("scores", layout), **constants,
+        DECAY=decay is not None, **options("scores", layout, mode), **constants,
     )  # fmt: skip
     adjoints = torch.empty_like(vectors)
     gather_q[grid](
         q, k, do, vectors, kept.W, kept.S, dX, dq, adjoints, cu_seqlens, state.offset, *q_strides, *k_strides, *sizes,
-        **options("gather_q", layout), **constants,
+        **options("gather_q", layout, mode), **constants,
     )  # fmt: skip
     gather_k[grid](
         q, k, v, kept.E, do, dv, vectors, kept.W, kept.S, state.anchor, *dkept, dX, dY, dk, adjoints, cu_seqlens,
-        state.offset, *q_strides, *k_strides, *v_strides, *sizes, **options("gather_k", layout), **constants,
+        state.offset, *q_strides, *k_strides, *v_strides, *sizes, **options("gather_k", layout, mode), **constants,
     )  # fmt: skip
     for name in ("GROUP", "BD", "UPCAST", "PRECISION"):
         del constants[name]
     gates[grid](
         rate, decay, momentum, vectors, adjoints, *dgates, cu_seqlens, state.offset, layout.T, layout.N, layout.slots,
-        DECAY=decay is not None, **options("gates", layout), **constants,
+        DECAY=decay is not None, **options("gates", layout, mode), **constants,
     )  # fmt: skip
     if layout.group > 1:
         dq, dk = (part.unflatten(2, (-1, layout.group)).sum(3) for part in (dq, dk))

@@ -103,10 +103,10 @@ def backward_op(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, log_decay: Tensor | None, log_momentum: Tensor | None,
     W: Tensor, S: Tensor | None, anchor: Tensor | None, offset: Tensor | None, cu_seqlens: Tensor | None,
     W_kept: Tensor, S_kept: Tensor, errors: Tensor, P: Tensor, T: Tensor, vectors: Tensor,
-    do: Tensor, dW: Tensor, dS: Tensor, danchor: Tensor, mode: int, chunk: int,
+    do: Tensor, dW: Tensor | None, dS: Tensor | None, danchor: Tensor | None, mode: int, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Adjoints of q, k, v, rate, log_decay, log_momentum, W, S and anchor."""
-    from clplat.kernels.delta_memory.launch import backward
+    """Adjoints of q, k, v, rate, log_decay, log_momentum, W, S and anchor; of an end state's part, None means zero."""
+    from clplat.kernels.delta_memory.launch import EndAdjoints, backward
     from clplat.kernels.delta_memory.layout import Kept
 
     inputs, state, cu = _parts((q, k, v, rate, log_decay, log_momentum, W, S, anchor, offset, cu_seqlens))
@@ -114,10 +114,8 @@ def backward_op(
     kept = Kept(
         W_kept, S_kept if S is not None else None, errors if mode else None, P, T if corrected else None, vectors
     )
-    found = backward(
-        inputs, state, cu, kept, do.contiguous(),
-        MemoryState(dW.contiguous(), dS.contiguous(), danchor.contiguous()), mode=mode, chunk=chunk,
-    )  # fmt: skip
+    ends = (None if part is None or not part.numel() else part.contiguous() for part in (dW, dS, danchor))
+    found = backward(inputs, state, cu, kept, do.contiguous(), EndAdjoints(*ends), mode=mode, chunk=chunk)
     return tuple(v.new_empty(0) if part is None else part for part in found)  # type: ignore[return-value]
 
 
@@ -140,17 +138,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.mark_non_differentiable(*output[4:])
     # Else zeros as large as all kept states would be made, for nothing.
     ctx.set_materialize_grads(False)
-    ctx.shapes = [part.shape for part in output[:4]]
 
 
-def _backward(ctx: Any, *given: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, do: Tensor | None, *rest: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    v, W = saved[2], saved[6]
-    adjoints = (
-        (v if place == 0 else W).new_zeros(shape) if part is None else part
-        for place, (part, shape) in enumerate(zip(given[:4], ctx.shapes, strict=True))
-    )
-    found = torch.ops.clplat.delta_memory_backward(*saved, *adjoints, ctx.mode, ctx.chunk)
+    do = torch.zeros_like(saved[2]) if do is None else do
+    found = torch.ops.clplat.delta_memory_backward(*saved, do, *rest[:3], ctx.mode, ctx.chunk)
     gradients = [None if part is None else gradient for part, gradient in zip(saved[:9], found, strict=True)]
     return (*gradients, None, None, None, None, None)
 

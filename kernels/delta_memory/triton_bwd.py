@@ -34,8 +34,11 @@ def scan_back(
     row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
     c, d = tl.arange(0, C), tl.arange(0, BD)
     state = (n * V + head).to(tl.int64) * D * E
-    dW_DE = load_tile(dW_end + state, d, D, E, e, E, False).to(ACC)
-    dS_DE = load_tile(dS_end + state, d, D, E, e, E, False).to(ACC) if MOMENTUM else dW_DE
+    dW_DE, dS_DE = tl.zeros([BD, BE], dtype=ACC), tl.zeros([BD, BE], dtype=ACC)
+    if dW_end is not None:
+        dW_DE = load_tile(dW_end + state, d, D, E, e, E, False).to(ACC)
+    if dS_end is not None:
+        dS_DE = load_tile(dS_end + state, d, D, E, e, E, False).to(ACC)
     q = rows_at(q, row, first, head // GROUP, q_row, q_token, q_head)
     k = rows_at(k, row, first, head // GROUP, k_row, k_token, k_head)
     token = (row * T + first).to(tl.int64)
@@ -43,30 +46,19 @@ def scan_back(
     dv += (token * V + head) * E
     slot = first_slot(n, cu_seqlens, slots, C, PACKED).to(tl.int64) * V + head
     count = num_chunks(length, offset, C)
-    if danchor_end is not None:
+    if MODE == FROZEN:
+        # An empty sequence leaves its anchor as it is.
+        untouched_DE = tl.zeros([BD, BE], dtype=ACC)
+        if danchor_end is not None:
+            if count == 0:
+                untouched_DE = load_tile(danchor_end + state, d, D, E, e, E, False).to(ACC)
         if OFFSETS:
-            untouched_DE = load_tile(danchor_end + state, d, D, E, e, E, False)
-            store_tile(danchor + state, untouched_DE * tl.where(count == 0, 1.0, 0.0), d, D, E, e, E)
-        elif count == 0:
-            dW_DE += load_tile(danchor_end + state, d, D, E, e, E, False).to(ACC)
-    if count > 0:
-        _, ahead_valid = chunk_rows(count - 1, length, offset, C)
-        b_C, f_C, wg_C, wl_C, b1_C, f1_C, b_end, f_end, m_end = factors(
-            vectors, slot + (count - 1) * V, ahead_valid, MODE, MOMENTUM, C
-        )
-    else:
-        zero_C, zero = tl.zeros([C], dtype=ACC), tl.zeros([], dtype=ACC)
-        b_C, f_C, wg_C, wl_C, b1_C, f1_C, b_end, f_end, m_end = (
-            zero_C,
-            zero_C,
-            zero_C,
-            zero_C,
-            zero_C,
-            zero_C,
-            zero,
-            zero,
-            zero,
-        )
+            store_tile(danchor + state, untouched_DE, d, D, E, e, E)
+        else:
+            dW_DE += untouched_DE
+    i = tl.maximum(count - 1, 0)
+    _, valid = chunk_rows(i, length, offset, C)
+    b_C, f_C, wg_C, wl_C, b1_C, f1_C, b_end, f_end, m_end = factors(vectors, slot + i * V, valid, MODE, MOMENTUM, C)
     for back in range(count):
         i = count - 1 - back
         start, valid = chunk_rows(i, length, offset, C)
@@ -105,15 +97,21 @@ def scan_back(
         if MODE >= EXACT:
             dW_DE += tl.dot(k_DC, (b1_C[:, None] * dR_CE).to(k_DC.dtype), input_precision=PRECISION, out_dtype=ACC)
         if MODE == FROZEN:
-            dsource_DE = tl.dot(k_DC, dR_CE.to(k_DC.dtype), input_precision=PRECISION, out_dtype=ACC)
-            if danchor_end is not None:
-                if i == count - 1:
-                    dsource_DE += load_tile(danchor_end + state, d, D, E, e, E, False).to(ACC)
+            dR_CE = dR_CE.to(k_DC.dtype)
             if OFFSETS:
+                dsource_DE = tl.dot(k_DC, dR_CE, input_precision=PRECISION, out_dtype=ACC)
+                if danchor_end is not None:
+                    if i == count - 1:
+                        dsource_DE += load_tile(danchor_end + state, d, D, E, e, E, False).to(ACC)
                 if (i == 0) & (offset > 0):
                     store_tile(danchor + state, dsource_DE, d, D, E, e, E)
                     dsource_DE *= 0.0
-            dW_DE += dsource_DE
+                dW_DE += dsource_DE
+            else:
+                dW_DE = tl.dot(k_DC, dR_CE, dW_DE, input_precision=PRECISION, out_dtype=ACC)
+                if danchor_end is not None:
+                    if i == count - 1:
+                        dW_DE += load_tile(danchor_end + state, d, D, E, e, E, False).to(ACC)
         b_C, f_C, wg_C, wl_C, b1_C, f1_C = next_b_C, next_f_C, next_wg_C, next_wl_C, next_b1_C, next_f1_C
         b_end, f_end, m_end = next_b, next_f, next_m
     store_tile(dW + state, dW_DE, d, D, E, e, E)

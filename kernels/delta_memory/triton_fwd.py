@@ -74,48 +74,50 @@ def prepare(
     token = (row * T + start).to(tl.int64)
     q = rows_at(q, row, start, head // GROUP, q_row, q_token, q_head)
     k = rows_at(k, row, start, head // GROUP, k_row, k_token, k_head)
+    q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)
+    k_CD = load_tile(k, c, valid, k_token, d, D, UPCAST)
     gate = token * V + head
+    zero_C = tl.zeros([C], dtype=ACC)
     rate_C = load_row(rate + gate, c, valid, V, ACC)
-    decay_C = load_row(log_decay + gate, c, valid, V, ACC) if DECAY else tl.zeros([C], dtype=ACC)
+    decay_C = load_row(log_decay + gate, c, valid, V, ACC) if DECAY else zero_C
     total_C = tl.cumsum(decay_C, 0)
-    G_row = last_row(total_C, valid - 1, C)
-    G_ij = lower(total_C, total_C, True, C)
-    here = vectors + (slot.to(tl.int64) * V + head) * NUM_VECTORS * C + c
+    G_ij, G_row = lower(total_C, total_C, True, C), last_row(total_C, valid - 1, C)
+    f_C, wl_C, m_C, b1_C, f1_C = zero_C, zero_C, zero_C, zero_C, zero_C
     if MOMENTUM:
         momentum_C = load_row(log_momentum + gate, c, valid, V, ACC)
         next_C = load_row(log_momentum + gate + V, c, valid - 1, V, ACC)
         sums_C = tl.cumsum(momentum_C, 0)
-        Le_ij = lower(sums_C, sums_C, True, C)
-        m_C = tl.exp(sums_C)
-        G_ij = tl.dot(G_ij, Le_ij, input_precision=PRECISION, out_dtype=ACC)
+        Le_ij = lower(sums_C, sums_C, True, C).to(q_CD.dtype)
+        G_ij = tl.dot(G_ij.to(q_CD.dtype), Le_ij, input_precision=PRECISION, out_dtype=ACC)
         G_row = running_back(G_row, tl.exp(next_C))
-        tl.store(here + F_ * C, running(m_C, tl.exp(decay_C)))
-        tl.store(here + WL_ * C, last_row(sums_C, valid - 1, C) * rate_C)
-        tl.store(here + M_ * C, m_C)
-    tl.store(here + B_ * C, tl.exp(total_C))
-    tl.store(here + WG_ * C, G_row * rate_C)
-    q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)
-    k_CD = load_tile(k, c, valid, k_token, d, D, UPCAST)
+        m_C = tl.exp(sums_C)
+        f_C = running(m_C, tl.exp(decay_C))
+        wl_C = last_row(sums_C, valid - 1, C) * rate_C
     square = (slot.to(tl.int64) * V + head) * C * C
     P_ij = tl.dot(q_CD, tl.trans(k_CD), input_precision=PRECISION, out_dtype=ACC) * G_ij * rate_C[None, :]
     store_tile(P + square, P_ij, c, C, C, c, C)
     if MODE >= EXACT:
         seen_C = total_C if MODE == GDN else total_C - decay_C
+        b1_C = tl.exp(seen_C)
         G_ij = lower(seen_C, total_C, False, C)
-        tl.store(here + B1_ * C, tl.exp(seen_C))
         if MOMENTUM:
-            G_ij = tl.dot(G_ij, Le_ij, input_precision=PRECISION, out_dtype=ACC)
-            # f of the token before.
-            earlier = (c > 0) & (c <= valid)
-            kept_C = (
-                tl.exp(tl.load(log_decay + gate + (c - 1) * V, mask=earlier, other=0.0).to(ACC))
-                if DECAY
-                else rate_C * 0.0 + 1.0
-            )
-            f1_C = running(tl.where(c > 0, tl.exp(sums_C - momentum_C), 0.0), kept_C)
-            tl.store(here + F1_ * C, f1_C * tl.exp(decay_C) if MODE == GDN else f1_C)
+            G_ij = tl.dot(G_ij.to(q_CD.dtype), Le_ij, input_precision=PRECISION, out_dtype=ACC)
+            # f of the token before, with its decay or the present one's.
+            last_C = zero_C
+            if DECAY:
+                last_C = tl.load(log_decay + gate + (c - 1) * V, mask=(c > 0) & (c <= valid), other=0.0).to(ACC)
+            f1_C = running(tl.where(c > 0, tl.exp(sums_C - momentum_C), 0.0), tl.exp(last_C))
+            f1_C = f1_C * tl.exp(decay_C) if MODE == GDN else f1_C
         A_ij = tl.dot(k_CD, tl.trans(k_CD), input_precision=PRECISION, out_dtype=ACC) * G_ij * rate_C[None, :]
         store_tile(Tinv + square, inverse(A_ij, C, ACC, PRECISION), c, C, C, c, C)
+    here = vectors + (slot.to(tl.int64) * V + head) * NUM_VECTORS * C + c
+    tl.store(here + B_ * C, tl.exp(total_C))
+    tl.store(here + F_ * C, f_C)
+    tl.store(here + WG_ * C, G_row * rate_C)
+    tl.store(here + WL_ * C, wl_C)
+    tl.store(here + M_ * C, m_C)
+    tl.store(here + B1_ * C, b1_C)
+    tl.store(here + F1_ * C, f1_C)
 
 
 @triton.jit
@@ -147,22 +149,8 @@ def scan(
         E_kept += (token * V + head) * E
     slot = (first_slot(n, cu_seqlens, slots, C, PACKED)).to(tl.int64) * V + head
     count = num_chunks(length, offset, C)
-    if count > 0:
-        _, ahead = chunk_rows(0, length, offset, C)
-        b_C, f_C, wg_C, wl_C, b1_C, f1_C, b_end, f_end, m_end = factors(vectors, slot, ahead, MODE, MOMENTUM, C)
-    else:
-        zero_C, zero = tl.zeros([C], dtype=ACC), tl.zeros([], dtype=ACC)
-        b_C, f_C, wg_C, wl_C, b1_C, f1_C, b_end, f_end, m_end = (
-            zero_C,
-            zero_C,
-            zero_C,
-            zero_C,
-            zero_C,
-            zero_C,
-            zero,
-            zero,
-            zero,
-        )
+    _, valid = chunk_rows(0, length, offset, C)
+    b_C, f_C, wg_C, wl_C, b1_C, f1_C, b_end, f_end, m_end = factors(vectors, slot, valid, MODE, MOMENTUM, C)
     for i in range(count):
         start, valid = chunk_rows(i, length, offset, C)
         place = slot + i * V

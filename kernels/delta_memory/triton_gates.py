@@ -63,10 +63,8 @@ def scores(
     G_ij = lower(total_C, total_C, True, C)
     if MOMENTUM:
         momentum_C = tl.cumsum(load_row(log_momentum + token * V + head, c, valid, V, ACC), 0)
-        Le_ij = lower(momentum_C, momentum_C, True, C)
-        Le_ji = upper(momentum_C, momentum_C, True, C)
-        La_ij = G_ij
-        G_ij = tl.dot(La_ij, Le_ij, input_precision=PRECISION, out_dtype=ACC)
+        La_ij, Le_ij = G_ij, lower(momentum_C, momentum_C, True, C).to(q_CD.dtype)
+        G_ij = tl.dot(La_ij.to(q_CD.dtype), Le_ij, input_precision=PRECISION, out_dtype=ACC)
     causal = c[:, None] >= c[None, :]
     dP_ij = tl.where(causal, -tl.dot(do_CE, E_EC, input_precision=PRECISION, out_dtype=ACC), 0.0)
     square = (slot.to(tl.int64) * V + head) * C * C
@@ -76,8 +74,9 @@ def scores(
     drate_C = tl.sum(dX_ij * X_ij, 0)
     dG_ij = dP_ij * X_ij * rate_C[None, :]
     if MOMENTUM:
-        dLa_ij = tl.dot(dG_ij, Le_ji, input_precision=PRECISION, out_dtype=ACC) * La_ij
-        La_ji = upper(total_C, total_C, True, C)
+        dG_ij = dG_ij.to(q_CD.dtype)
+        dLa_ij = tl.dot(dG_ij, tl.trans(Le_ij), input_precision=PRECISION, out_dtype=ACC) * La_ij
+        La_ji = upper(total_C, total_C, True, C).to(q_CD.dtype)
         dLe_ij = tl.dot(La_ji, dG_ij, input_precision=PRECISION, out_dtype=ACC)
     else:
         dLa_ij = dG_ij * G_ij
@@ -89,7 +88,7 @@ def scores(
         La1_ij = lower(seen_C, total_C, False, C)
         G1_ij = La1_ij
         if MOMENTUM:
-            G1_ij = tl.dot(La1_ij, Le_ij, input_precision=PRECISION, out_dtype=ACC)
+            G1_ij = tl.dot(La1_ij.to(q_CD.dtype), Le_ij, input_precision=PRECISION, out_dtype=ACC)
         strict = c[:, None] > c[None, :]
         dA_ij = tl.where(strict, -tl.dot(dR_CE, E_EC, input_precision=PRECISION, out_dtype=ACC), 0.0)
         k_CD = load_tile(k, c, valid, k_token, d, D, UPCAST)
@@ -99,8 +98,9 @@ def scores(
         drate_C += tl.sum(dY_ij * Y_ij, 0)
         dG1_ij = dA_ij * Y_ij * rate_C[None, :]
         if MOMENTUM:
-            dLa1_ij = tl.dot(dG1_ij, Le_ji, input_precision=PRECISION, out_dtype=ACC) * La1_ij
-            La1_ji = upper(seen_C, total_C, False, C)
+            dG1_ij = dG1_ij.to(q_CD.dtype)
+            dLa1_ij = tl.dot(dG1_ij, tl.trans(Le_ij), input_precision=PRECISION, out_dtype=ACC) * La1_ij
+            La1_ji = upper(seen_C, total_C, False, C).to(q_CD.dtype)
             dLe_ij += tl.dot(La1_ji, dG1_ij, input_precision=PRECISION, out_dtype=ACC)
         else:
             dLa1_ij = dG1_ij * La1_ij

@@ -82,19 +82,23 @@ def chunk_of(
 def factors(vectors, place, valid, MODE: tl.constexpr, MOMENTUM: tl.constexpr, C: tl.constexpr):
     """Of the chunk in a place: b, f, the writes' weights for W and S, b′, f′, and what is left of W and S at its end.
 
-    A walk asks for them one chunk ahead, so that it never waits for them. What a mode has not stands for b.
+    A walk asks for them one chunk ahead, so that it never waits for them; of a chunk without tokens they are zero. b
+    stands for what a mode has not.
     """
-    c = tl.arange(0, C)
-    here = vectors + place * NUM_VECTORS * C
-    b_C, wg_C, b_end = tl.load(here + B_ * C + c), tl.load(here + WG_ * C + c), tl.load(here + B_ * C + valid - 1)
+    here, c, some = vectors + place * NUM_VECTORS * C, tl.arange(0, C), valid > 0
+    there = c < tl.where(some, C, 0)
+    b_C, wg_C = tl.load(here + B_ * C + c, mask=there, other=0.0), tl.load(here + WG_ * C + c, mask=there, other=0.0)
+    b_end = tl.load(here + B_ * C + valid - 1, mask=some, other=0.0)
     f_C, wl_C, b1_C, f1_C, f_end, m_end = b_C, b_C, b_C, b_C, b_end, b_end
     if MOMENTUM:
-        f_C, wl_C = tl.load(here + F_ * C + c), tl.load(here + WL_ * C + c)
-        f_end, m_end = tl.load(here + F_ * C + valid - 1), tl.load(here + M_ * C + valid - 1)
+        f_C = tl.load(here + F_ * C + c, mask=there, other=0.0)
+        wl_C = tl.load(here + WL_ * C + c, mask=there, other=0.0)
+        f_end = tl.load(here + F_ * C + valid - 1, mask=some, other=0.0)
+        m_end = tl.load(here + M_ * C + valid - 1, mask=some, other=0.0)
     if MODE >= EXACT:
-        b1_C = tl.load(here + B1_ * C + c)
+        b1_C = tl.load(here + B1_ * C + c, mask=there, other=0.0)
         if MOMENTUM:
-            f1_C = tl.load(here + F1_ * C + c)
+            f1_C = tl.load(here + F1_ * C + c, mask=there, other=0.0)
     return b_C, f_C, wg_C, wl_C, b1_C, f1_C, b_end, f_end, m_end
 
 

@@ -5,16 +5,23 @@ from __future__ import annotations
 import triton
 
 from clplat.kernels.delta_memory.layout import Layout
+from clplat.kernels.delta_memory.triton_tiles import HEBB
 
 WIDEST = {"scan": 32, "scan_back": 32, "scores": 128, "gather_q": 64, "gather_k": 32}
 """Columns of values that a program holds at once; `scores` needs all. The walk over chunks is one long chain: many
 short chains hide each other's waits. In `gather_k` more columns spill registers."""
 
 
-def options(kernel: str, layout: Layout) -> dict[str, int]:
+def options(kernel: str, layout: Layout, mode: int) -> dict[str, int]:
     """Constants of a launch: columns of values a program holds (BE), warps, and stages of the pipeline of loads."""
-    columns = {"BE": min(WIDEST[kernel], layout.block_E)} if kernel in WIDEST else {}
-    return columns | {"num_warps": 1 if kernel == "gates" else 4, "num_stages": 2}
+    small = layout.block_D <= 64
+    stages = 3 if kernel == "gather_k" or (small and kernel in ("scan", "scan_back")) else 2
+    found = {"num_warps": 1 if kernel == "gates" else 4, "num_stages": stages}
+    if kernel not in WIDEST:
+        return found
+    # Without errors to solve for, a wide program's registers suffice.
+    widest = 64 if kernel == "scan" and mode == HEBB.value and not small else WIDEST[kernel]
+    return found | {"BE": min(widest, layout.block_E)}
 
 
 def num_groups(layout: Layout) -> int:

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from clplat.kernels.delta_memory.launch import backward, forward
+from clplat.kernels.delta_memory.launch import EndAdjoints, backward, forward
 from clplat.kernels.delta_memory.reference import MODES, Inputs, MemoryState
 
 TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
@@ -48,7 +48,7 @@ def compile_all(mode: str, *, width: int, momentum: bool, packed: bool) -> None:
     state = MemoryState(W, W if momentum else None, W, offset) if packed else MemoryState(W, W if momentum else None)
     how = {"mode": MODES.index(mode), "chunk": 64}
     *_, kept = forward(inputs, state, bounds, keep=True, **how)
-    backward(inputs, state, bounds, kept, rows, MemoryState(W, W, W), **how)
+    backward(inputs, state, bounds, kept, rows, EndAdjoints(W, W, W), **how)
 
 
 if __name__ == "__main__":
