@@ -52,26 +52,29 @@ def gather_q(
     q = rows_at(q, row, start, head // GROUP, q_row, q_token, q_head)
     k = rows_at(k, row, start, head // GROUP, k_row, k_token, k_head)
     place = slot.to(tl.int64) * V + head
-    tokens = (token * V + head) * E
-    q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)
-    k_CD = load_tile(k, c, valid, k_token, d, D, UPCAST)
-    here = vectors + place * NUM_VECTORS * C + c
-    found = adjoints + place * NUM_VECTORS * C + c
-    X_ij = load_tile(dX + place * C * C, c, C, C, c, C, UPCAST)
-    dq_CD = tl.dot(X_ij, k_CD, input_precision=PRECISION, out_dtype=ACC)
-    b_C, db_C = tl.load(here + B_ * C), tl.zeros([C], dtype=ACC)
-    f_C, df_C = tl.load(here + F_ * C) if MOMENTUM else b_C, db_C
+    do += (token * V + head) * E
+    # do Wᵀ and do Sᵀ serve both adjoints: q's, and with q that of the gate.
+    Wdo_CD, Sdo_CD = tl.zeros([C, BD], dtype=ACC), tl.zeros([C, BD], dtype=ACC)
     for block in range(0, E, BE):
         e = block + tl.arange(0, BE)
-        do_CE = load_tile(do + tokens, c, valid, V * E, e, E, UPCAST)
+        do_CE = load_tile(do, c, valid, V * E, e, E, UPCAST)
         W_ED = load_tile(W_kept + place * D * E, e, E, D, d, D, UPCAST)
-        dq_CD, db_C = reached(dq_CD, db_C, q_CD, do_CE, W_ED, b_C, ACC, PRECISION)
+        Wdo_CD = tl.dot(do_CE, W_ED, Wdo_CD, input_precision=PRECISION, out_dtype=ACC)
         if MOMENTUM:
             S_ED = load_tile(S_kept + place * D * E, e, E, D, d, D, UPCAST)
-            dq_CD, df_C = reached(dq_CD, df_C, q_CD, do_CE, S_ED, f_C, ACC, PRECISION)
+            Sdo_CD = tl.dot(do_CE, S_ED, Sdo_CD, input_precision=PRECISION, out_dtype=ACC)
+    q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)
+    k_CD = load_tile(k, c, valid, k_token, d, D, UPCAST)
+    X_ij = load_tile(dX + place * C * C, c, C, C, c, C, UPCAST)
+    here = vectors + place * NUM_VECTORS * C + c
+    found = adjoints + place * NUM_VECTORS * C + c
+    dq_CD = tl.load(here + B_ * C)[:, None] * Wdo_CD
+    tl.store(found + B_ * C, tl.sum(q_CD * Wdo_CD, 1))
+    if MOMENTUM:
+        dq_CD += tl.load(here + F_ * C)[:, None] * Sdo_CD
+        tl.store(found + F_ * C, tl.sum(q_CD * Sdo_CD, 1))
+    dq_CD = tl.dot(X_ij, k_CD, dq_CD, input_precision=PRECISION, out_dtype=ACC)
     store_tile(dq + (token * V + head) * D, dq_CD, c, valid, V * D, d, D)
-    tl.store(found + B_ * C, db_C)
-    tl.store(found + F_ * C, df_C)
 
 
 @triton.jit
