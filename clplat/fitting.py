@@ -201,9 +201,10 @@ class TaskSteps:
 
     def reached_before(self) -> bool:
         """Whether the task was over at the step from which a resumed run goes on: scored then, stopped, and saved."""
-        learner, every = self.run.parts.learner, self.evaluate_every
-        scored = bool(every) and learner.batches > 0 and learner.global_steps % every == 0
-        return scored and self._reached(self.run.tasks_seen(self.task))
+        learner = self.run.parts.learner
+        if not self.evaluate_every or not learner.batches or learner.global_steps % self.evaluate_every:
+            return False
+        return self._reached(self.run.tasks_seen(self.task))
 
     def _reached(self, seen: list[int]) -> bool:
         if not self.thresholds:

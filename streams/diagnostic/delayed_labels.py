@@ -17,6 +17,8 @@ from clplat.streams.batch import IGNORE
 from clplat.streams.diagnostic.bit_rows import PAD, BitRows, Labels, delayed_match, parity
 from clplat.streams.scorers import Classify, Sums
 
+LABELS: dict[str, Labels] = {"parity": parity, "match": delayed_match}
+
 Curriculum = Literal["single_head", "multi_head", "sliding"]
 
 
@@ -47,7 +49,6 @@ class _DelayedLabels(Stream):
 
     label: ClassVar[str]
     fair: ClassVar[bool]
-    labels: ClassVar[Labels]
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class _DelayedLabels(Stream):
         bits = (torch.rand(count, 4 * number + 2, generator=draw) < share).to(torch.uint8)
         one_head = self.curriculum == "single_head"
         return BitRows(
-            bits, lengths if training else lengths.sort().values, labels=type(self).labels, task=index,
+            bits, lengths if training else lengths.sort().values, labels=LABELS[self.label], task=index,
             questions=asked if one_head else [n if n in asked else None for n in self.numbers],
             width=self.spec.input_shape[0], one_length=training, one_head=one_head,
         )  # fmt: skip
@@ -136,7 +137,6 @@ class NParity(_DelayedLabels):
 
     paper = "Khajehabdollahi et al. 2024, arXiv:2309.12927"
     label, fair = "parity", False
-    labels = staticmethod(parity)
 
 
 class NDelayedMatch(_DelayedLabels):
@@ -144,4 +144,3 @@ class NDelayedMatch(_DelayedLabels):
 
     paper = "Khajehabdollahi et al. 2024, arXiv:2309.12927"
     label, fair = "match", True
-    labels = staticmethod(delayed_match)
