@@ -48,13 +48,15 @@ class Architecture(nn.Module):
 
     Class attributes declare what tests and the platform rely on: `causal` (True, False, or None where time
     has no meaning), `memory_life` of the carried state, `batch_coupled` (rows influence each other in training,
-    as with BatchNorm), `frozen` (name prefixes of parameters that get no gradient), `paper`.
+    as with BatchNorm), `frozen` (name prefixes of parameters that get no gradient), `several_heads` (it answers the
+    questions of streams with `spec.heads`), `paper`.
     """
 
     causal: ClassVar[bool | None] = None
     memory_life: ClassVar[Literal["sequence", "task", "run"]] = "sequence"
     batch_coupled: ClassVar[bool] = False
     frozen: ClassVar[tuple[str, ...]] = ()
+    several_heads: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     fidelity: ClassVar[Literal["exact", "mechanism", "interpretation", "standard"]] = "standard"
 
@@ -80,6 +82,11 @@ class Architecture(nn.Module):
     def init_state(self, batch_size: int) -> State:
         """Empty carried state for step-by-step decoding, or None."""
         return None
+
+    def measurements(self) -> Mapping[str, float]:
+        """Numbers about the model that are worth a curve, `model/NAME` in the record; asked for at task boundaries
+        only. Draws from no global random source and changes nothing."""
+        return {}
 
     def flops_per_row(self) -> float:
         """Forward operations for one row (one sample, or one row of T tokens): 2 per weight and use."""

@@ -65,6 +65,17 @@ def declares_itself(contract: Contract) -> None:
     require(0 < active <= total, model, f"active_parameters must lie in 1..{total}, not {active}")
 
 
+def is_measured_without_a_trace(contract: Contract) -> None:
+    """`measurements` gives plain numbers, draws from no global random source and changes nothing."""
+    model, random = contract.model(), torch.get_rng_state()
+    before = copy.deepcopy(model.state_dict())
+    for name, value in model.measurements().items():
+        require(isinstance(value, float), model, f"measurement {name!r} must be a plain float, not {value!r}")
+    require(torch.equal(random, torch.get_rng_state()), model, "measurements draw from torch's global random source")
+    for name, value in model.state_dict().items():
+        require(torch.equal(value, before[name]), model, f"measurements changed {name}")
+
+
 def is_built_from_the_seed_alone(contract: Contract) -> None:
     """Two models built under one seed have equal weights: differences between variants are paired."""
     first, second = contract.model().state_dict(), contract.model().state_dict()
@@ -241,6 +252,7 @@ def learns_one_batch_by_heart(contract: Contract) -> None:
 
 CHECKS: tuple[Callable[[Contract], None], ...] = (
     declares_itself,
+    is_measured_without_a_trace,
     is_built_from_the_seed_alone,
     is_causal,
     keeps_documents_apart,

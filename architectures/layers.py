@@ -35,16 +35,27 @@ def rotate(x_BTHD: Tensor, angles: Angles) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def free_to_look(tensor: Tensor) -> bool:
+    """Whether the way of the computation may depend on what the tensor holds: on the CPU only. An accelerator would
+    have to be waited for, and under a compiler or vmap there is no one answer."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return tensor.device.type == "cpu" and not traced
+
+
+def trimmed(tokens_BT: Tensor, pad_token: int) -> Tensor:
+    """The columns up to the last token of any row, where that may be looked up: short rows cost what they are long."""
+    if not free_to_look(tokens_BT):
+        return tokens_BT
+    used = (tokens_BT != pad_token).any(0).nonzero()
+    return tokens_BT[:, : int(used[-1]) + 1] if len(used) else tokens_BT[:, :1]
+
+
 def causal_document_mask(segment_ids: Tensor) -> Tensor | None:
     """(B, 1, T, T), True where a token may look: its own past within its own document.
 
-    None, which stands for the plain causal mask, where every row holds one document. That is looked up on
-    the CPU only: on an accelerator the answer would have to be waited for, and under a compiler or vmap there
-    is no one answer.
+    None, which stands for the plain causal mask, where every row holds one document and that may be looked up.
     """
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    free_to_look = segment_ids.device.type == "cpu" and not traced
-    if free_to_look and bool((segment_ids[:, 0] == segment_ids[:, -1]).all()):
+    if free_to_look(segment_ids) and bool((segment_ids[:, 0] == segment_ids[:, -1]).all()):
         return None
     same = segment_ids.unsqueeze(2) == segment_ids.unsqueeze(1)
     return same.tril().unsqueeze(1)

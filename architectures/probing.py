@@ -57,7 +57,8 @@ class Contract:
         """Random rows; those of a language begin with different tokens, so that they can be told apart."""
         draw, outputs = torch.Generator().manual_seed(seed), self.spec.num_outputs
         shape = (rows, *self.spec.input_shape)
-        targets = torch.randint(outputs, shape if self.language else (rows,), generator=draw)
+        answers = (rows,) if self.spec.heads is None else (rows, self.spec.heads)
+        targets = torch.randint(outputs, shape if self.language else answers, generator=draw)
         inputs = torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
         if self.spec.vocab_size is not None:
             inputs = self._padded_rows(rows, draw)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from clplat.architectures.base import Architecture, Output, State
-from clplat.architectures.layers import rotary_angles
+from clplat.architectures.layers import rotary_angles, trimmed
 from clplat.architectures.transformer import Block
 from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
@@ -61,7 +61,7 @@ class TextClassifier(Architecture):
 
     def forward(self, batch: Batch, state: State = None, return_hidden: str | None = None) -> Output:
         """Logits (B, C); `hidden` (B, H) is the mean over a row's tokens, the input of the head."""
-        tokens = self._trimmed(batch.inputs)
+        tokens = trimmed(batch.inputs, self.pad_token)
         places = torch.arange(tokens.shape[1], device=tokens.device)
         # The first place always counts: attention and mean over nothing would be undefined for an empty text.
         real = (tokens != self.pad_token) | (places == 0)
@@ -81,18 +81,6 @@ class TextClassifier(Architecture):
         pairs = tokens * tokens if self.attention == "bidirectional" else tokens * (tokens + 1) // 2
         weights = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
         return 2.0 * (tokens * weights + self.head.weight.numel()) + 4.0 * len(self.blocks) * width * pairs
-
-    def _trimmed(self, tokens: Tensor) -> Tensor:
-        """The columns up to the last token of any row: short texts cost what they are long.
-
-        Looked up on the CPU only: an accelerator would have to be waited for, and under a compiler or vmap there is no
-        one answer.
-        """
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if tokens.device.type != "cpu" or traced:
-            return tokens
-        used = (tokens != self.pad_token).any(0).nonzero()
-        return tokens[:, : int(used[-1]) + 1] if len(used) else tokens[:, :1]
 
     def _mask(self, real_BT: Tensor) -> Tensor:
         """(B, 1, T, T), or (B, 1, 1, T) where all tokens see the same: True where a token may look."""

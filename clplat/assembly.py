@@ -90,6 +90,11 @@ def built_architecture(config: RunConfig, stream: Stream) -> Architecture:
     """The architecture with the initial weights of this seed, the same for every variant."""
     seed_global(config.seed, "init")
     architecture: Architecture = build(config.architecture, "architecture", "architecture", {"spec": stream.spec})
+    if stream.spec.heads is not None and not architecture.several_heads:
+        raise ConfigError(
+            f"architecture: {type(architecture).__name__} answers one question about a sample, and this stream asks "
+            f"{stream.spec.heads}; choose one that declares `several_heads`, for example LeakyRNN, or a stream with one"
+        )
     if stream.spec.kind == "language" and architecture.causal is not True:
         raise ConfigError(
             f"architecture: {type(architecture).__name__} is not causal, and a language stream would let it read the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -100,13 +100,17 @@ class Evaluator:
                         found += self._set_cells(probe, view, name, index=None, headline=None)
         return found
 
-    def validation(self, task: Task, seen: Sequence[int]) -> float:
-        """The headline metric on the task's validation set."""
-        if task.val is None:
-            raise ValueError(f"task {task.name!r} has no validation set, which `training.budget.until` needs")
+    def reached(self, task: Task, thresholds: Mapping[str, float], seen: Sequence[int]) -> bool:
+        """Whether every metric of `thresholds` on the task's validation set is as good as its threshold."""
+        assert task.val is not None, "checked when the run was assembled"
         with self._undisturbed():
             view = View(self.architecture, self.objective, self.hooks, seen, self.precision)
-            return self._scores(task.val, view)[task.headline][0]
+            scores = self._scores(task.val, view)
+        kinds = task.val.scorer.metrics
+        return all(
+            scores[name][0] >= least if kinds[name].higher_is_better else scores[name][0] <= least
+            for name, least in thresholds.items()
+        )
 
     def _task_cells(self, task: Task, view: View, name: str) -> list[Cell]:
         headline = task.headline if task.view == name else None

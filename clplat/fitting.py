@@ -6,14 +6,15 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from clplat.config import TrainingConfig
+from clplat.config import RunConfig, TrainingConfig
+from clplat.errors import ConfigError, nearest
 from clplat.loaders import RowOrder, TaskLoader
 from clplat.streams.base import Task
 
@@ -28,7 +29,7 @@ def fit(run: Run, task: Task) -> None:
     learner = run.parts.learner
     learner.full_rows = run.config.training.batch_size // run.world.size
     learner.watch = steps = TaskSteps(run, task, total=loader.stop // run.config.training.accumulate)
-    if len(loader):
+    if len(loader) and not steps.reached_before():
         learner.train()
         with _quiet():
             new_trainer(run.config.training, run.parts.device, run.world.size).fit(learner, loader)
@@ -37,6 +38,28 @@ def fit(run: Run, task: Task) -> None:
         steps.ended()  # stopped between the last step and the end: what it had not logged yet
     learner.watch = None
     learner.task_done()
+
+
+def check_early_ends(config: RunConfig, tasks: Sequence[Task]) -> None:
+    """Refuse an early end of a task that would never come."""
+    for task in tasks:
+        thresholds = (task.budget or config.training.budget).thresholds(task.headline)
+        if thresholds and config.evaluation.every is None:
+            raise ConfigError(
+                "training.budget.until: is looked at where tasks are scored inside tasks; set evaluation.every to the "
+                "optimizer steps between two looks"
+            )
+        if thresholds and task.val is None:
+            raise ConfigError(
+                f"training.budget.until: task {task.name!r} has no validation set to reach a threshold on; give the "
+                "stream one (val_fraction or the like), or leave `until` out"
+            )
+        known = task.val.scorer.metrics if task.val is not None else {}
+        if missing := [name for name in thresholds if name not in known]:
+            raise ConfigError(
+                f"training.budget.until: the validation set of {task.name!r} has no metric {missing[0]!r}"
+                f"{nearest(missing[0], known)}"
+            )
 
 
 def task_loader(run: Run, task: Task) -> TaskLoader:
@@ -102,7 +125,7 @@ class TaskSteps:
         self.run, self.task, self.total = run, task, total
         self.log_every = run.config.tracking.log_every
         self.evaluate_every = run.config.evaluation.every
-        self.until = run.budget(task).until
+        self.thresholds = run.budget(task).thresholds(task.headline)
         self._resumed_at = time.perf_counter()
         self._means: tuple[Means, dict[str, float], int] | None = None
 
@@ -172,16 +195,22 @@ class TaskSteps:
         if run.journal is not None:
             run.journal.curve(step, self.task.index, cells)
         run.observe("evaluation", None, run.parts.hooks.controllers)
-        if self.until is not None:
-            self._stop_when_good(seen)
+        if self._reached(seen):
+            run.parts.learner.trainer.should_stop = True
         self._resumed_at = time.perf_counter()
 
-    def _stop_when_good(self, seen: list[int]) -> None:
-        value = self.run.parts.evaluator.validation(self.task, seen)
-        higher = self.task.test.scorer.metrics[self.task.headline].higher_is_better
-        assert self.until is not None
-        if (value >= self.until) if higher else (value <= self.until):
-            self.run.parts.learner.trainer.should_stop = True
+    def reached_before(self) -> bool:
+        """Whether the task was over at the step from which a resumed run goes on: scored then, stopped, and saved."""
+        learner = self.run.parts.learner
+        if not self.evaluate_every or not learner.batches or learner.global_steps % self.evaluate_every:
+            return False
+        return self._reached(self.run.tasks_seen(self.task))
+
+    def _reached(self, seen: list[int]) -> bool:
+        if not self.thresholds:
+            return False
+        with self.run.costs.timed("evaluation"):
+            return self.run.parts.evaluator.reached(self.task, self.thresholds, seen)
 
     def _observe_steps(self, step: int) -> None:
         controllers = self.run.parts.hooks.controllers

@@ -18,7 +18,7 @@ from clplat.checkpoint import Checkpoints, write
 from clplat.config import RunConfig, difference, parse, plain
 from clplat.costs import Costs
 from clplat.errors import ConfigError, Interrupted
-from clplat.fitting import fit
+from clplat.fitting import check_early_ends, fit
 from clplat.interruption import Interruption
 from clplat.journal import Journal
 from clplat.metrics import summary
@@ -55,6 +55,7 @@ class Run:
         self.table, self.costs = ResultTable(), Costs()
         self.costs.start_memory()
         self.path: Sequence[Task] = self.parts.hooks.select_tasks(self.parts.stream.tasks)
+        check_early_ends(config, self.path)
         self.phase, self.position = "before", 0
         self.seen: list[int] = []
         self.forgetting: dict[str, float] = {}
@@ -121,13 +122,14 @@ class Run:
             except Interrupted:
                 self.save(self.phase)
                 raise
+            measured = {f"model/{name}": value for name, value in self.parts.architecture.measurements().items()}
         step = self.parts.learner.global_steps
         self.table.add(row, step, cells)
         self.forgetting = self.table.forgetting_by_task()
         if self.journal is not None:
             self.costs.measure_memory()
             self.journal.results(row, step, cells)
-            self.journal.metrics(step, self.costs_now() | {"task_position": float(row)})
+            self.journal.metrics(step, self.costs_now() | measured | {"task_position": float(row)})
             self.journal.flush()
         if row:
             self.observe("boundary", None, self.parts.hooks.controllers)

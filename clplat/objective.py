@@ -18,7 +18,8 @@ class Objective(nn.Module):
 
     In the `task` scenario each row is answered among its own task's classes, in training and in evaluation. In the
     `class` scenario training sees the whole head and evaluation the classes met so far, as most papers do. A language
-    hides no token: where labels are text, their scorer asks for the classes seen.
+    hides no token: where labels are text, their scorer asks for the classes seen. The losses of several questions about
+    one sample (`spec.heads`) add up; those of a row's tokens are averaged.
     """
 
     def __init__(self, spec: Spec, tasks: Sequence[Task]) -> None:
@@ -61,6 +62,8 @@ class Objective(nn.Module):
 
     def forward(self, output: Output, batch: Batch) -> Tensor:
         """Σ over origins of weight × mean; the mean counts a row's predictions, not its weight."""
+        if batch.origin is None and self.spec.heads is not None:
+            return self.row_loss(output, batch).sum(1).mean()
         if batch.origin is None:
             logits, targets = self.masked(output, batch), batch.targets
             return F.cross_entropy(logits.flatten(0, targets.ndim - 1), targets.flatten(), ignore_index=IGNORE)
@@ -73,7 +76,7 @@ class Objective(nn.Module):
         weight = batch.weight if batch.weight is not None else torch.ones_like(batch.origin, dtype=loss.dtype)
         counted = (batch.targets != IGNORE).to(loss.dtype)
         if loss.ndim > 1:
-            loss, counted = loss.sum(1), counted.sum(1)
+            loss, counted = loss.sum(1), counted.sum(1) if self.spec.heads is None else torch.ones_like(counted[:, 0])
         sums = loss.new_zeros(AUXILIARY + 1).index_add(0, batch.origin, loss * weight)
         counts = loss.new_zeros(AUXILIARY + 1).index_add(0, batch.origin, counted)
         return (sums / counts.clamp(min=1))[:AUXILIARY]

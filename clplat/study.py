@@ -59,6 +59,7 @@ def preflight(runs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     Returns what each of the study's streams holds, as the first seed has it.
     """
     from clplat.assembly import assemble, prepared_stream
+    from clplat.fitting import check_early_ends
     from clplat.strategies.world import World
 
     streams: dict[str, Stream] = {}
@@ -68,7 +69,9 @@ def preflight(runs: Sequence[RunConfig]) -> list[dict[str, Any]]:
         streams[key] = streams.get(key) or prepared_stream(run)
         held[key] = held.get(key) or read_tasks(run, streams[key])
         try:
-            try_out(assemble(run, World(), streams[key]))
+            parts = assemble(run, World(), streams[key])
+            check_early_ends(run, parts.hooks.select_tasks(parts.stream.tasks))
+            try_out(parts)
         except ConfigError as error:
             raise ConfigError(f"variant {run.variant}: {error}") from error
     return list(held.values())

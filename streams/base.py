@@ -131,13 +131,14 @@ class Budget:
     """How long to train on a task: exactly one of the first three, and an optional early end.
 
     `until` stops a task early once the headline metric on its validation set (its test set is never used
-    for this) reaches the threshold: at or above for metrics where higher is better, at or below otherwise.
+    for this) reaches the threshold: at or above for metrics where higher is better, at or below otherwise. A mapping
+    names metrics of the validation set's scorer in its place, and all of them must reach their thresholds.
     """
 
     steps: int | None = None
     epochs: float | None = None
     tokens: int | None = None
-    until: float | None = None
+    until: float | dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in BUDGET_UNITS if getattr(self, name) is not None]
@@ -145,11 +146,20 @@ class Budget:
             raise ValueError(f"give exactly one of steps, epochs or tokens; got {given or 'none'}")
         if getattr(self, given[0]) <= 0:
             raise ValueError(f"{given[0]} must be positive, got {getattr(self, given[0])}")
+        if self.until == {}:
+            raise ValueError("until names no metric; give a threshold, or metrics with their thresholds")
+
+    def thresholds(self, headline: str) -> dict[str, float]:
+        """What ends a task early, by metric; empty where nothing does."""
+        if self.until is None:
+            return {}
+        return dict(self.until) if isinstance(self.until, dict) else {headline: self.until}
 
     def __str__(self) -> str:
         """As a person says it: `2 epochs`, `300 steps, at most until 0.9`."""
         amount = next(f"{getattr(self, name):,.10g} {name}" for name in BUDGET_UNITS if getattr(self, name) is not None)
-        return amount if self.until is None else f"{amount}, at most until {self.until:g}"
+        until = " and ".join(f"{name} {value:g}".lstrip() for name, value in self.thresholds("").items())
+        return f"{amount}, at most until {until}" if until else amount
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +190,9 @@ class Spec:
 
     `num_outputs` is the number of classes, or the vocabulary size. `input_shape` is the shape of one sample,
     or (T,) for token rows. `scenario` is None for language without labels. `vocab_size` says that the samples of a
-    classification are rows of token ids below it, filled up on the right with `pad_token`.
+    classification are rows of token ids below it, filled up on the right with `pad_token`. `heads` says that every
+    sample is asked so many questions at once, each with `num_outputs` answers and a head of its own: targets
+    (B, heads), `IGNORE` where a question is not asked, and logits (B, heads, C).
     """
 
     kind: Literal["classify", "language"]
@@ -190,6 +202,7 @@ class Spec:
     end_token: int | None = None
     vocab_size: int | None = None
     pad_token: int | None = None
+    heads: int | None = None
 
 
 class Stream:

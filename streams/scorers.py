@@ -59,7 +59,8 @@ class Scorer:
 
 
 class Classify(Scorer):
-    """Accuracy and cross-entropy (nats a sample) of a classifier; each sample is forwarded once for both."""
+    """Accuracy and cross-entropy (nats an answer) of a classifier; each sample is forwarded once for both. Of a sample
+    with several questions, those that it is asked count."""
 
     metrics = {
         "accuracy": Metric(higher_is_better=True),
@@ -67,10 +68,13 @@ class Classify(Scorer):
     }
 
     def batch_sums(self, model: Answerer, batch: Batch) -> Sums:
-        logits = model.logits(batch).float()
-        right = (logits.argmax(-1) == batch.targets).double().sum()
-        nats = F.cross_entropy(logits, batch.targets, reduction="sum").double()
-        count = right.new_tensor(len(batch))
+        return self.sums(model.logits(batch).float(), batch.targets)
+
+    def sums(self, logits: Tensor, targets: Tensor) -> Sums:
+        """Sum and count of every metric for answers (B, C) or (B, heads, C)."""
+        right = (logits.argmax(-1) == targets).double().sum()
+        nats = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=IGNORE).double()
+        count = (targets != IGNORE).double().sum()
         return {"accuracy": torch.stack([right, count]), "loss": torch.stack([nats, count])}
 
 

@@ -10,6 +10,7 @@ from clplat.architectures.contract import CHECKS
 from clplat.architectures.hypernetwork.model import ChunkedHypernetwork, RecurrentHypernetwork
 from clplat.architectures.mlp import MLP
 from clplat.architectures.probing import Contract
+from clplat.architectures.recurrent import GRU, LSTM, LeakyRNN
 from clplat.architectures.resnet import ResNet32
 from clplat.architectures.text_classifier import TextClassifier
 from clplat.architectures.transformer import Transformer
@@ -75,6 +76,28 @@ CONTRACTS |= {
         ),
         spec=IMAGES,
     ),
+}
+
+QUESTIONS = Spec(
+    kind="classify", input_shape=(12,), num_outputs=2, scenario="domain", vocab_size=3, pad_token=2, heads=4
+)
+
+CONTRACTS |= {
+    # The noise with which a row begins in training is no dropout: `evaluates_as_it_trains` needs it off.
+    "leaky-rnn": Contract(
+        factory=lambda spec: LeakyRNN(spec=spec, hidden_size=24, initial_noise=0.0, measured_steps=2000), spec=LABELLED
+    ),
+    "leaky-rnn-outside": Contract(
+        factory=lambda spec: LeakyRNN(spec=spec, hidden_size=24, leak="outside", initial_noise=0.0), spec=QUESTIONS
+    ),
+    "leaky-rnn-fixed-embedded": Contract(
+        factory=lambda spec: LeakyRNN(spec=spec, hidden_size=24, fixed_tau=1.5, initial_noise=0.0, embedding_size=8),
+        spec=LABELLED,
+    ),
+    "lstm": Contract(factory=lambda spec: LSTM(spec=spec, hidden_size=16, measured_steps=2000), spec=QUESTIONS),
+    "lstm-embedded": Contract(factory=lambda spec: LSTM(spec=spec, hidden_size=16, embedding_size=8), spec=LABELLED),
+    "gru": Contract(factory=lambda spec: GRU(spec=spec, hidden_size=16), spec=QUESTIONS),
+    "gru-embedded": Contract(factory=lambda spec: GRU(spec=spec, hidden_size=16, embedding_size=8), spec=LABELLED),
 }
 
 

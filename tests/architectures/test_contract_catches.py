@@ -37,6 +37,22 @@ class UndeclaredTime(Text):
     causal = None
 
 
+class MeasuresATensor(Image):
+    def measurements(self):
+        return {"largest": self.head.weight.max()}
+
+
+class MeasuresByDrawing(Image):
+    def measurements(self):
+        return {"chance": float(torch.rand(()))}
+
+
+class ChangesWhatItMeasures(Image):
+    def measurements(self):
+        with torch.no_grad():
+            return {"largest": float(self.head.weight.mul_(2).max())}
+
+
 class OwnSeed(Image):
     def __init__(self, *, spec):
         super().__init__(spec=spec)
@@ -152,6 +168,9 @@ class AlmostConstant(Image):
 BROKEN = [
     (FewLogits, IMAGES, checks.declares_itself, "shape"),
     (UndeclaredTime, TEXT, checks.declares_itself, "must declare causal"),
+    (MeasuresATensor, IMAGES, checks.is_measured_without_a_trace, "'largest' must be a plain float"),
+    (MeasuresByDrawing, IMAGES, checks.is_measured_without_a_trace, "draw from torch's global random source"),
+    (ChangesWhatItMeasures, IMAGES, checks.is_measured_without_a_trace, "measurements changed head.weight"),
     (OwnSeed, IMAGES, checks.is_built_from_the_seed_alone, "differ in head.weight"),
     (SeesLaterTokens, TEXT, checks.is_causal, "depend on hidden tokens"),
     (SeesTheNextTokenUntraced, TEXT, checks.is_causal, "see later tokens"),
