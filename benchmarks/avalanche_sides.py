@@ -165,14 +165,18 @@ def avalanche(experiment: Experiment, seed: int, scratch: Path) -> Found:
                 strategy.train(benchmark.train_stream[number - 1], num_workers=0)
             if tests:
                 scores = strategy.eval(benchmark.test_stream[: len(tests)], num_workers=0)
-    found = [value for name, value in scores.items() if name.startswith("Top1_Acc_Exp")]
-    if len(found) != len(stream.tasks):
-        raise RuntimeError(f"Avalanche gave {len(found)} accuracies for {len(stream.tasks)} tasks: {sorted(scores)}")
     return {
-        "accuracy": statistics.mean(found),
+        "accuracy": _mean_accuracy(scores, len(stream.tasks)),
         "seconds": time.perf_counter() - start,
         "losses": [float(value) for value in beside.losses],
     }
+
+
+def _mean_accuracy(scores: dict[str, float], tasks: int) -> float:
+    found = [value for name, value in scores.items() if name.startswith("Top1_Acc_Exp")]
+    if len(found) != tasks:
+        raise RuntimeError(f"Avalanche gave {len(found)} accuracies for {tasks} tasks: {sorted(scores)}")
+    return statistics.mean(found)
 
 
 def evaluations(experiment: Experiment, stream: Stream) -> list[Sequence[Task]]:
