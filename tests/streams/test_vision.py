@@ -191,7 +191,7 @@ def test_angles_are_listed_even_or_drawn_by_the_seed() -> None:
 def test_pixels_that_are_not_normalised_lie_between_0_and_1(stream: type[Stream], tmp_path: Path) -> None:
     write_idx(tmp_path, "MNIST")
     raw, scaled = (prepared(stream(root=str(tmp_path), normalize=flag)).tasks[0] for flag in (False, True))
-    pixels, rows = raw.train.batch(torch.arange(6)).inputs, raw.train.pixels(torch.arange(6))
+    pixels, rows = raw.train.batch(torch.arange(6)).inputs, raw.train.arranged(raw.train.inputs[:6].float())
     assert torch.allclose(pixels, rows / 255) and float(pixels.max()) > 0.9
     assert torch.allclose(scaled.train.batch(torch.arange(6)).inputs, (pixels - 0.1307) / 0.3081, atol=1e-5)
     assert raw.train.digest != scaled.train.digest
