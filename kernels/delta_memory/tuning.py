@@ -1,4 +1,4 @@
-"""How wide and with how many warps the kernels run: what was fastest on an H100, see docs/results/kernels.md."""
+"""How wide and with how many warps the kernels run: what was fastest on an H200, see docs/results/kernels.md."""
 
 from __future__ import annotations
 
