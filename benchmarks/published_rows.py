@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from published_page import rows, table
 
@@ -71,12 +72,17 @@ def wanted(name: str, options: argparse.Namespace) -> StudyConfig:
     return study
 
 
+def settings(study: StudyConfig) -> dict[str, Any]:
+    """What decides a row's numbers: neither where its folder lies, nor MLflow, which it does without."""
+    return {key: value for key, value in plain(study).items() if key not in ("folder", "tracking")}
+
+
 def laid_out(name: str, options: argparse.Namespace) -> list[Job]:
     """The folders of a row, made where they are not there; its runs that have not finished."""
     study, folder = wanted(name, options), options.out / name
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "study.yaml"
-    if file.is_file() and plain(load_study(file)) != plain(study):
+    if file.is_file() and settings(load_study(file)) != settings(study):
         raise ClplatError(f"{file}: this folder holds the row with other settings; name another --out")
     save(study, file)
     runs = expand(study)
