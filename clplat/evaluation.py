@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clplat.architectures.base import Architecture, device_of
+from clplat.errors import ConfigError
 from clplat.hooks import Hooks
 from clplat.loaders import resident
 from clplat.objective import Objective
@@ -40,6 +41,16 @@ class View:
 
         with self._autocast():
             return greedy(self.architecture, prompts, max_new_tokens=max_new_tokens, stop=stop)
+
+    def features(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            hidden = self.architecture(batch, return_hidden="last").hidden
+        if hidden is None or hidden.ndim != 2:
+            raise ConfigError(
+                f"architecture: {type(self.architecture).__name__} shows no features, which this stream's scores need; "
+                "let its forward return Output(..., hidden=...), the inputs (B, H) of its last layer"
+            )
+        return hidden
 
     def classes_seen(self) -> list[int]:
         return self.objective.classes_of(self.seen)
@@ -144,11 +155,13 @@ class Evaluator:
 
     def _scores(self, test: EvalSet, view: View) -> dict[str, tuple[float, float, float]]:
         """Value, sum and count of each metric, over all processes."""
-        rows = spread_rows(len(test.data), self.max_rows)[self.world.rank :: self.world.size]
+        rows = torch.arange(len(test.data))
+        if not test.scorer.whole:
+            rows = spread_rows(len(test.data), self.max_rows)[self.world.rank :: self.world.size]
         answerer = view.fork() if test.scorer.adaptive else view
         sums = test.scorer.score(answerer, self._held(test), rows, self.batch_size)
         table = torch.stack([sums[name] for name in test.scorer.metrics]).double().to(view.device())
-        totals = self.world.sum(table).cpu().tolist()
+        totals = (table if test.scorer.whole else self.world.sum(table)).cpu().tolist()
         return {
             name: (total / count if count else float("nan"), total, count)
             for name, (total, count) in zip(test.scorer.metrics, totals, strict=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clplat.architectures.base import Architecture, Output, StepOutcome
 from clplat.strategies.base import Context
+from clplat.strategies.buffers import Buffer
 from clplat.strategies.class_tables import classes_seen
 from clplat.strategies.fisher import evaluating
 from clplat.strategies.nearest_mean import NearestMean, unit_length
@@ -71,26 +72,8 @@ class iCaRL(ExperienceReplay):  # noqa: N801 - the method's own name
         self.fresh.clear()
 
     def task_end(self, task: Task) -> None:
-        rows, ranks = self.exemplars(task)
-        world = self.context.world
-        own = slice(world.rank, len(rows) // world.size * world.size, world.size)
-        device = self.context.device()
-        self.buffer.add(task.train.batch(rows[own]).to(device), priority=ranks[own].to(device))
+        remember_exemplars(self.context, self.buffer, task, self.buffer.capacity)
         self.previous = copy.deepcopy(self.context.architecture).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def exemplars(self, task: Task) -> tuple[Tensor, Tensor]:
-        """Row numbers of the best exemplars of each of the task's classes, and their ranks from 0, on the CPU."""
-        context = self.context
-        features, labels = [], []
-        with evaluating(context.architecture):
-            for batch in context.batches(task.train, 256):
-                features.append(unit_length(context.architecture(batch, return_hidden="last")))
-                labels.append(batch.targets)
-        all_features, all_labels = torch.cat(features), torch.cat(labels)
-        members = [(all_labels == label).nonzero().flatten() for label in task.classes or ()]
-        order = [rows[herded(all_features[rows], self.buffer.capacity)].cpu() for rows in members]
-        return torch.cat(order), torch.cat([torch.arange(len(rows), dtype=torch.float64) for rows in order])
 
     def predict(self, batch: Batch) -> Tensor:
         return self.nearest.logits(batch)
@@ -103,6 +86,28 @@ class iCaRL(ExperienceReplay):  # noqa: N801 - the method's own name
         if state["previous"] is not None:
             self.previous = copy.deepcopy(self.context.architecture).eval().requires_grad_(False)
             self.previous.load_state_dict(state["previous"])
+
+
+def remember_exemplars(context: Context, buffer: Buffer, task: Task, count: int) -> None:
+    """Offer the `count` best exemplars of each of the task's classes to a buffer that keeps rows of lowest rank."""
+    rows, ranks = exemplars(context, task, count)
+    world, device = context.world, context.device()
+    own = slice(world.rank, len(rows) // world.size * world.size, world.size)
+    buffer.add(task.train.batch(rows[own]).to(device), priority=ranks[own].to(device))
+
+
+@torch.no_grad()
+def exemplars(context: Context, task: Task, count: int) -> tuple[Tensor, Tensor]:
+    """Row numbers of the `count` best exemplars of each of the task's classes, and their ranks from 0, on the CPU."""
+    features, labels = [], []
+    with evaluating(context.architecture):
+        for batch in context.batches(task.train, 256):
+            features.append(unit_length(context.architecture(batch, return_hidden="last")))
+            labels.append(batch.targets)
+    all_features, all_labels = torch.cat(features), torch.cat(labels)
+    members = [(all_labels == label).nonzero().flatten() for label in task.classes or ()]
+    order = [rows[herded(all_features[rows], count)].cpu() for rows in members]
+    return torch.cat(order), torch.cat([torch.arange(len(rows), dtype=torch.float64) for rows in order])
 
 
 def herded(features: Tensor, count: int) -> Tensor:

@@ -44,6 +44,10 @@ class NearestMean:
             means, known = self.means()
             # `cdist` stays in float32 under mixed precision, where a product would be rounded to 16 bits.
             scores = torch.where(known, -torch.cdist(unit_length(output), means).square(), -4.0)
+        return self.among_seen(scores, batch)
+
+    def among_seen(self, scores: Tensor, batch: Batch) -> Tensor:
+        """Scores (B, C) with those of classes that the scenario hides at minus infinity."""
         if self.context.spec.scenario == "class" and self.context.task is not None:
             scores = scores.masked_fill(~self.seen[self.context.task.index], float("-inf"))
         return self.context.masked(Output(logits=scores), batch)

@@ -8,6 +8,7 @@ import warnings
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 from zipfile import BadZipFile
 
 import numpy as np
@@ -17,6 +18,8 @@ from clplat.streams.cache_folder import cache_folder, made
 from clplat.streams.split import Labelled
 
 FORMAT = 1
+Look = tuple[Literal["RGB", "L"], int | None]
+"""How images are read: coloured or grey, and the side of the square to which they are brought (None: as they are)."""
 
 
 def part_files(folder: Path, part: str) -> list[Path]:
@@ -31,12 +34,12 @@ def part_files(folder: Path, part: str) -> list[Path]:
     return pieces or [whole]
 
 
-def decoded(files: list[Path]) -> Labelled:
-    """Images (N, 3, H, W) uint8 and labels (N,) long of parquet files, in the order of the files.
+def decoded(files: list[Path], look: Look = ("RGB", None)) -> Labelled:
+    """Images (N, C, H, W) uint8, with C 1 for grey ones, and labels (N,) long of parquet files, in the files' order.
 
     They are decoded once and kept in $CLPLAT_CACHE (default ~/.cache/clplat), by the contents of the files.
     """
-    contents = hashlib.sha256(f"images {FORMAT}".encode())
+    contents = hashlib.sha256(f"images {FORMAT}{'' if look == ('RGB', None) else look}".encode())
     for file in files:
         contents.update(hashlib.sha256(file.read_bytes()).digest())
     folder = made(cache_folder())
@@ -47,7 +50,7 @@ def decoded(files: list[Path]) -> Labelled:
         pass
     except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         warnings.warn(f"image cache {cache} is damaged ({error}) and is made again", stacklevel=2)
-    images, labels = _decode(files)
+    images, labels = _decode(files, look)
     with TemporaryDirectory(prefix=f"{cache.name}.part-", dir=folder) as temporary:
         part = Path(temporary) / cache.name
         np.savez(part, images=images, labels=labels)
@@ -61,7 +64,7 @@ def _opened(cache: Path) -> Labelled:
         return torch.from_numpy(stored["images"]), torch.from_numpy(stored["labels"])
 
 
-def _decode(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+def _decode(files: list[Path], look: Look) -> tuple[np.ndarray, np.ndarray]:
     import pyarrow.parquet as pq
 
     images: list[np.ndarray] = []
@@ -76,7 +79,7 @@ def _decode(files: list[Path]) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(f"{file}: needs the columns image and label; it has {table.column_names}")
         encoded = table.column(min(columns)).to_pylist()
         labels.append(np.array([_class(value, file, row) for row, value in enumerate(table["label"].to_pylist())]))
-        images += [_pixels(value, file, row) for row, value in enumerate(encoded)]
+        images += [_pixels(value, look, file, row) for row, value in enumerate(encoded)]
     shapes = {image.shape for image in images}
     if not images:
         raise ValueError(f"{files[0].parent}: {', '.join(file.name for file in files)} have no rows")
@@ -93,12 +96,15 @@ def _class(value: object, file: Path, row: int) -> int:
     return value
 
 
-def _pixels(value: bytes | dict[str, bytes], file: Path, row: int) -> np.ndarray:
-    """One image (H, W, 3): bytes of a PNG or JPEG, or a struct that has them as `bytes`."""
+def _pixels(value: bytes | dict[str, bytes], look: Look, file: Path, row: int) -> np.ndarray:
+    """One image (H, W, C): bytes of a PNG or JPEG, or a struct that has them as `bytes`."""
     from PIL import Image, UnidentifiedImageError
 
     content = value["bytes"] if isinstance(value, dict) else value
     try:
-        return np.asarray(Image.open(BytesIO(content)).convert("RGB"))
+        image = Image.open(BytesIO(content)).convert(look[0])
+        if look[1] is not None:
+            image = image.resize((look[1], look[1]), Image.Resampling.BILINEAR)  # averages over the pixels it replaces
+        return np.atleast_3d(np.asarray(image))
     except (UnidentifiedImageError, OSError, TypeError) as error:
         raise ValueError(f"{file}: row {row} is not an image that can be decoded ({error})") from error

@@ -25,6 +25,10 @@ class Answerer(Protocol):
         """Greedy continuations of token prompts, without the prompt, ended before `stop`."""
         ...
 
+    def features(self, batch: Batch) -> Tensor:
+        """(B, H), the inputs of the model's last layer; refuses a model that shows none."""
+        ...
+
     def classes_seen(self) -> list[int]:
         """Output units, or numbers of labels, of the tasks that the learner has been trained on."""
         ...
@@ -39,11 +43,13 @@ Sums = dict[str, Tensor]
 class Scorer:
     """Base: batches go through `batch_sums`, whose results are added up.
 
-    `adaptive` scorers change the model while they score; they run in a fork that is thrown away.
+    `adaptive` scorers change the model while they score; they run in a fork that is thrown away. `whole` scorers need
+    all rows together: `evaluation.max_rows` does not hold for them, and each process does the same work.
     """
 
     metrics: Mapping[str, Metric]
     adaptive: bool = False
+    whole: bool = False
 
     def score(self, model: Answerer, data: Data, rows: Tensor, batch_size: int) -> Sums:
         """Score the rows `rows` (N,) of `data`; the platform gives each process its share."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from clplat.architectures.contract import CHECKS
+from clplat.architectures.convnet import ConvNet
 from clplat.architectures.hypernetwork.model import ChunkedHypernetwork, RecurrentHypernetwork
 from clplat.architectures.mlp import MLP
 from clplat.architectures.probing import Contract
@@ -26,6 +27,8 @@ CONTRACTS = {
         factory=lambda spec: MLP(spec=spec, hidden_sizes=[16], activation="tanh", init="xavier"), spec=IMAGES
     ),
     "linear": Contract(factory=lambda spec: MLP(spec=spec, hidden_sizes=[]), spec=IMAGES),
+    "convnet": Contract(factory=lambda spec: ConvNet(spec=spec, width=12, depth=2), spec=IMAGES),
+    "convnet-group": Contract(factory=lambda spec: ConvNet(spec=spec, width=16, depth=2, norm="group"), spec=IMAGES),
     "transformer": Contract(
         factory=lambda spec: Transformer(spec=spec, hidden_size=32, num_layers=2, num_heads=4, dropout=0.2), spec=TEXT
     ),

@@ -17,6 +17,7 @@ from clplat.strategies.contract import ToyRun
 from clplat.strategies.contrastive import SCR
 from clplat.strategies.distillation import DERpp, LwF
 from clplat.strategies.er_ace import ERACE
+from clplat.strategies.fast_slow import FastSlow
 from clplat.strategies.icarl import iCaRL
 from clplat.strategies.path_integral import SI, RWalk
 from clplat.strategies.projection import GEM
@@ -59,7 +60,7 @@ def main(rank: int, size: int, folder: Path) -> None:
     strategies = [ExperienceReplay(capacity=9, ratio=0.5), replay, DERpp(capacity=9), OnlineEWC(strength=2.0)]
     strategies += [MAS(strength=0.01), SI(strength=0.1), RWalk(strength=0.1, interval=2), LwF()]
     run = synchronised(ToyRun(strategies, Objective, world=world)).train()
-    alone = [ERACE(capacity=9), SCR(capacity=9), iCaRL(capacity=9), GDumb(capacity=9)]
+    alone = [ERACE(capacity=9), SCR(capacity=9), iCaRL(capacity=9), GDumb(capacity=9), FastSlow(episodes=3)]
     for strategy in alone:
         synchronised(ToyRun([strategy], Objective, world=world)).train()
     torch.save(

@@ -21,6 +21,7 @@ from clplat.strategies.contract import (
 from clplat.strategies.contrastive import SCR
 from clplat.strategies.distillation import DER, DERpp, LwF
 from clplat.strategies.er_ace import ERACE
+from clplat.strategies.fast_slow import FastSlow
 from clplat.strategies.icarl import iCaRL
 from clplat.strategies.la_maml import LaMAML
 from clplat.strategies.path_integral import SI, RWalk
@@ -29,6 +30,7 @@ from clplat.strategies.reference import Cumulative, Joint, Naive
 from clplat.strategies.regularization import EWC, MAS, OnlineEWC
 from clplat.strategies.replay import ExperienceReplay, GDumb
 from clplat.streams.batch import Batch
+from clplat.streams.episodes import EpisodeShape
 
 CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "Naive": (Naive, {}),
@@ -53,6 +55,11 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "SCR one view": (lambda: SCR(capacity_bytes=500, ratio=2.0, second_view=False, from_task=2), None),
     "iCaRL": (lambda: iCaRL(capacity=7), None),
     "iCaRL bytes": (lambda: iCaRL(capacity_bytes=500, ratio=0.5, weight=2.0), None),
+    "FastSlow": (
+        lambda: FastSlow(memory_per_class=4, strength=5.0, episodes=3, episode=EpisodeShape(ways=2, queries=2)),
+        {"ratio": 0.0, "strength": 0.0, "distillation": 0.0, "to_fast": 0.0},
+    ),
+    "FastSlow single": (lambda: FastSlow(episodes=3, single=True, answers="head", decay=0.5), None),
     "La-MAML": (lambda: LaMAML(capacity=7), None),
     "La-MAML second": (lambda: LaMAML(capacity_bytes=500, second_order=True, inner_steps=2, from_task=2), None),
     "GEM": (lambda: GEM(patterns_per_task=4), {"patterns_per_task": 0}),
@@ -82,6 +89,8 @@ NO_LANGUAGE = {
     "iCaRL": "iCaRL: the tasks of this stream have no classes",
     "iCaRL bytes": "iCaRL: the tasks of this stream have no classes",
     "LwF seen": r"LwF\.softmax: seen is for classes in the class scenario",
+    "FastSlow": "FastSlow: the tasks of this stream have no classes",
+    "FastSlow single": "FastSlow: the tasks of this stream have no classes",
 }
 """What is refused on language, and with which words."""
 
@@ -97,7 +106,7 @@ def test_every_strategy_keeps_the_contract(name: str, kind: Kind) -> None:
         check_strategy(make, Objective, off=off, kind=kind)
 
 
-@pytest.mark.parametrize("name", ["GDumb", "SCR", "SCR one view", "iCaRL", "iCaRL bytes", "La-MAML"])
+@pytest.mark.parametrize("name", ["GDumb", "SCR", "SCR one view", "iCaRL", "iCaRL bytes", "La-MAML", "FastSlow single"])
 def test_what_cannot_be_turned_off_composes_with_replay_all_the_same(name: str) -> None:
     check_composition(CASES[name][0], Objective)
 

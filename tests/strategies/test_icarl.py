@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from clplat.objective import Objective
 from clplat.strategies.contract import CLASSES, ROWS, STEPS, ToyRun
-from clplat.strategies.icarl import herded, iCaRL
+from clplat.strategies.icarl import exemplars, herded, iCaRL
 from clplat.streams.avalanche_stream import quiet
 
 
@@ -33,7 +33,7 @@ def test_exemplars_of_a_class_are_a_shrinking_head_of_its_order() -> None:
     orders: dict[int, list[int]] = {}
     for task in run.path:
         run.train((task.index + 1) * STEPS)
-        rows, ranks = strategy.exemplars(task)
+        rows, ranks = exemplars(strategy.context, task, strategy.buffer.capacity)
         labels = task.train.batch(rows).targets
         for label in task.classes:
             own = labels == label

@@ -10,6 +10,7 @@ from clplat.objective import Objective
 from clplat.strategies.base import Strategy
 from clplat.strategies.contract import STEPS, Kind, Make, ToyRun
 from clplat.strategies.distillation import LwF
+from clplat.strategies.fast_slow import FastSlow
 from clplat.strategies.path_integral import SI, RWalk
 from clplat.strategies.regularization import EWC, MAS
 from clplat.streams.batch import CURRENT, REPLAY, Batch
@@ -55,6 +56,13 @@ def test_no_step_of_a_penalty_waits_for_the_device(name: str, kind: Kind) -> Non
     run = ToyRun([MixesIn(), PENALTIES[name]()], Objective, kind).train(2 * STEPS + 1)
     with NoQuestions():
         run.train(3 * STEPS - 1)
+
+
+def test_no_step_of_fast_slow_waits_for_the_device() -> None:
+    run = ToyRun([FastSlow(episodes=2)], Objective).train(2 * STEPS + 1)
+    with NoQuestions():
+        run.train(3 * STEPS - 1)
+    assert len(run.mixed) > len(run.current), "the steps must have replayed rows"
 
 
 def test_a_strategy_that_asks_is_caught() -> None:
