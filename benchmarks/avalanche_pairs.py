@@ -53,7 +53,7 @@ PAIRS = {
     # Avalanche takes one mean over current and replayed rows, from the first task's end on.
     "replay": Pair(
         ours={"class_path": "ExperienceReplay", "init_args": {
-            "capacity": CAPACITY, "policy": "class_balanced", "mean": "all", "fill": "task_end",
+            "capacity": CAPACITY, "policy": "class_balanced", "mean": "all", "fill": "task_end", "draw": "rounds",
         }},
         theirs="Replay", arguments={"mem_size": CAPACITY}, remembers=True,
     ),

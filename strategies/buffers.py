@@ -40,6 +40,7 @@ class Buffer:
         self.size = self.seen = 0
         self.groups = torch.empty(0, dtype=torch.long)
         self.priority = torch.empty(0, dtype=torch.float64)
+        self.round, self.round_size = torch.empty(0, dtype=torch.long), 0
 
     def __len__(self) -> int:
         return self.size
@@ -78,15 +79,28 @@ class Buffer:
             # Not blocking: the indices come from the CPU, and waiting for the device would stall the step.
             store[slots.to(store.device, non_blocking=True)] = fields[name][taken.to(store.device, non_blocking=True)]
 
-    def draw(self, count: int) -> Batch:
-        """`count` rows at random for this process, none twice while there are enough; other processes get others."""
+    def draw(self, count: int, *, rounds: bool = False) -> Batch:
+        """`count` rows at random for this process, none twice while there are enough; other processes get others.
+
+        With `rounds` every row comes once before one comes again, over all such draws from a memory of one size.
+        """
         total = count * self.world.size
-        if total <= self.size:
+        if rounds:
+            index = self._next_of_round(total)
+        elif total <= self.size:
             index = torch.randperm(self.size, generator=self.generator)[:total]
         else:
             index = torch.randint(self.size, (total,), generator=self.generator)
         index = index[self.world.rank :: self.world.size]
         return self._batch({n: store[index.to(store.device, non_blocking=True)] for n, store in self.rows.items()})
+
+    def _next_of_round(self, count: int) -> Tensor:
+        if self.round_size != self.size:
+            self.round, self.round_size = self.round[:0], self.size
+        while len(self.round) < count:
+            self.round = torch.cat([self.round, torch.randperm(self.size, generator=self.generator)])
+        index, self.round = self.round[:count], self.round[count:]
+        return index
 
     def batch(self, rows: slice = slice(None)) -> Batch:
         """The rows that are kept, or some of them, in the order of their places."""
@@ -155,11 +169,14 @@ class Buffer:
             "seen": self.seen,
             "groups": self.groups.clone(),
             "priority": self.priority.clone(),
+            "round": self.round.clone(),
+            "round_size": self.round_size,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """The inverse of `state_dict`, with the rows on `device`."""
         self.seen, self.groups, self.priority = state["seen"], state["groups"].clone(), state["priority"].clone()
+        self.round, self.round_size = state["round"].clone(), state["round_size"]
         self.rows, self.size = {}, 0
         if state["rows"]:
             self._allocate({name: tensor.to(device) for name, tensor in state["rows"].items()})

@@ -90,13 +90,16 @@ class ExperienceReplay(_Rehearsal):
         from_task: int = 2,
         mean: Literal["each", "all"] = "each",
         fill: Literal["step", "task_end"] = "step",
+        draw: Literal["fresh", "rounds"] = "fresh",
     ) -> None:
         """`capacity` in rows (samples, or rows of tokens) or `capacity_bytes`; `ratio` replayed rows for each
         current one; `weight` of their mean loss; replay begins with task number `from_task`, by default the second:
         before it there is nothing to forget, and rows would come from the current task alone (1: as in the paper).
         The loss is the sum of two means, over current and over replayed rows; with `mean="all"` it is one mean over
         all of them, as in the paper and in Avalanche. `fill`: rows come into the buffer at each step, so that some of a
-        draw are the current task's, or when their task has ended, as in Avalanche: every draw is of earlier tasks."""
+        draw are the current task's, or when their task has ended, as in Avalanche: every draw is of earlier tasks.
+        `draw`: a new draw of the memory at every step, or the next rows of shuffled rounds through it, as in Avalanche:
+        every row comes back equally often."""
         super().__init__(capacity=capacity, capacity_bytes=capacity_bytes, policy=policy)
         if ratio < 0 or weight < 0:
             raise ValueError(f"ratio, weight: must not be negative, got {ratio} and {weight}")
@@ -104,7 +107,10 @@ class ExperienceReplay(_Rehearsal):
             raise ValueError(f"mean: must be each or all, got {mean!r}")
         if fill not in ("step", "task_end"):
             raise ValueError(f"fill: must be step or task_end, got {fill!r}")
-        self.ratio, self.weight, self.from_task, self.mean, self.fill = ratio, weight, from_task, mean, fill
+        if draw not in ("fresh", "rounds"):
+            raise ValueError(f"draw: must be fresh or rounds, got {draw!r}")
+        self.ratio, self.weight, self.from_task = ratio, weight, from_task
+        self.mean, self.fill, self.rounds = mean, fill, draw == "rounds"
 
     def setup(self, context: Context) -> None:
         super().setup(context)
@@ -126,7 +132,7 @@ class ExperienceReplay(_Rehearsal):
         count = round(ratio * len(self.fresh[-1]))
         if not count or not len(self.buffer) or len(self.context.past) + 1 < self.from_task:
             return batch
-        return batch.joined(self.buffer.draw(count).with_origin(origin, weight))
+        return batch.joined(self.buffer.draw(count, rounds=self.rounds).with_origin(origin, weight))
 
     def step_end(self, outcome: StepOutcome) -> None:
         for batch in self.fresh if self.fill == "step" else ():

@@ -187,3 +187,28 @@ def test_tasks_whose_rows_have_other_fields_are_refused_by_name() -> None:
     store.add(samples(torch.arange(2)))
     with pytest.raises(ValueError, match="segment_ids"):
         store.add(samples(torch.arange(2)).replaced(segment_ids=torch.zeros(2, 1, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("count", [4, 5, 13])
+def test_in_rounds_every_row_comes_once_before_one_comes_again(count: int) -> None:
+    store = fill(buffer("reservoir", 12), torch.zeros(12, dtype=torch.long), 12)
+    drawn = torch.cat([store.draw(count, rounds=True).inputs[:, 0] for _ in range(12)]).long()
+    rounds = drawn[: len(drawn) // 12 * 12].view(-1, 12)
+    assert torch.equal(rounds.sort(1).values, torch.arange(12).expand_as(rounds))
+    assert len({tuple(part.tolist()) for part in rounds}) > 1
+
+
+def test_a_restored_buffer_goes_on_with_its_round() -> None:
+    store = fill(buffer("reservoir", 12), torch.zeros(12, dtype=torch.long), 12)
+    seen = store.draw(5, rounds=True).inputs[:, 0].long()
+    restored = buffer("reservoir", 12, seed=9)
+    restored.load_state_dict(store.state_dict(), torch.device("cpu"))
+    rest = restored.draw(7, rounds=True).inputs[:, 0].long()
+    assert sorted(torch.cat([seen, rest]).tolist()) == list(range(12))
+
+
+def test_a_grown_memory_begins_a_new_round() -> None:
+    store = fill(buffer("reservoir", 12), torch.zeros(6, dtype=torch.long), 6)
+    store.draw(3, rounds=True)
+    store.add(samples(torch.arange(6, 12)))
+    assert sorted(store.draw(12, rounds=True).inputs[:, 0].long().tolist()) == list(range(12))

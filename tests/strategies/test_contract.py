@@ -41,6 +41,7 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "ER class_balanced": (lambda: ExperienceReplay(capacity=7, policy="class_balanced"), {"weight": 0.0}),
     "ER mean of all": (lambda: ExperienceReplay(capacity=7, mean="all"), {"ratio": 0.0}),
     "ER at task ends": (lambda: ExperienceReplay(capacity=7, fill="task_end"), {"ratio": 0.0}),
+    "ER in rounds": (lambda: ExperienceReplay(capacity=7, draw="rounds"), {"ratio": 0.0}),
     "ER bytes": (lambda: ExperienceReplay(capacity_bytes=500, ratio=2.0), {"ratio": 0.0}),
     "GDumb": (lambda: GDumb(capacity=7), None),
     "GDumb bytes": (lambda: GDumb(capacity_bytes=500), None),

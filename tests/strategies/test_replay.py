@@ -149,6 +149,7 @@ def test_stored_logits_are_what_the_model_answered_before_the_step_that_stored_t
         (lambda: ExperienceReplay(capacity=5, ratio=-1.0), "ratio, weight: must not be negative"),
         (lambda: ExperienceReplay(capacity=5, mean="some"), "mean: must be each or all, got 'some'"),
         (lambda: ExperienceReplay(capacity=5, fill="now"), "fill: must be step or task_end, got 'now'"),
+        (lambda: ExperienceReplay(capacity=5, draw="once"), "draw: must be fresh or rounds, got 'once'"),
         (lambda: DERpp(capacity=5, alpha=-1.0), "alpha, beta: must not be negative"),
         (lambda: DERpp(capacity=5, top_logits=0), "top_logits: must be positive, got 0"),
         (lambda: DER(capacity=5, top_logits=7), r"DER\.top_logits: the model has only 6 outputs, got 7"),
