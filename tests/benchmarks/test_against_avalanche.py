@@ -15,10 +15,11 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "against_avalanche.py"
 def run(*words: str) -> list[list[str]]:
     """The lines that the script prints, in cells."""
     command = [sys.executable, str(SCRIPT), *words]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout
     return [line.split(" | ") for line in printed.splitlines()[1:]]
 
 
+@pytest.mark.long
 def test_with_equal_weights_and_rows_fifty_steps_have_avalanches_losses() -> None:
     names = ["naive", "ewc", "si", "lwf", "replay", "agem", "gdumb"]
     lines = run("losses")
