@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from clplat.kernels.delta_memory.arguments import check
 from clplat.kernels.delta_memory.assembler import fault_on_hopper
 from clplat.kernels.delta_memory.reference import (
     LOWEST_GATE,
-    MODES,
     Inputs,
     MemoryState,
     Mode,
@@ -63,18 +63,22 @@ def delta_memory(
                 q, k, v, rate, log_decay, log_momentum, mode=mode, chunk=chunk, state=state, cu_seqlens=cu_seqlens,
                 backend=backend,
             )  # fmt: skip
+    check(Inputs(q, k, v, rate, log_decay, log_momentum), mode, chunk, state, cu_seqlens)
+    form = which_backend(q, k, v, chunk=chunk, backend=backend)
     inputs = Inputs(q, k, v, rate, _clamped(log_decay), _clamped(log_momentum))
     sequences = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
-    _check(inputs, mode, chunk, state, cu_seqlens, sequences)
-    if which_backend(q, k, v, chunk=chunk, backend=backend) == "triton":
+    state = empty_state(inputs, sequences) if state is None else _widened(state, v.dtype)
+    # Without a sequence there is nothing to launch.
+    if form == "triton" and sequences:
         from clplat.kernels.delta_memory.op import fused
 
-        return fused(inputs, mode=mode, chunk=chunk, state=state, cu_seqlens=cu_seqlens, sequences=sequences)
-    state = state or empty_state(inputs, sequences)
-    function = recurrent if backend == "recurrent" else chunked
+        return fused(inputs, mode=mode, chunk=chunk, state=state, cu_seqlens=cu_seqlens)
+    function = recurrent if form == "recurrent" else chunked
     if cu_seqlens is None and state.offset is None:
-        return function(inputs, mode=mode, chunk=chunk, state=state)
-    return _one_by_one(function, inputs, mode, chunk, state, cu_seqlens)
+        o, end = function(inputs, mode=mode, chunk=chunk, state=state)
+    else:
+        o, end = _one_by_one(function, inputs, mode, chunk, state, cu_seqlens)
+    return o, _apart(end, state)
 
 
 def which_backend(q: Tensor, k: Tensor, v: Tensor, *, chunk: int = 64, backend: Backend = "auto") -> str:
@@ -116,40 +120,18 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _check(
-    inputs: Inputs, mode: str, chunk: int, state: MemoryState | None, cu_seqlens: Tensor | None, sequences: int
-) -> None:
-    q, k, v = inputs[:3]
-    if mode not in MODES:
-        raise ValueError(f"mode: must be one of {', '.join(MODES)}, got {mode!r}")
-    if chunk < 1:
-        raise ValueError(f"chunk: must be at least 1, got {chunk}")
-    if q.ndim != 4 or q.shape != k.shape:
-        raise ValueError(f"q and k must be (B, T, H, D) alike, got {tuple(q.shape)} and {tuple(k.shape)}")
-    if v.ndim != 4 or v.shape[:2] != q.shape[:2] or v.shape[2] % q.shape[2]:
-        raise ValueError(
-            f"v must be (B, T, V, E) with q's B and T and V a multiple of {q.shape[2]} heads, got {tuple(v.shape)}"
-        )
-    for name, gate in (("rate", inputs.rate), ("log_decay", inputs.log_decay), ("log_momentum", inputs.log_momentum)):
-        if gate is not None and gate.shape != v.shape[:3]:
-            raise ValueError(f"{name}: must be (B, T, V) = {tuple(v.shape[:3])}, got {tuple(gate.shape)}")
-    if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64)):
-        kind = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
-        raise ValueError(f"cu_seqlens: must be (sequences + 1,) integers, got {kind}")
-    if cu_seqlens is not None and len(q) != 1:
-        raise ValueError(f"cu_seqlens: packed sequences come as one row, B = 1, got B = {len(q)}")
-    if state is None:
-        return
-    shape = (sequences, v.shape[2], k.shape[3], v.shape[3])
-    for name, part in (("W", state.W), ("S", state.S), ("anchor", state.anchor)):
-        if part is not None and part.shape != shape:
-            raise ValueError(f"state.{name}: must be (sequences, V, D, E) = {shape}, got {tuple(part.shape)}")
-    if state.offset is not None and state.offset.shape != (sequences,):
-        raise ValueError(f"state.offset: must be (sequences,) = ({sequences},), got {tuple(state.offset.shape)}")
-    if (state.S is None) != (inputs.log_momentum is None):
-        raise ValueError("state.S and log_momentum: give both or neither")
-    if (state.anchor is None) != (state.offset is None):
-        raise ValueError("state.anchor and state.offset: give both or neither")
+def _apart(end: MemoryState, given: MemoryState) -> MemoryState:
+    """The same state without tensors of the caller's, which parts are that nothing was written to."""
+    own = [id(part) for part in given if part is not None]
+    return MemoryState(*(part.clone() if part is not None and id(part) in own else part for part in end))
+
+
+def _widened(state: MemoryState, dtype: torch.dtype) -> MemoryState:
+    """States are kept in fp32, or fp64 beside such inputs, whatever they come in."""
+    wide = torch.promote_types(dtype, torch.float32)
+    W, S, anchor = (None if part is None else part.to(wide) for part in state[:3])
+    assert W is not None
+    return MemoryState(W, S, anchor, state.offset)
 
 
 def _clamped(log_gate: Tensor | None) -> Tensor | None:

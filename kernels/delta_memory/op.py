@@ -12,19 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from clplat.kernels.delta_memory.reference import MODES, Inputs, MemoryState, Mode, empty_state
+from clplat.kernels.delta_memory.reference import MODES, Inputs, MemoryState, Mode
 
 
 def fused(
-    inputs: Inputs, *, mode: Mode, chunk: int, state: MemoryState | None, cu_seqlens: Tensor | None, sequences: int
+    inputs: Inputs, *, mode: Mode, chunk: int, state: MemoryState, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, MemoryState]:
     """`delta_memory` by the kernels; arguments are checked already."""
-    state = state or empty_state(inputs, sequences)
-    wide = state.W.dtype if state.W.dtype == torch.float64 else torch.float32
-    inputs = Inputs(*inputs[:3], *(None if gate is None else gate.to(wide) for gate in inputs[3:]))
-    W, S, anchor = (None if part is None else part.to(wide) for part in state[:3])
-    assert W is not None
-    state = MemoryState(W, S, anchor, state.offset)
+    if not torch.compiler.is_compiling() and any(_has_tangent(part) for part in (*inputs, *state)):
+        raise ValueError("backend: the kernels know no forward-mode derivatives; ask for backend='torch'")
+    inputs = Inputs(*inputs[:3], *(None if gate is None else gate.to(state.W.dtype) for gate in inputs[3:]))
     keep = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (*inputs, *state))
     o, W, S, anchor, *_ = torch.ops.clplat.delta_memory_forward(
         *inputs, state.W, state.S, state.anchor, state.offset, cu_seqlens, MODES.index(mode), chunk, keep
@@ -34,6 +31,10 @@ def fused(
         return o, MemoryState(W, S)
     offset = _written(inputs, state, cu_seqlens, chunk)
     return o, MemoryState(W, S, torch.where((offset == 0)[:, None, None, None], W, anchor), offset)
+
+
+def _has_tangent(part: Tensor | None) -> bool:
+    return part is not None and torch.autograd.forward_ad.unpack_dual(part).tangent is not None
 
 
 def _written(inputs: Inputs, state: MemoryState, cu_seqlens: Tensor | None, chunk: int) -> Tensor:

@@ -171,6 +171,10 @@ def test_triton_on_the_cpu_is_refused_unless_interpreted(monkeypatch: pytest.Mon
         called(Case(mode="gdn"), problem(Case(mode="gdn")), backend="triton")
 
 
+def eighth(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float8_e4m3fn)
+
+
 @interpreted
 @pytest.mark.parametrize(
     ("case", "change", "says"),
@@ -179,7 +183,7 @@ def test_triton_on_the_cpu_is_refused_unless_interpreted(monkeypatch: pytest.Mon
         (Case(mode="gdn", E=200), {}, "heads are 16 and 200 wide.*up to 128"),
         (Case(mode="gdn", chunk=24), {}, r"chunk is 24.*\(16, 32, 64\)"),
         (Case(mode="gdn"), {"q": torch.Tensor.bfloat16}, "q, k, v are torch.bfloat16, torch.float32.*take one of"),
-        (Case(mode="gdn"), {name: torch.Tensor.int for name in "qkv"}, "torch.int32.*take one of torch.bfloat16"),
+        (Case(mode="gdn"), {name: eighth for name in "qkv"}, "torch.float8_e4m3fn.*take one of torch.bfloat16"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_refused_with_what_they_can(
@@ -218,7 +222,7 @@ def without_last(name: str) -> Callable[[Tensors], Tensors]:
         ),
         (lambda given: {n: part for n, part in given.items() if n != "anchor"}, {}, "^state.anchor and state.offset"),
         (lambda given: given, {"mode": "hebbian"}, "^mode: must be one of hebb, frozen, exact, gdn, got 'hebbian'"),
-        (lambda given: given, {"chunk": 0}, "^chunk: must be at least 1, got 0"),
+        (lambda given: given, {"chunk": 0}, "^chunk: must be a whole number of tokens, at least 1, got 0"),
         (lambda given: given, {"backend": "cuda"}, "^backend: must be auto, torch, triton or recurrent, got 'cuda'"),
         (lambda given: given, {"cu_seqlens": torch.tensor([0, 3, 18])}, "^cu_seqlens: .* B = 1, got B = 2"),
         (lambda given: given, {"cu_seqlens": torch.tensor([0.0, 18.0])}, "^cu_seqlens: must be .* integers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -12,11 +13,12 @@ PAGE = (Path(__file__).parents[2] / "docs" / "delta_memory.md").read_text()
 
 
 @pytest.fixture(scope="module")
-def names() -> dict[str, object]:
+def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     torch.manual_seed(0)
     found: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
-        exec(block, found)
+    with contextlib.chdir(tmp_path_factory.mktemp("page")):
+        for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+            exec(block, found)
     return found
 
 
