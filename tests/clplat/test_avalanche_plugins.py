@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from studies import assert_same, everything, run_folder, study
+from interruptions import assert_resumes_as_if_never_stopped
+from studies import run_folder, study
 from torch import nn
 
 from clplat.checkpoint import Checkpoints
 from clplat.execution import execute
-from clplat.journal import last_status
 from clplat.learner import Learner
 from clplat.strategies.avalanche_shim import PlainModel, avalanche_dataset
 from clplat.streams.avalanche_stream import quiet
@@ -31,31 +31,9 @@ SEVERAL = {
 }
 
 
-class Killed(Exception):
-    """Stands in for the end of the process."""
-
-
 @pytest.mark.parametrize("step", [5, 17, 30])
-def test_a_run_stopped_inside_a_task_and_resumed_equals_the_uninterrupted_one(
-    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = study(strategies=SEVERAL)
-    whole, stopped = run_folder(tmp_path / "whole", data), run_folder(tmp_path / "stopped", data)
-    execute(whole)
-    original = Learner.training_step
-
-    def training_step(self: Learner, *arguments: Any) -> None:
-        if self.global_steps == step:
-            raise Killed
-        original(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Learner, "training_step", training_step)
-        execute(stopped)
-    assert last_status(stopped) == "FAILED"
-    execute(stopped)
-    assert last_status(stopped) == last_status(whole) == "FINISHED"
-    assert_same(everything(whole), everything(stopped))
+def test_a_run_stopped_inside_a_task_and_resumed_equals_the_uninterrupted_one(step: int, tmp_path: Path) -> None:
+    assert_resumes_as_if_never_stopped(study(strategies=SEVERAL), step=step, folder=tmp_path)
 
 
 def test_a_whole_run_with_si_ends_with_the_weights_of_avalanches_own_loop(

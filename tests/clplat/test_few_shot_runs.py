@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from interruptions import assert_resumes_as_if_never_stopped
 from studies import assert_same, everything, run_folder, study
 
 from clplat.assembly import assemble
@@ -109,30 +110,9 @@ def test_weights_are_the_same_bit_for_bit_however_often_novel_classes_are_scored
         assert_same(left[key], right[key], key)
 
 
-class Killed(Exception):
-    """Stands in for the end of the process."""
-
-
 @pytest.mark.parametrize("stop", [5, 17, 30])
-def test_a_run_stopped_in_any_task_and_resumed_equals_the_uninterrupted_one(
-    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, stopped = run_folder(tmp_path / "whole", few_shot()), run_folder(tmp_path / "stopped", few_shot())
-    execute(whole)
-    original = Learner.training_step
-
-    def training_step(self: Learner, *arguments: Any) -> None:
-        if self.global_steps == stop:
-            raise Killed
-        original(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Learner, "training_step", training_step)
-        execute(stopped)
-    assert last_status(stopped) == "FAILED"
-    execute(stopped)
-    assert last_status(stopped) == last_status(whole) == "FINISHED"
-    assert_same(everything(whole), everything(stopped))
+def test_a_run_stopped_in_any_task_and_resumed_equals_the_uninterrupted_one(stop: int, tmp_path: Path) -> None:
+    assert_resumes_as_if_never_stopped(few_shot(), step=stop, folder=tmp_path)
 
 
 def test_a_model_that_shows_no_features_is_refused_with_what_to_do() -> None:

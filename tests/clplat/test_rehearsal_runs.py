@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interruptions import assert_resumes_as_if_never_stopped
 from rich.console import Console
-from studies import assert_same, everything, run_folder, study
+from studies import study
 
 from clplat.dry_run import estimate
 from clplat.errors import ConfigError
-from clplat.execution import execute
-from clplat.journal import last_status
-from clplat.learner import Learner
 from clplat.study import preflight
 from clplat.study_file import expand, load_study
 
@@ -34,31 +32,11 @@ def named(case: str) -> dict[str, Any]:
     return {case: {"class_path": name, "init_args": options}}
 
 
-class Killed(Exception):
-    """Stands in for the end of the process."""
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_stopped_inside_its_second_task_and_resumed_equals_the_uninterrupted_one(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, tmp_path: Path
 ) -> None:
-    data = study(strategies=named(case), evaluation__every=5)
-    whole, stopped = run_folder(tmp_path / "whole", data), run_folder(tmp_path / "stopped", data)
-    execute(whole)
-    original = Learner.training_step
-
-    def training_step(self: Learner, *arguments: Any) -> None:
-        if self.global_steps == 17:
-            raise Killed
-        original(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Learner, "training_step", training_step)
-        execute(stopped)
-    assert last_status(stopped) == "FAILED"
-    execute(stopped)
-    assert last_status(stopped) == last_status(whole) == "FINISHED"
-    assert_same(everything(whole), everything(stopped))
+    assert_resumes_as_if_never_stopped(study(strategies=named(case), evaluation__every=5), step=17, folder=tmp_path)
 
 
 def test_a_dry_run_tries_each_of_them() -> None:
