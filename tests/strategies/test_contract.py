@@ -26,6 +26,7 @@ from clplat.strategies.icarl import iCaRL
 from clplat.strategies.la_maml import LaMAML
 from clplat.strategies.path_integral import SI, RWalk
 from clplat.strategies.projection import GEM
+from clplat.strategies.prototype_answers import PrototypeAnswers
 from clplat.strategies.reference import Cumulative, Joint, Naive
 from clplat.strategies.regularization import EWC, MAS, OnlineEWC
 from clplat.strategies.replay import ExperienceReplay, GDumb
@@ -56,6 +57,7 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "SCR one view": (lambda: SCR(capacity_bytes=500, ratio=2.0, second_view=False, from_task=2), None),
     "iCaRL": (lambda: iCaRL(capacity=7), None),
     "iCaRL bytes": (lambda: iCaRL(capacity_bytes=500, ratio=0.5, weight=2.0), None),
+    "prototypes": (lambda: PrototypeAnswers(per_class=3), None),
     "FastSlow": (
         lambda: FastSlow(memory_per_class=4, strength=5.0, episodes=3, episode=EpisodeShape(ways=2, queries=2)),
         {"ratio": 0.0, "strength": 0.0, "distillation": 0.0, "to_fast": 0.0},
@@ -90,6 +92,7 @@ NO_LANGUAGE = {
     "iCaRL": "iCaRL: the tasks of this stream have no classes",
     "iCaRL bytes": "iCaRL: the tasks of this stream have no classes",
     "LwF seen": r"LwF\.softmax: seen is for classes in the class scenario",
+    "prototypes": "PrototypeAnswers: the tasks of this stream have no classes",
     "FastSlow": "FastSlow: the tasks of this stream have no classes",
     "FastSlow single": "FastSlow: the tasks of this stream have no classes",
 }
