@@ -17,7 +17,7 @@ from clplat.strategies.fisher import fisher_diagonal, flat_parameters, mean_loss
 from clplat.strategies.icarl import remember_exemplars
 from clplat.strategies.nearest_mean import NearestMean
 from clplat.strategies.quadratic import QuadraticPenalty
-from clplat.strategies.replay import ExperienceReplay
+from clplat.strategies.replay import ExperienceReplay, rows_of_all_classes
 from clplat.strategies.slow_weights import SlowWeights, move
 from clplat.streams.base import Task
 from clplat.streams.batch import Batch
@@ -82,8 +82,7 @@ class FastSlow(QuadraticPenalty, ExperienceReplay):
         self.fisher_samples, self.fisher_batch_size = fisher_samples, fisher_batch_size
 
     def setup(self, context: Context) -> None:
-        classes = {unit for task in context.tasks for unit in task.classes or ()}
-        self.capacity = min(self.per_class * max(1, len(classes)), sum(len(task.train) for task in context.tasks))
+        self.capacity = rows_of_all_classes(context, self.per_class)
         super().setup(context)
         self.nearest = NearestMean(context, self.buffer, "FastSlow")
         self.distiller.setup(context)

@@ -10,7 +10,7 @@ from torch import Tensor
 from clplat.strategies.base import Context
 from clplat.strategies.icarl import remember_exemplars
 from clplat.strategies.nearest_mean import NearestMean
-from clplat.strategies.replay import _Rehearsal
+from clplat.strategies.replay import _Rehearsal, rows_of_all_classes
 from clplat.streams.base import Task
 from clplat.streams.batch import Batch
 
@@ -33,8 +33,7 @@ class PrototypeAnswers(_Rehearsal):
         self.per_class, self.ended = per_class, 0
 
     def setup(self, context: Context) -> None:
-        classes = {unit for task in context.tasks for unit in task.classes or ()}
-        self.capacity = min(self.per_class * max(1, len(classes)), sum(len(task.train) for task in context.tasks))
+        self.capacity = rows_of_all_classes(context, self.per_class)
         super().setup(context)
         self.nearest = NearestMean(context, self.buffer, "PrototypeAnswers")
 

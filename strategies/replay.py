@@ -68,6 +68,12 @@ class _Rehearsal(Strategy):
         return rows
 
 
+def rows_of_all_classes(context: Context, per_class: int) -> int:
+    """Room for so many rows of every class of the stream, as far as there are rows."""
+    classes = {unit for task in context.tasks for unit in task.classes or ()}
+    return min(per_class * max(1, len(classes)), sum(len(task.train) for task in context.tasks))
+
+
 class ExperienceReplay(_Rehearsal):
     """Keep some rows of what was seen and add a draw of them to every batch; current rows are never displaced.
 

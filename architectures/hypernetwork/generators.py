@@ -32,7 +32,7 @@ class Generator(nn.Module):
 
     def forward(self, embeddings_NE: Tensor, stage: int) -> Tensor:
         """Raw weights (N, L·K), the last chunk in full."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define forward")
 
     def inputs(self, embeddings_NE: Tensor) -> Tensor:
         """Every task beside every chunk (N, L, E + C)."""
