@@ -20,8 +20,8 @@ from clplat.kernels.topk_memory.triton_select import best_groups, store_maxima
 from clplat.kernels.topk_memory.tuning import LARGEST_BUFFER, PROGRAMS, Plan, padded, plan_for
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor]
-CANDIDATES = 2048
-"""How many maxima or ranks a query's program looks at together."""
+CANDIDATES = 512
+"""How many maxima or ranks a warp of a query's program looks at together."""
 
 
 def forward(
@@ -46,7 +46,8 @@ def forward(
         read[(stop - start,)](
             part, keys, values, count, mask, candidates, output[start:stop], indices[start:stop], weights[start:stop],
             units, S, q.stride(0), keys.stride(0), values.stride(0), D, values.shape[1], num, k, scale,
-            K=list_length(k), G=min(CANDIDATES, padded(num)), GROUP=plan.group, **blocks(D, values.shape[1], k, plan.group),
+            K=list_length(k), G=min(CANDIDATES * plan.read_warps, padded(num)), GROUP=plan.group,
+            **blocks(D, values.shape[1], k, plan.group, plan.read_warps),
             MAXIMA=plan.search == "maxima", COUNTED=count is not None, MASKED=mask is not None,
             num_warps=plan.read_warps,
         )  # fmt: skip
@@ -58,10 +59,11 @@ def list_length(k: int) -> int:
     return max(4, 1 << (k - 1).bit_length())
 
 
-def blocks(D: int, E: int, k: int, group: int) -> dict[str, int]:
-    """Features at a time of a query's program: with all slots of its groups, and with the chosen alone."""
-    slots = list_length(k) * group
-    return {"BD": min(padded(D), max(16, 8192 // slots)), "BE": min(padded(E), max(16, 4096 // list_length(k)))}
+def blocks(D: int, E: int, k: int, group: int, warps: int) -> dict[str, int]:
+    """Features at a time of a query's program: of keys of all slots of its groups, of values of the chosen alone."""
+    chosen = list_length(k)
+    sizes = {"BD": (D, chosen * group), "BE": (E, chosen)}
+    return {name: min(padded(width), max(16, 2048 * warps // rows)) for name, (width, rows) in sizes.items()}
 
 
 def searched(q: Tensor, keys: Tensor, count: Tensor | None, mask: Tensor | None, k: int, plan: Plan) -> Tensor:
@@ -86,8 +88,10 @@ def searched(q: Tensor, keys: Tensor, count: Tensor | None, mask: Tensor | None,
         store_maxima[(rows, parts)](q, keys, count, mask, maxima, *sizes, **constants)
         return maxima
     K = list_length(k)
+    most = min(K, plan.slots // plan.group)
+    rounds = most if most <= 8 else 0
     lists = torch.empty(N, parts * K, dtype=torch.int64, device=q.device)
-    best_groups[(rows, parts)](q, keys, count, mask, lists, *sizes, K=K, **constants)
+    best_groups[(rows, parts)](q, keys, count, mask, lists, *sizes, K=K, ROUNDS=rounds, **constants)
     return lists
 
 
@@ -100,7 +104,7 @@ def backward(
     dq, dscores = torch.empty(N, D, dtype=q.dtype, device=q.device), torch.empty_like(weights)
     adjoints[(N,)](
         q, keys, values, indices, weights, doutput, dweights, dq, dscores, keys.stride(0), values.stride(0), D, E, k,
-        scale, K=list_length(k), **blocks(D, E, k, 1), WEIGHED=dweights is not None,
+        scale, K=list_length(k), **blocks(D, E, k, 1, 1), WEIGHED=dweights is not None, num_warps=1,
     )  # fmt: skip
     # Entries without a slot go behind all others, where nobody looks.
     slots, order = torch.where(indices < 0, S, indices).to(torch.int32).flatten().sort(stable=True)

@@ -42,7 +42,7 @@ def groups_of_row(
             rank_G = ranked(maximum_G, g, written)
         else:
             rank_G = tl.load(candidates + row * num + g, mask=g < num, other=NONE)
-        list_1K = merged(list_1K, rank_G[None, :])
+        list_1K = merged(list_1K, rank_G[None, :], 0)
     return tl.reshape(list_1K, (K,))
 
 

@@ -40,10 +40,11 @@ def group_maxima(
             part_MD = tile(q, row_M, N, q_stride, first + d, D, UPCAST)
             key_SD = tile(keys, slot_S, S, key_stride, first + d, D, UPCAST)
             score_MS = tl.dot(part_MD, tl.trans(key_SD), score_MS, input_precision=PRECISION)
-    there_S = slot_S < limit
     if MASKED:
-        there_S = there_S & (tl.load(mask + slot_S, mask=there_S, other=0) != 0)
-    score_MS = tl.where(there_S[None, :], score_MS, float("-inf"))
+        there_S = tl.load(mask + slot_S, mask=slot_S < limit, other=0) != 0
+        score_MS = tl.where(there_S[None, :], score_MS, float("-inf"))
+    elif start + BS > limit:
+        score_MS = tl.where((slot_S < limit)[None, :], score_MS, float("-inf"))
     return tl.max(tl.reshape(score_MS, (BM, BS // GROUP, GROUP)), 2)
 
 
@@ -71,7 +72,7 @@ def store_maxima(
 @triton.jit
 def best_groups(
     q, keys, count, mask, lists, N, S, q_stride, key_stride, D, groups, blocks,
-    K: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
+    K: tl.constexpr, ROUNDS: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
     COUNTED: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes the ranks (N, parts, K) of the best groups among each part's `blocks` blocks of slots, in no order."""
@@ -86,6 +87,6 @@ def best_groups(
             BM, BS, BD, GROUP, WHOLE, MASKED, UPCAST, PRECISION,
         )  # fmt: skip
         group_G = start // GROUP + tl.arange(0, BS // GROUP)
-        list_MK = merged(list_MK, ranked(found_MG, group_G[None, :], (row_M < N)[:, None]))
+        list_MK = merged(list_MK, ranked(found_MG, group_G[None, :], (row_M < N)[:, None]), ROUNDS)
     place_MK = (row_M.to(tl.int64) * tl.num_programs(1) + part)[:, None] * K + tl.arange(0, K)[None, :]
     tl.store(lists + place_MK, list_MK, mask=(row_M < N)[:, None])
