@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def check(
-    q: Tensor, keys: Tensor, values: Tensor, k: int, temperature: float, valid: Tensor | int | None
-) -> None:
+def check(q: Tensor, keys: Tensor, values: Tensor, k: int, temperature: float, valid: Tensor | int | None) -> None:
     """Raises ValueError with the argument's name, what it must be and what it is."""
     for name, part in (("q", q), ("keys", keys), ("values", values)):
         if not (isinstance(part, Tensor) and part.is_floating_point()):

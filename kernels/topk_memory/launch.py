@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from clplat.kernels.delta_memory.interface import interpreting
@@ -107,7 +106,7 @@ def backward(
         scale, K=list_length(k), **blocks(D, E, k, 1, 1), WEIGHED=dweights is not None, num_warps=1,
     )  # fmt: skip
     # Entries without a slot go behind all others, where nobody looks.
-    slots, order = torch.where(indices < 0, S, indices).to(torch.int32).flatten().sort(stable=True)
+    slots, order = indices.masked_fill(indices < 0, S).to(torch.int32).flatten().sort(stable=True)
     bounds = torch.searchsorted(slots, torch.arange(S + 1, dtype=torch.int32, device=q.device))
     found = []
     for rows, coefficients, like in ((q, dscores, keys), (doutput, weights, values)):

@@ -82,9 +82,7 @@ def _backward(ctx: Any, doutput: Tensor | None, _: Any, dweights: Tensor | None,
     q, keys, values, indices, weights = ctx.saved_tensors
     if doutput is None:
         doutput = values.new_zeros(len(q), values.shape[1])
-    found = torch.ops.clplat.topk_read_backward(
-        q, keys, values, indices, weights, doutput, dweights, ctx.scale
-    )
+    found = torch.ops.clplat.topk_read_backward(q, keys, values, indices, weights, doutput, dweights, ctx.scale)
     return (*found, None, None, None, None)
 
 

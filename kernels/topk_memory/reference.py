@@ -31,7 +31,7 @@ class TopkRead(NamedTuple):
     indices: Tensor
     """(…, k) int64, the chosen slots, best first; −1 where fewer than k were valid."""
     weights: Tensor
-    """(…, k), the softmax over the chosen, in fp32 or wider; 0 where there is no slot. Differentiable as `output` is."""
+    """(…, k), the softmax over the chosen, fp32 or wider; 0 where there is no slot. Differentiable, as `output` is."""
     mass: Tensor
     """(S,), every slot's weights summed over the queries; not differentiable."""
 
@@ -41,7 +41,9 @@ def read_whole(
 ) -> TopkRead:
     """The definition: q (N, D), keys (S, D), values (S, E), `count` (1,) the first so many slots, `mask` (S,) bool."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores_NS = (q.detach().to(wide) @ keys.detach().to(wide).T).masked_fill(~valid_slots(keys, count, mask), -torch.inf)
+    scores_NS = (q.detach().to(wide) @ keys.detach().to(wide).T).masked_fill(
+        ~valid_slots(keys, count, mask), -torch.inf
+    )
     scores_NS = scores_NS.masked_fill(scores_NS.isnan(), -torch.inf)
     found_Nk, indices_Nk = scores_NS.sort(dim=1, descending=True, stable=True)
     missing = max(0, k - scores_NS.shape[1])
@@ -71,7 +73,7 @@ def valid_slots(keys: Tensor, count: Tensor | None, mask: Tensor | None) -> Tens
 
 
 def chosen(q: Tensor, keys: Tensor, k: int, valid_S: Tensor) -> Tensor:
-    """The k best slots of every query (N, k), best first, −1 for none: best of each block join those of the blocks before."""
+    """The k best slots of every query (N, k), best first, −1 for none; each block's scores join the best so far."""
     wide = torch.promote_types(q.dtype, torch.float32)
     found_Nk = torch.full((len(q), k), -torch.inf, dtype=wide, device=q.device)
     indices_Nk = torch.full((len(q), k), -1, device=q.device)

@@ -76,12 +76,11 @@ def _obstacle(indices: Tensor, num_experts: int) -> str:
     return ""
 
 
-@torch.library.custom_op("clplat::expert_order", mutates_args=())
-def order_op(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`order`, `places` and `ends` of flat indices by the kernels."""
+def counted(indices: Tensor, num_experts: int) -> ExpertOrder:
+    """The sort of flat indices by the kernels."""
     from clplat.kernels.topk_memory.triton_routing import count, place
 
-    indices, num = indices.contiguous(), len(indices)
+    num = len(indices)
     blocks = -(-num // BLOCK)
     counts = torch.zeros(num_experts + 1, blocks, dtype=torch.int32, device=indices.device)
     order, places = (torch.empty(num, dtype=torch.int32, device=indices.device) for _ in range(2))
@@ -89,7 +88,13 @@ def order_op(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     count[(blocks,)](indices, counts, *sizes, B=BLOCK, J=COMPARED)
     ends = counts.flatten().cumsum(0, dtype=torch.int32).view_as(counts)
     place[(blocks,)](indices, counts, ends, order, places, *sizes, B=BLOCK, J=COMPARED)
-    return order, places, ends[:-1, -1].clone()
+    return ExpertOrder(order, places, ends[:-1, -1].clone())
+
+
+@torch.library.custom_op("clplat::expert_order", mutates_args=())
+def order_op(indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`counted` as one step for the compiler and for graphs."""
+    return tuple(counted(indices.contiguous(), num_experts))  # type: ignore[return-value]
 
 
 @order_op.register_fake

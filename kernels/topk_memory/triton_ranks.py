@@ -1,4 +1,4 @@
-"""What the kernels of `topk_memory` share: scores and places as one number, so that the larger number is the better slot.
+"""What the kernels of `topk_memory` share: score and place as one number, the larger the better.
 
 The upper half of a rank (int64) is the score, its bits made an integer of the same order; the lower half counts places
 backwards, so that of equal scores the lowest place is the best. No two ranks are equal.

@@ -11,7 +11,7 @@ import triton.language as tl
 from clplat.kernels.topk_memory.triton_ranks import NONE, is_slot, merged, nothing, place_of, ranked, score_of
 
 MASS_UNIT = tl.constexpr(float(2**40))
-"""Weights are summed by slot in whole numbers of 2⁻⁴⁰: then the order of additions, which atomics leave open, is nothing."""
+"""Weights are summed by slot in whole numbers of 2⁻⁴⁰: the order of additions, which atomics leave open, is nothing."""
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def read(
         score_C += tl.sum(rows_of(keys, slot_C, there_C, key_stride, first + d, D) * q_D[None, :], 1)
     rank_C = ranked(score_C, slot_C, there_C)
     best_K = tl.zeros((K,), tl.int64) + NONE
-    for j in range(0, k):
+    for j in range(k):
         best = tl.max(rank_C, 0)
         best_K = tl.where(kk == j, best, best_K)
         rank_C = tl.where(rank_C == best, NONE, rank_C)
@@ -116,9 +116,7 @@ def adjoints(
 
 
 @triton.jit
-def gathered_by_slot(
-    rows, coefficients, order, bounds, out, row_stride, width, k, B: tl.constexpr, BW: tl.constexpr
-):
+def gathered_by_slot(rows, coefficients, order, bounds, out, row_stride, width, k, B: tl.constexpr, BW: tl.constexpr):
     """One slot: the sum of the rows of the queries that chose it, by coefficient, in the order of queries."""
     slot, w = tl.program_id(0).to(tl.int64), tl.program_id(1) * BW + tl.arange(0, BW)
     first, stop = tl.load(bounds + slot), tl.load(bounds + slot + 1)

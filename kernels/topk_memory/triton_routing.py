@@ -1,6 +1,6 @@
 """The kernels of a counting sort: how often each expert comes in each block of entries, and where each entry goes.
 
-Names: B entries of a block; experts are counted from 0, and entries without one are the last "expert", numbered `experts`.
+Names: B entries of a block; experts are counted from 0, and entries without one are an expert more, number `experts`.
 """
 
 from __future__ import annotations

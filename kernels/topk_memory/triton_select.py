@@ -72,8 +72,8 @@ def store_maxima(
 @triton.jit
 def best_groups(
     q, keys, count, mask, lists, N, S, q_stride, key_stride, D, groups, blocks,
-    K: tl.constexpr, ROUNDS: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, WHOLE: tl.constexpr,
-    COUNTED: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, ROUNDS: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
+    WHOLE: tl.constexpr, COUNTED: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Writes the ranks (N, parts, K) of the best groups among each part's `blocks` blocks of slots, in no order."""
     row_M, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, BD)

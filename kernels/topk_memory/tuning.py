@@ -52,7 +52,7 @@ def plan_for(N: int, S: int, D: int, k: int, dtype: torch.dtype) -> Plan:
     if whole > 128:
         # Every chosen group is read again, a row of keys a slot: with wide keys that costs more than maxima do.
         plan = replace(plan, group=16, features=64 if narrow else 32, rows=128 if N > 64 else 64, warps=8)
-    if S < 64 * padded(k) * plan.group // 32:
+    if 64 * padded(k) * plan.group // 32 > S:
         plan = replace(plan, group=8)
     return plan
 
