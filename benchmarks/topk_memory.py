@@ -7,10 +7,10 @@
 
 A shape is N,S,D,k: queries, slots, width of keys and values, slots a query reads. Times are of the device's events with
 its cache emptied before each run; `forward` keeps nothing for a backward pass. The peer is what one would write: all
-scores, `torch.topk`, softmax, a gather and a sum, in bf16 as it comes, and the same under `torch.compile`; both are timed
-in turns with ours, in the same process. "slots" is the share of chosen slots that the fp64 scores of 256 queries choose
-too (the peer rounds scores to bf16), "error" the outputs' distance ‖x − y‖ / ‖y‖ from fp64 on those same slots, and for
-the backward pass the largest of the three gradients', over all queries, from the definition in fp64 on the same slots.
+scores, `torch.topk`, softmax, a gather and a sum, in bf16 as it comes, and the same under `torch.compile`; both are
+timed in turns with ours, in the same process. "slots" is the share of chosen slots that the fp64 scores of 256 queries
+choose too (the peer rounds scores to bf16), "error" the outputs' distance ‖x − y‖ / ‖y‖ from fp64 on those same slots,
+and for the backward pass the largest of the gradients' and the output's, over all queries, from fp64 on the same slots.
 """
 
 from __future__ import annotations

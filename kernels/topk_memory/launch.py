@@ -16,7 +16,7 @@ from torch import Tensor
 from clplat.kernels.delta_memory.interface import interpreting
 from clplat.kernels.topk_memory.triton_read import MASS_UNIT, adjoints, gathered_by_slot, read
 from clplat.kernels.topk_memory.triton_select import best_groups, store_maxima
-from clplat.kernels.topk_memory.tuning import LARGEST_BUFFER, PROGRAMS, Plan, padded, plan_for
+from clplat.kernels.topk_memory.tuning import LARGEST_BUFFER, Plan, padded, plan_for
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor]
 CANDIDATES = 512
@@ -71,7 +71,7 @@ def searched(q: Tensor, keys: Tensor, count: Tensor | None, mask: Tensor | None,
     tiles, features = triton.cdiv(S, plan.slots), min(padded(D), plan.features)
     # Many parts fill the card; few slots a part would spend their time on starting, and lists start anew in each.
     rows, shortest = triton.cdiv(N, plan.rows), 8 if plan.search == "maxima" else 16
-    parts = min(triton.cdiv(tiles, shortest), triton.cdiv(PROGRAMS, rows))
+    parts = min(triton.cdiv(tiles, shortest), triton.cdiv(plan.programs, rows))
     num_blocks = triton.cdiv(tiles, parts)
     parts = triton.cdiv(tiles, num_blocks)
     groups = triton.cdiv(S, plan.group)

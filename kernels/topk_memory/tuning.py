@@ -32,29 +32,29 @@ class Plan:
     warps: int
     stages: int
     read_warps: int = 4
+    """Warps of the program that reads one query's groups and slots."""
+    programs: int = 2048
+    """Programs that the search is cut into: several rounds of 132 multiprocessors, so that few idle at the end."""
 
 
 LARGEST_BUFFER = 2**24
 """Maxima in memory at once: 64 MB. More queries are searched in several launches."""
-PROGRAMS = 1024
-"""So many programs keep a card of 132 multiprocessors busy to the end."""
 
 
 def plan_for(N: int, S: int, D: int, k: int, dtype: torch.dtype) -> Plan:
     """The plan of a read of S slots with keys of D features by N queries."""
-    whole = padded(D)
-    rows = 64 if N <= 4096 or whole < 128 else 128
-    narrow = dtype != torch.float32
+    whole, narrow = padded(D), dtype != torch.float32
+    # Up to 128 features the queries stay at hand, and two stages of keys leave room for a second program beside each.
     plan = Plan(
-        search="maxima", group=32, rows=rows, slots=128, features=min(whole, 128 if narrow else 64),
-        warps=4 if rows == 64 else 8, stages=3,
+        search="maxima", group=32, rows=64, slots=128, features=min(whole, 128 if narrow else 64), warps=4,
+        stages=3 if whole <= 64 else 2,
     )  # fmt: skip
     if whole > 128:
         # Every chosen group is read again, a row of keys a slot: with wide keys that costs more than maxima do.
-        plan = replace(plan, group=16, features=64 if narrow else 32, rows=128 if N > 64 else 64, warps=8)
-    if 64 * padded(k) * plan.group // 32 > S:
-        plan = replace(plan, group=8)
-    return plan
+        rows, warps = (128, 8) if N > 64 else (64, 4)
+        plan = replace(plan, group=16, features=64 if narrow else 32, rows=rows, warps=warps, stages=3)
+    few = 2 * padded(k) * plan.group > S
+    return replace(plan, group=8) if few else plan
 
 
 def padded(width: int) -> int:
@@ -62,22 +62,37 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-ALTERNATIVES: dict[str, Plan] = {
-    f"{search}, groups of {group}, {rows} × {slots}, {warps} warps, {stages} stages": Plan(
-        search=search, group=group, rows=rows, slots=slots, features=128, warps=warps, stages=stages
+def _named(plan: Plan) -> tuple[str, Plan]:
+    tile = f"{plan.rows} × {plan.slots} × {plan.features}"
+    read = f"{plan.read_warps} warps read, {plan.programs} programs"
+    return f"{plan.search}, groups of {plan.group}, {tile}, {plan.warps} warps, {plan.stages} stages, {read}", plan
+
+
+_FIRST = Plan(search="maxima", group=32, rows=64, slots=128, features=128, warps=4, stages=3)
+
+ALTERNATIVES: dict[str, Plan] = dict(
+    _named(replace(_FIRST, **change))  # type: ignore[arg-type]
+    for change in (
+        {},
+        {"stages": 2},
+        {"stages": 2, "programs": 1024},
+        {"stages": 2, "programs": 4096},
+        {"stages": 2, "read_warps": 1},
+        {"stages": 2, "read_warps": 2},
+        {"stages": 2, "group": 16},
+        {"stages": 2, "group": 16, "read_warps": 2},
+        {"stages": 2, "group": 64},
+        {"rows": 128, "warps": 8, "stages": 2},
+        {"rows": 128, "stages": 2},
+        {"slots": 256, "stages": 2},
+        {"rows": 128, "slots": 256, "warps": 8, "stages": 2},
+        {"rows": 128, "slots": 256, "warps": 8, "features": 64},
+        {"rows": 128, "warps": 8, "features": 64, "group": 16},
+        {"rows": 128, "warps": 8, "features": 64, "group": 8},
+        {"search": "lists", "stages": 2},
+        {"search": "lists", "stages": 2, "group": 16},
+        {"search": "lists", "slots": 64, "group": 16},
+        {"search": "lists", "stages": 2, "programs": 1024},
     )
-    for search, group, rows, slots, warps, stages in (
-        ("maxima", 32, 64, 128, 4, 3),
-        ("maxima", 16, 64, 128, 4, 3),
-        ("maxima", 64, 64, 128, 4, 3),
-        ("maxima", 32, 128, 128, 8, 3),
-        ("maxima", 32, 128, 128, 4, 3),
-        ("maxima", 32, 64, 256, 4, 2),
-        ("maxima", 32, 128, 256, 8, 3),
-        ("lists", 32, 64, 128, 4, 3),
-        ("lists", 16, 64, 128, 4, 3),
-        ("lists", 16, 64, 64, 4, 3),
-        ("lists", 16, 128, 128, 8, 3),
-    )
-}
-"""What benchmarks/topk_memory.py tries; `features` is cut to what the keys have."""
+)
+"""What benchmarks/topk_memory.py tries; where keys have fewer features than a tile, it has as few."""

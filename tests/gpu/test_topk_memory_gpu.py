@@ -35,8 +35,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, torch.bfloat16) for case in CASES),
+        *((case, torch.float32) for case in CASES[:5:2]),
+        (CASES[1], torch.float16),
+    ],
+    ids=str,
+)
 def test_everything_is_rounding_away_from_fp64_and_slots_are_the_same(case: Case, dtype: torch.dtype) -> None:
     given = problem(case, dtype, DEVICE)
     bounds = {"forward": 1e-5, "backward": 2e-5} if dtype == torch.float32 else {"forward": 5e-3, "backward": 8e-3}
@@ -62,7 +69,11 @@ def mass(indices: Tensor, weights: Tensor, slots: int) -> Tensor:
     return (units.double() / 2**40).float()
 
 
-@pytest.mark.parametrize("name", ALTERNATIVES)
+# Of each kind of search and size of groups, one.
+TRIED = {(plan.search, plan.group): name for name, plan in ALTERNATIVES.items()}
+
+
+@pytest.mark.parametrize("name", TRIED.values())
 def test_every_way_to_search_reads_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for case in (Case(**LARGE | {"valid": 4090}), Case(**LARGE | {"D": 128, "valid": 0.7})):
         given = problem(case, torch.bfloat16, DEVICE)
