@@ -56,6 +56,7 @@ def compile_all(mode: str, *, width: int, momentum: bool, packed: bool) -> None:
     offset = torch.zeros(1, dtype=torch.int32)
     state = MemoryState(W, W if momentum else None, W, offset) if packed else MemoryState(W, W if momentum else None)
     how = {"mode": MODES.index(mode), "chunk": 64}
+    forward(inputs, state, bounds, keep=False, **how)
     *_, kept = forward(inputs, state, bounds, keep=True, **how)
     backward(inputs, state, bounds, kept, rows, EndAdjoints(W, W, W), **how)
 
