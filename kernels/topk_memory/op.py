@@ -40,7 +40,8 @@ def forward_op(
     """Output, indices, weights and mass; `scale` is 1 / τ."""
     from clplat.kernels.topk_memory.launch import forward
 
-    return forward(*_dense(q, keys, values), count, None if mask is None else mask.contiguous(), k, scale)
+    q, keys, values = _dense(q, keys, values)
+    return forward(q, keys, values, count, None if mask is None else mask.contiguous(), k, scale)
 
 
 @forward_op.register_fake
@@ -62,7 +63,8 @@ def backward_op(
     from clplat.kernels.topk_memory.launch import backward
 
     dweights = None if dweights is None else dweights.contiguous()
-    return backward(*_dense(q, keys, values), indices, weights, doutput.contiguous(), dweights, scale)
+    q, keys, values = _dense(q, keys, values)
+    return backward(q, keys, values, indices, weights, doutput.contiguous(), dweights, scale)
 
 
 @backward_op.register_fake

@@ -47,6 +47,29 @@ def groups_of_row(
 
 
 @triton.jit
+def best_in_order(rank_C, k, K: tl.constexpr):
+    """The k largest ranks (K,), largest first."""
+    best_K = tl.zeros((K,), tl.int64) + NONE
+    for j in range(k):
+        best = tl.max(rank_C, 0)
+        best_K = tl.where(tl.arange(0, K) == j, best, best_K)
+        rank_C = tl.where(rank_C == best, NONE, rank_C)
+    return best_K
+
+
+@triton.jit
+def softmax_of(rank_K, scale):
+    """Weights of the slots among some ranks, 0 for what is none."""
+    found_K = is_slot(rank_K)
+    score_K = tl.where(found_K, score_of(rank_K) * scale, float("-inf"))
+    # Over no slot at all: the exponents' base is 0 and the sum is never 0.
+    base = tl.where(tl.sum(found_K.to(tl.int32), 0) > 0, tl.max(score_K, 0), 0.0)
+    part_K = tl.where(found_K, tl.exp(score_K - base), 0.0)
+    total = tl.sum(part_K, 0)
+    return part_K / tl.where(total == 0, 1.0, total)
+
+
+@triton.jit
 def read(
     q, keys, values, count, mask, candidates, output, indices, weights, mass,
     S, q_stride, key_stride, value_stride, D, E, num, k, scale,
@@ -68,19 +91,11 @@ def read(
         nan = tl.maximum(nan, tl.max((q_D != q_D).to(tl.int32), 0))
         score_C += tl.sum(rows_of(keys, slot_C, there_C, key_stride, first + d, D) * q_D[None, :], 1)
     rank_C = ranked(score_C, slot_C, there_C)
-    best_K = tl.zeros((K,), tl.int64) + NONE
-    for j in range(k):
-        best = tl.max(rank_C, 0)
-        best_K = tl.where(kk == j, best, best_K)
-        rank_C = tl.where(rank_C == best, NONE, rank_C)
+    best_K = best_in_order(rank_C, k, K)
     found_K = is_slot(best_K)
     slot_K = tl.where(found_K, place_of(best_K), -1)
-    score_K = tl.where(found_K, score_of(best_K) * scale, float("-inf"))
-    # Over no slot at all: the exponents' base is 0 and the sum is never 0.
-    base = tl.where(tl.sum(found_K.to(tl.int32), 0) > 0, tl.max(score_K, 0), 0.0)
-    part_K = tl.where(found_K, tl.exp(score_K - base), 0.0)
-    total = tl.sum(part_K, 0)
-    weight_K = tl.where(nan > 0, float("nan"), part_K / tl.where(total == 0, 1.0, total))
+    weight_K = softmax_of(best_K, scale)
+    weight_K = tl.where(nan > 0, float("nan"), weight_K)
     tl.store(indices + row * k + kk, slot_K.to(tl.int64), mask=kk < k)
     tl.store(weights + row * k + kk, weight_K, mask=kk < k)
     unit_K = (tl.where(weight_K == weight_K, weight_K, 0.0) * MASS_UNIT).to(tl.int64)
