@@ -18,6 +18,7 @@ from torch import Tensor
 from clplat.config import RunConfig, TrainingConfig
 from clplat.errors import ConfigError, nearest
 from clplat.loaders import RowOrder, TaskLoader
+from clplat.precision import of_trainer
 from clplat.streams.base import Task
 from clplat.streams.batch import Batch
 
@@ -104,7 +105,7 @@ def new_trainer(training: TrainingConfig, device: Any, processes: int) -> Traine
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=([device.index] if device.type == "cuda" and processes == 1 else processes),
         strategy=strategy,
-        precision=training.precision,
+        precision=of_trainer(training.precision),
         max_epochs=1,
         use_distributed_sampler=False,
         barebones=True,
@@ -139,7 +140,7 @@ class _AllBatches(SingleDeviceStrategy):
         learner: Any = self.lightning_module
         for number, batch in enumerate(batches):
             learner.batch_start()
-            batch = self.precision_plugin.convert_input(batch).to(self.root_device, non_blocking=True)
+            batch = batch.to(self.root_device, non_blocking=True)
             # Entered anew at each step: mixed precision keeps 16-bit copies of the weights until it is left.
             with self.precision_plugin.train_step_context():
                 learner.training_step(batch, number)
