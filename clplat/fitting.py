@@ -23,8 +23,8 @@ from clplat.streams.base import Task
 from clplat.streams.batch import Batch
 
 if TYPE_CHECKING:
-    from clplat.learner import Means
     from clplat.loop import Run
+    from clplat.loss_means import LossMeans
 
 
 def fit(run: Run, task: Task) -> None:
@@ -177,7 +177,7 @@ class TaskSteps:
         self.evaluate_every = run.config.evaluation.every
         self.thresholds = run.budget(task).thresholds(task.headline)
         self._resumed_at = time.perf_counter()
-        self._means: tuple[Means, dict[str, float], int] | None = None
+        self._means: tuple[LossMeans, dict[str, float], int] | None = None
 
     def begun(self) -> None:
         """What came before, a new Trainer above all, is no training time."""

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from clplat.objective import Objective
-from clplat.strategies.contract import ROWS, STEPS, TASKS, ToyRun
 from clplat.strategies.projection import GEM, RIDGE, gem_multipliers
+from clplat.strategies.toy_run import ROWS, STEPS, TASKS, ToyRun
 
 
 def brute_force(overlap: np.ndarray, opposed: np.ndarray, margin: float) -> np.ndarray:

@@ -13,11 +13,12 @@ from torch.func import functional_call
 from clplat.architectures.hypernetwork.model import ChunkedHypernetwork, RecurrentHypernetwork
 from clplat.architectures.mlp import MLP
 from clplat.objective import Objective
-from clplat.strategies import contract
-from clplat.strategies.contract import STEPS, ToyRun, check_strategy
+from clplat.strategies import toy_run
+from clplat.strategies.contract import check_strategy
 from clplat.strategies.fisher import fisher_diagonal
 from clplat.strategies.hypernetwork import HypernetworkRegularizer, candidates
 from clplat.strategies.replay import ExperienceReplay
+from clplat.strategies.toy_run import STEPS, ToyRun
 from clplat.streams.base import Spec
 
 
@@ -45,7 +46,7 @@ def growing(spec: Spec, *, freeze_grown: bool = False) -> RecurrentHypernetwork:
 @pytest.fixture(params=[chunked, growing])
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """The toy run trains a hypernetwork in place of its own small model."""
-    monkeypatch.setattr(contract, "ToyModel", request.param)
+    monkeypatch.setattr(toy_run, "ToyModel", request.param)
     return request.param
 
 
@@ -225,7 +226,7 @@ def test_a_large_strength_keeps_what_earlier_tasks_answer(model) -> None:
 
 
 def test_a_frozen_generator_that_grew_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract, "ToyModel", lambda spec: growing(spec, freeze_grown=True))
+    monkeypatch.setattr(toy_run, "ToyModel", lambda spec: growing(spec, freeze_grown=True))
     held, free = (ToyRun([HypernetworkRegularizer(strength=s)], Objective).train() for s in (3.0, 0.0))
     for name, weight in held.weights().items():
         assert torch.equal(weight, free.weights()[name]), name
@@ -263,7 +264,7 @@ def test_gradients_by_row_go_through_both_generators(monkeypatch: pytest.MonkeyP
         return RecurrentHypernetwork(spec=spec, target=target, chunk_size=20, hidden_size=4)
 
     for make in (chunked, fixed):
-        monkeypatch.setattr(contract, "ToyModel", make)
+        monkeypatch.setattr(toy_run, "ToyModel", make)
         run = ToyRun([], Objective).train(1)
         options = {"samples": None, "labels": "observed"}
         at_once, one_by_one = (

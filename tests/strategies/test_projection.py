@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from clplat.objective import Objective
-from clplat.strategies.contract import ROWS, STEPS, TASKS, Kind, ToyRun, check_strategy
+from clplat.strategies.contract import check_strategy
 from clplat.strategies.projection import AGEM
+from clplat.strategies.toy_run import ROWS, STEPS, TASKS, Kind, ToyRun
 from clplat.strategies.world import World
 
 WHOLE = {"patterns_per_task": ROWS, "sample_size": ROWS}
