@@ -87,8 +87,10 @@ class ToyRun:
             architecture=self.architecture, spec=spec, tasks=tasks, world=world or World(),
             generator=torch.Generator().manual_seed(2), loss=loss, row_loss=loss.row_loss, masked=loss.masked,
             batches=_batches, batch_size=BATCH, device=lambda: torch.device("cpu"), optimizer=lambda: self.optimizer,
+            strategies=getattr(self, "named", {}),
         )  # fmt: skip
-        for strategy in self.strategies:
+        # Controllers first, as in the platform.
+        for strategy in sorted(self.strategies, key=lambda one: not hasattr(one, "observe")):
             strategy.setup(self.context)
         self.path: Sequence[Task] = tasks
         for strategy in self.having("select_tasks"):

@@ -28,7 +28,7 @@ class DERpp(ExperienceReplay):
     form; the paper has classification only).
     """
 
-    knobs: ClassVar[tuple[str, ...]] = ("ratio", "alpha", "beta")
+    knobs: ClassVar[tuple[str, ...]] = ("ratio", "alpha", "beta", "weight", "long_share")
     paper = "Buzzega et al. 2020, arXiv:2004.07211, Eq. 6"
     fidelity: ClassVar[Fidelity] = "exact"
     draws: ClassVar[int] = 2
@@ -78,9 +78,11 @@ class DERpp(ExperienceReplay):
 
     def batch(self, batch: Batch) -> Batch:
         self.fresh.append(current_rows(batch))
-        mixed = self.with_replay(batch, AUXILIARY, self.ratio / self.draws if self.alpha else 0.0, 0.0)
+        # Attribute `weight`, 1 unless a controller sets it, is a factor of both.
+        alpha, beta = self.weight * self.alpha, self.weight * self.beta
+        mixed = self.with_replay(batch, AUXILIARY, self.ratio / self.draws if alpha else 0.0, 0.0)
         self.matched = slice(len(batch), len(mixed))
-        return self.with_replay(mixed, REPLAY, self.ratio / self.draws if self.beta else 0.0, self.beta)
+        return self.with_replay(mixed, REPLAY, self.ratio / self.draws if beta else 0.0, beta)
 
     def penalty(self, output: Output, batch: Batch) -> Tensor | None:
         # Current rows stand first in a mixed batch; what the model answers now is what it is held to later.
@@ -91,7 +93,7 @@ class DERpp(ExperienceReplay):
         answers = output.logits[self.matched]
         if self.top_logits:
             answers = answers.gather(-1, batch.extra["places"][self.matched])
-        return self.alpha * F.mse_loss(answers.float(), batch.extra["logits"][self.matched].float())
+        return self.weight * self.alpha * F.mse_loss(answers.float(), batch.extra["logits"][self.matched].float())
 
     def _kept(self, logits: Tensor) -> dict[str, Tensor]:
         """What the buffer keeps of an answer: all its logits, or the largest and their places."""
@@ -107,7 +109,7 @@ class DER(DERpp):
     This is `DERpp` with `beta` 0, but for the draw, which has `ratio` rows for each current one.
     """
 
-    knobs = ("ratio", "alpha")
+    knobs = ("ratio", "alpha", "weight", "long_share")
     paper = "Buzzega et al. 2020, arXiv:2004.07211"
     draws = 1
 
