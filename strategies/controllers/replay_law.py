@@ -15,8 +15,8 @@ class ReplayLaw:
 
     F̄ ← `smoothing` F̄ + (1 − `smoothing`) F; e = F̄ − `target`; I ← clip(I + e, 0, `max_integral`);
     u = `gain` e + `integral_gain` I; weight = clip(`base_weight` + u, `min_weight`, `max_weight`);
-    ratio = clip(`base_ratio` + `ratio_slope` u, 0, `max_ratio`), a share of the current rows, rounded to rows by the
-    replay; long_share = clip(0.5 + 0.5 (F̄_long − F̄_ring) / (F̄_long + F̄_ring), 0.1, 0.9). I stands still while an
+    ratio = clip(`base_ratio` + `ratio_slope` u, 0, `max_ratio`), a share of the current rows that makes whole rows;
+    long_share = clip(0.5 + 0.5 (F̄_long − F̄_ring) / (F̄_long + F̄_ring), 0.1, 0.9). I stands still while an
     output that u sets is at its limit in the direction of e. At `base_weight` 0 and F below the target the weight goes
     to its least. With signal `buffer` the least weight is 0.1 where `min_weight` is not given, and the least ratio one
     row: what is not replayed is not measured either, and replay would never come back. All of it is inferred.
@@ -98,7 +98,10 @@ class RunningLaw:
         ring, long_term, limits = self.state["ring"], self.state["long_term"], self.limits()
         apart = (long_term - ring) / (long_term + ring) if long_term + ring > 0 else 0.0
         raw = self._raw(self.state["u"]) | {"long_share": 0.5 + 0.5 * apart}
-        return {knob: min(max(raw[knob], limits[knob][0]), limits[knob][1]) for knob in self.outputs}
+        found = {knob: min(max(raw[knob], limits[knob][0]), limits[knob][1]) for knob in self.outputs}
+        if "ratio" in found:
+            found["ratio"] = round(found["ratio"] * self.rows) / self.rows
+        return found
 
     def terms(self) -> dict[str, float]:
         """F̄, e, I and u under the names of the record."""

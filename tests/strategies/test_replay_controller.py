@@ -24,7 +24,7 @@ from clplat.streams.batch import REPLAY
 HIGH = 1.0
 
 
-def law(integral: bool = True, stay_on: bool = False, rows: int = 8, **options: Any) -> RunningLaw:
+def law(integral: bool = True, stay_on: bool = False, rows: int = 8000, **options: Any) -> RunningLaw:
     return ReplayLaw(**options).begun(outputs=OUTPUTS, integral=integral, rows=rows, stay_on=stay_on)
 
 
@@ -42,7 +42,7 @@ def test_the_outputs_are_those_of_the_equations_gone_through_by_hand() -> None:
     first, second = course(law(base_weight=0.5), [0.3, 0.3])
     assert first["weight"] == pytest.approx(0.5 + 0.01 + 0.001)
     assert second["weight"] == pytest.approx(0.5 + 0.058 + 0.0068)
-    assert second["ratio"] == pytest.approx(0.125 + 0.25 * (0.058 + 0.0068))
+    assert second["ratio"] == pytest.approx(0.125 + 0.25 * (0.058 + 0.0068), abs=1 / 16_000)
 
 
 @pytest.mark.parametrize("forgetting", [0.0, 0.02, 0.049])
@@ -79,6 +79,11 @@ def test_no_output_oscillates_while_forgetting_is_constant(integral: bool, forge
         turns = sum(one != other for one, other in zip(directions, directions[1:]))
         assert turns <= 1, f"{knob} turns {turns} times"
         assert abs(moves[-1]) < 1e-3
+
+
+def test_ratios_are_of_whole_rows() -> None:
+    found = course(law(rows=8), [0.5] * 40)
+    assert {values["ratio"] * 8 for values in found} <= {1.0, 2.0, 3.0, 4.0}
 
 
 def test_after_long_saturation_the_outputs_leave_their_limit_within_ten_updates() -> None:
