@@ -22,7 +22,7 @@ from clplat.fitting import check_early_ends, fit
 from clplat.interruption import Interruption
 from clplat.journal import Journal
 from clplat.metrics import summary
-from clplat.observing import check_probes, observe
+from clplat.observing import observe
 from clplat.progress import Progress
 from clplat.randomness import global_state, restore_global, seed_global
 from clplat.record import check_data, describe
@@ -56,7 +56,6 @@ class Run:
         self.costs.start_memory()
         self.path: Sequence[Task] = self.parts.hooks.select_tasks(self.parts.stream.tasks)
         check_early_ends(config, self.path)
-        check_probes(self.parts)
         self.phase, self.position = "before", 0
         self.seen: list[int] = []
         self.forgetting: dict[str, float] = {}

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clplat.errors import ConfigError
 from clplat.strategies.controllers.base import Controller, Event
+from clplat.streams.base import Task
 
 if TYPE_CHECKING:
-    from clplat.assembly import Parts
     from clplat.loop import Run
 
 
-def check_probes(parts: Parts) -> None:
+def check_probes(controllers: Mapping[str, Controller], tasks: Sequence[Task]) -> None:
     """Refuse a controller that asks for probe losses where a task has no validation set to measure them on."""
-    for name, controller in parts.hooks.controllers.items():
+    for name, controller in controllers.items():
         if not controller.probe_rows:
             continue
-        for task in parts.stream.tasks:
+        for task in tasks:
             if task.val is None or "loss" not in task.val.scorer.metrics:
                 raise ConfigError(
                     f"strategies.{name}: steers by losses on validation sets, and task {task.name!r} has none with a "

@@ -135,7 +135,7 @@ class LwF(Strategy):
     """Learning without forgetting: on the current inputs the model is held to what it answered before the task.
 
     β CE + α T² Σ_heads KL(softmax(old / T) ‖ softmax(new / T)), the mean over current rows; replayed ones are left
-    out. In the `task` scenario every earlier task is a head, in the `class` scenario all classes met before the task
+    out, unless `rows` says otherwise. In the `task` scenario every earlier task is a head, in the `class` scenario all classes met before the task
     are one, else the whole output is. The old answers come from a copy of the model as the last task left it, in
     evaluation mode.
     """
@@ -151,13 +151,16 @@ class LwF(Strategy):
         temperature: float = 2.0,
         loss_weight: Literal["one", "share"] = "one",
         softmax: Literal["old", "seen"] = "old",
+        rows: Literal["current", "replayed", "all"] = "current",
     ) -> None:
         """`alpha` is α, a number or a list with one for each task (the first task has nothing to be held to); with
         nothing but 0 no model is kept. `temperature` is T: at 2 small chances of the old answer count more.
         `loss_weight` is β, the weight of the loss on current rows: one, or the current task's share of the tasks so
         far, 1/n, as in van de Ven & Tolias 2019 (there α is 1 − 1/n). `softmax` of the new answers: among the classes
         of the old ones, or (`seen`, in the class scenario, as there) among the current task's too, which current rows
-        must then not be taken for."""
+        must then not be taken for. `rows` are held to the old answers: current ones, as in the paper, those that another
+        strategy replays, or both. Of the last two a strategy that stands before the replay asks the copy for no more
+        than it needs."""
         schedule = alpha if isinstance(alpha, list) else [alpha]
         if min(schedule, default=-1.0) < 0:
             raise ValueError(f"alpha: give a number that is not negative, or one for each task; got {alpha}")
@@ -165,10 +168,12 @@ class LwF(Strategy):
             raise ValueError(f"loss_weight: must be one or share, got {loss_weight!r}")
         if softmax not in ("old", "seen"):
             raise ValueError(f"softmax: must be old or seen, got {softmax!r}")
+        if rows not in ("current", "replayed", "all"):
+            raise ValueError(f"rows: must be current, replayed or all, got {rows!r}")
         if temperature <= 0:
             raise ValueError(f"temperature: must be positive, got {temperature}")
         self.alpha, self.temperature, self.loss_weight, self.softmax = schedule[0], temperature, loss_weight, softmax
-        self.schedule = schedule if isinstance(alpha, list) else []
+        self.schedule, self.rows = schedule if isinstance(alpha, list) else [], rows
         self.teacher: Architecture | None = None
         self.units: list[list[int]] = []
         self.heads: list[Tensor | slice] = []
@@ -188,6 +193,8 @@ class LwF(Strategy):
             self.alpha = self.schedule[len(self.context.past)]
 
     def batch(self, batch: Batch) -> Batch:
+        # Rows of the current task stand first; how many they are is known here, if nothing was mixed in before.
+        self.first = len(batch) if batch.origin is None and self.rows == "replayed" else 0
         if self.loss_weight == "one" or not self.context.past:
             return batch
         mixed = batch if batch.origin is not None else batch.with_origin(CURRENT)
@@ -196,15 +203,19 @@ class LwF(Strategy):
         return mixed.replaced(weight=torch.where(mixed.origin == CURRENT, share * weight, weight))
 
     def penalty(self, output: Output, batch: Batch) -> Tensor | None:
-        if self.teacher is None or not self.alpha:
+        if self.teacher is None or not self.alpha or (batch.origin is None and self.rows == "replayed"):
             return None
+        new = output.logits
+        if self.first:
+            batch, new = batch.rows(slice(self.first, None)), new[self.first :]
         with torch.no_grad():
             old = self.teacher(batch).logits
-        new = output.logits
         apart = sum(self._divergence(old[..., head], new[..., head], self._rivals(new, head)) for head in self.heads)
         counted = batch.targets != IGNORE
         if batch.origin is not None:
-            counted = counted & (batch.origin == CURRENT).view(-1, *[1] * (counted.ndim - 1))
+            wanted = {"current": batch.origin == CURRENT, "replayed": batch.origin == REPLAY}
+            chosen = wanted.get(self.rows, batch.origin != AUXILIARY)
+            counted = counted & chosen.view(-1, *[1] * (counted.ndim - 1))
         return self.alpha * self.temperature**2 * (apart * counted).sum() / counted.sum().clamp(min=1)
 
     def _rivals(self, new: Tensor, head: Tensor | slice) -> Tensor:

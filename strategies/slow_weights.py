@@ -85,7 +85,12 @@ class SlowWeights:
 def move(model: nn.Module, target: Tensor, share: Tensor | float) -> None:
     """The trainable weights w of `model`, in place: w ← w + share ⊙ (target − w), `target` (P,)."""
     flat = flat_parameters(model)
-    flat = flat + share * (target - flat)
+    assign(model, flat + share * (target - flat))
+
+
+@torch.no_grad()
+def assign(model: nn.Module, flat: Tensor) -> None:
+    """The trainable weights of `model` become `flat` (P,)."""
     weights = [p for p in model.parameters() if p.requires_grad]
     for weight, part in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
         weight.copy_(part.view_as(weight))
