@@ -173,7 +173,7 @@ class LwF(Strategy):
         if temperature <= 0:
             raise ValueError(f"temperature: must be positive, got {temperature}")
         self.alpha, self.temperature, self.loss_weight, self.softmax = schedule[0], temperature, loss_weight, softmax
-        self.schedule, self.rows = schedule if isinstance(alpha, list) else [], rows
+        self.schedule, self.rows, self.first = schedule if isinstance(alpha, list) else [], rows, 0
         self.teacher: Architecture | None = None
         self.units: list[list[int]] = []
         self.heads: list[Tensor | slice] = []

@@ -177,8 +177,8 @@ class ExperienceReplay(_Rehearsal):
 
     def _draw(self, count: int) -> Batch | None:
         """Rows that came before this step, and with `draw_from: past` before this task; None where there are none."""
-        if self.rounds:
-            return self.buffer.draw(count, rounds=True)
+        if self.draw_from == "all" and not isinstance(self.buffer, RingReservoir):
+            return self.buffer.draw(count, rounds=self.rounds)
         position = len(self.context.past) if self.draw_from == "past" else None
         limits = {"step": self.context.step + 1, "position": position}
         if position is not None and not len(self.buffer.available(**limits)):
