@@ -244,7 +244,7 @@ class TaskSteps:
         run.forgetting = run.table.forgetting_by_task(cells)
         if run.journal is not None:
             run.journal.curve(step, self.task.index, cells)
-        observe(run, "evaluation", run.parts.hooks.controllers, progress=self._progress())
+        observe(run, "evaluation", run.parts.hooks.controllers)
         if self._reached(seen):
             run.parts.learner.trainer.should_stop = True
         self._resumed_at = time.perf_counter()
@@ -263,17 +263,11 @@ class TaskSteps:
             return self.run.parts.evaluator.reached(self.task, self.thresholds, seen)
 
     def _observe_steps(self, step: int) -> None:
-        controllers = self.run.parts.hooks.controllers
-        due = {name: c for name, c in controllers.items() if c.observe_every and step % c.observe_every == 0}
+        due = self.run.parts.hooks.due(step)
         if due:
-            loss = self.run.parts.learner.take_observed(self.run.world)
             self._count_time()
-            observe(self.run, "step", due, loss=loss, progress=self._progress())
+            observe(self.run, "step", due, loss=self.run.parts.learner.take_observed(self.run.world))
             self._resumed_at = time.perf_counter()
-
-    def _progress(self) -> float:
-        learner = self.run.parts.learner
-        return learner.batches // self.run.config.training.accumulate / max(1, self.total)
 
     def _save_if_due(self) -> None:
         run = self.run

@@ -89,6 +89,10 @@ class Hooks:
     def views(self) -> dict[str, Callable[[], AbstractContextManager[None]]]:
         return {name: view for strategy in self.strategies.values() for name, view in strategy.views().items()}
 
+    def due(self, step: int) -> dict[str, Controller]:
+        """The controllers that are told of this optimizer step."""
+        return {name: c for name, c in self.controllers.items() if c.observe_every and step % c.observe_every == 0}
+
     def signals(self) -> dict[str, Mapping[str, float]]:
         """What strategies say of themselves, by name."""
         return {name: s.signals() for name, s in self.strategies.items() if s.overrides("signals")}

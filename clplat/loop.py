@@ -133,7 +133,7 @@ class Run:
             self.journal.metrics(step, self.costs_now() | measured | {"task_position": float(row)})
             self.journal.flush()
         if row:
-            observe(self, "boundary", self.parts.hooks.controllers, progress=1.0)
+            observe(self, "boundary", self.parts.hooks.controllers)
         self.progress.boundary(row, summary(self.table))
 
     def leave_if_asked(self) -> None:

@@ -26,13 +26,11 @@ def check_probes(controllers: Mapping[str, Controller], tasks: Sequence[Task]) -
                 )
 
 
-def observe(
-    run: Run, kind: Any, controllers: Mapping[str, Controller], *, loss: float | None = None, progress: float = 0.0
-) -> None:
+def observe(run: Run, kind: Any, controllers: Mapping[str, Controller], *, loss: float | None = None) -> None:
     """Let controllers decide, carry it out, and write every decision down with what it came from."""
     if not controllers:
         return
-    event = _event(run, kind, controllers, loss, progress)
+    event = _event(run, kind, controllers, loss)
     for name, controller in controllers.items():
         for action in controller.observe(event):
             run.parts.hooks.apply(action)
@@ -42,9 +40,7 @@ def observe(
             run.journal.metrics(event.step, {f"controller/{name}/{key}": value for key, value in found.items()})
 
 
-def _event(
-    run: Run, kind: Any, controllers: Mapping[str, Controller], loss: float | None, progress: float
-) -> Event:  # fmt: skip
+def _event(run: Run, kind: Any, controllers: Mapping[str, Controller], loss: float | None) -> Event:
     task = run.parts.context.task
     assert task is not None
     rows = max(controller.probe_rows for controller in controllers.values())
@@ -54,5 +50,5 @@ def _event(
             probes = run.parts.evaluator.probe_losses(run.tasks_seen(task), rows)
     return Event(
         kind=kind, step=run.parts.learner.global_steps, task=task.name, loss=loss, forgetting=run.forgetting,
-        progress=progress, signals=run.parts.hooks.signals(), probes=probes,
+        signals=run.parts.hooks.signals(), probes=probes,
     )  # fmt: skip

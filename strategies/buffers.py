@@ -115,9 +115,7 @@ class Buffer:
             # Not blocking: the indices come from the CPU, and waiting for the device would stall the step.
             store[slots.to(store.device, non_blocking=True)] = fields[name][taken.to(store.device, non_blocking=True)]
 
-    def draw(
-        self, count: int, *, rounds: bool = False, step: int | None = None, position: int | None = None
-    ) -> Batch:
+    def draw(self, count: int, *, rounds: bool = False, step: int | None = None, position: int | None = None) -> Batch:
         """`count` rows at random for this process, none twice while there are enough; other processes get others.
 
         With `rounds` every row comes once before one comes again, over all such draws from a memory of one size. Else
@@ -128,7 +126,7 @@ class Buffer:
         return self._drawn(places)
 
     def available(self, step: int | None = None, position: int | None = None) -> Tensor:
-        """Places, on the CPU, of the rows that came before an optimizer step and before a task number, each if given."""
+        """Places, on the CPU, of the rows that came before a step and before a task number, each if given."""
         places = torch.arange(self.size)
         if step is None and position is None:
             return places
@@ -183,9 +181,7 @@ class Buffer:
         return StoredRows(self.batch().to("cpu"))
 
     def _batch(self, rows: Mapping[str, Tensor]) -> Batch:
-        return Batch.from_tensors(
-            {n: t.long() if t.dtype == torch.int32 else t for n, t in rows.items() if n != BEST}
-        )
+        return Batch.from_tensors({n: t.long() if t.dtype == torch.int32 else t for n, t in rows.items() if n != BEST})
 
     def _allocate(self, fields: Mapping[str, Tensor]) -> None:
         self.rows = {name: tensor.new_empty(self.capacity, *tensor.shape[1:]) for name, tensor in fields.items()}
@@ -252,7 +248,7 @@ class Buffer:
 
 
 def vitter(seen: int, count: int, capacity: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which of `count` new rows stay, and their slots: row number n takes a slot below n + 1 at random (algorithm R)."""
+    """Which of `count` new rows stay, and their slots: row number n takes a slot below n + 1 at random."""
     number = seen + torch.arange(count)
     chance = torch.rand(count, generator=generator, dtype=torch.float64)
     slots = torch.where(number < capacity, number, (chance * (number + 1)).long())

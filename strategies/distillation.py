@@ -135,9 +135,9 @@ class LwF(Strategy):
     """Learning without forgetting: on the current inputs the model is held to what it answered before the task.
 
     β CE + α T² Σ_heads KL(softmax(old / T) ‖ softmax(new / T)), the mean over current rows; replayed ones are left
-    out, unless `rows` says otherwise. In the `task` scenario every earlier task is a head, in the `class` scenario all classes met before the task
-    are one, else the whole output is. The old answers come from a copy of the model as the last task left it, in
-    evaluation mode.
+    out, unless `rows` says otherwise. In the `task` scenario every earlier task is a head, in the `class` scenario all
+    classes met before the task are one, else the whole output is. The old answers come from a copy of the model as the
+    last task left it, in evaluation mode.
     """
 
     knobs: ClassVar[tuple[str, ...]] = ("alpha",)
@@ -158,9 +158,9 @@ class LwF(Strategy):
         `loss_weight` is β, the weight of the loss on current rows: one, or the current task's share of the tasks so
         far, 1/n, as in van de Ven & Tolias 2019 (there α is 1 − 1/n). `softmax` of the new answers: among the classes
         of the old ones, or (`seen`, in the class scenario, as there) among the current task's too, which current rows
-        must then not be taken for. `rows` are held to the old answers: current ones, as in the paper, those that another
-        strategy replays, or both. Of the last two a strategy that stands before the replay asks the copy for no more
-        than it needs."""
+        must then not be taken for. `rows` are held to the old answers: current ones, as in the paper, those that
+        another strategy replays, or all. With `replayed`, and standing before the replay in the configuration, the copy
+        is asked about these rows alone."""
         schedule = alpha if isinstance(alpha, list) else [alpha]
         if min(schedule, default=-1.0) < 0:
             raise ValueError(f"alpha: give a number that is not negative, or one for each task; got {alpha}")

@@ -48,8 +48,9 @@ class InterpolatedWeights(Strategy):
             self.anchor = now
             return
         if len(self.anchor) != len(now):
-            raise ValueError(f"InterpolatedWeights: {type(self.context.architecture).__name__} has grown, and nothing "
-                             "lies between weights of different number; use adopt, or one that does not grow")  # fmt: skip
+            name = type(self.context.architecture).__name__
+            raise ValueError(f"InterpolatedWeights: {name} has grown, and nothing lies between weights of different "
+                             "number; use adopt, or an architecture that does not grow")  # fmt: skip
         self.anchor = torch.lerp(self.anchor, now, self.share)
 
     def task_end(self, task: Task) -> None:

@@ -14,9 +14,9 @@ class RingReservoir(Buffer):
     """The `long_from` latest rows in their order (first in, first out), and a uniform sample of all earlier ones.
 
     A row enters the ring; the row that it pushes out is offered to the reservoir (Vitter 1985, algorithm R), so that no
-    row lies in both. Places below `long_from` are the ring's. Needs no task labels. At step n only rows stamped before n
-    are drawn. Source: two buffers "recent ring + long-term reservoir" in the material on TRC² (arXiv:2602.22479); sizes,
-    sampling and hand-over are inferred.
+    row lies in both. Places below `long_from` are the ring's. Needs no task labels. At step n only rows stamped before
+    n are drawn. Source: "recent ring + long-term reservoir" in the material on TRC² (arXiv:2602.22479); sizes, sampling
+    and hand-over are inferred.
     """
 
     def __init__(
@@ -27,9 +27,7 @@ class RingReservoir(Buffer):
         if not 0 < self.long_from < capacity:
             raise ValueError(f"ring_share: {ring_share:g} of {capacity} rows are {self.long_from}; ring and reservoir "
                              "need at least one row each")  # fmt: skip
-        super().__init__(
-            capacity=capacity, policy="ring_reservoir", generator=generator, world=world, tracks=tracks
-        )
+        super().__init__(capacity=capacity, policy="ring_reservoir", generator=generator, world=world, tracks=tracks)
 
     def add(
         self,

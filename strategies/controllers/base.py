@@ -12,14 +12,14 @@ from clplat.strategies.base import Context, Strategy
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something measured: when a task begins, every `observe_every` optimizer steps, at evaluations inside tasks, and at
-    each boundary.
+    """Something measured: when a task begins, every `observe_every` optimizer steps, at evaluations inside tasks, and
+    at each boundary.
 
     `forgetting` maps the names of tasks trained so far to how far their headline score now lies below its best
     (`forgetting_max`); `loss` is the mean training loss since the last event of this kind (None but for steps).
-    `progress` is the share of the current task's steps that are done. `signals` holds, by the name of each strategy that
-    has any, what it says of itself (`Strategy.signals`). `probes`, for controllers with `probe_rows`, maps the names of
-    the tasks trained on so far, the current one included, to the loss now on their validation sets.
+    `signals` holds, by the name of each strategy that has any, what it says of itself (`Strategy.signals`). `probes`,
+    for controllers with `probe_rows`, maps the names of the tasks trained on so far, the current one included, to the
+    loss now on their validation sets.
     """
 
     kind: Literal["start", "step", "evaluation", "boundary"]
@@ -27,7 +27,6 @@ class Event:
     task: str
     loss: float | None = None
     forgetting: Mapping[str, float]
-    progress: float = 0.0
     signals: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     probes: Mapping[str, float] = field(default_factory=dict)
 

@@ -1,7 +1,7 @@
 """What every controller must keep, as plain functions for tests: it steers a replay through the toy stream.
 
-    def test_my_controller_keeps_the_contract() -> None:
-        check_controller(lambda: {"replay": ExperienceReplay(capacity=7), "mine": MyController()}, Objective)
+def test_my_controller_keeps_the_contract() -> None:
+    check_controller(lambda: {"replay": ExperienceReplay(capacity=7), "mine": MyController()}, Objective)
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ class ControlledRun(ToyRun):
         for controller in controllers.values():
             event = Event(
                 kind=kind, step=self.context.step, task=names[-1], forgetting=dict.fromkeys(names, 0.0),
-                progress=(self.context.step - 1) % STEPS / STEPS,
                 signals={name: s.signals() for name, s in self.named.items() if s.overrides("signals")},
                 probes={n: self.probe(n) for n in names} if controller.probe_rows and kind != "start" else {},
             )  # fmt: skip

@@ -103,7 +103,7 @@ def test_replayed_rows_count_in_tokens_and_operations(tmp_path: Path) -> None:
 def test_probes_without_a_validation_set_and_unknown_replays_are_refused_before_training() -> None:
     data = controlled(signal="probe")
     data["stream"]["init_args"]["val_fraction"] = 0.0
-    with pytest.raises(ConfigError, match=r"strategies\.controller: steers by losses on validation sets, .* use signal"):
+    with pytest.raises(ConfigError, match=r"strategies\.controller: steers by losses on validation sets, .* signal"):
         preflight(expand(load_study(data)))
     with pytest.raises(ConfigError, match=r"strategies\.controller: strategy: 'repaly' is no replay of this run"):
         preflight(expand(load_study(controlled(strategy="repaly"))))

@@ -45,10 +45,12 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "ER at task ends": (lambda: ExperienceReplay(capacity=7, fill="task_end"), {"ratio": 0.0}),
     "ER in rounds": (lambda: ExperienceReplay(capacity=7, draw="rounds"), {"ratio": 0.0}),
     "ER ring and reservoir": (
-        lambda: ExperienceReplay(capacity=7, policy="ring_reservoir", ring_share=0.4, from_task=1), {"ratio": 0.0}
+        lambda: ExperienceReplay(capacity=7, policy="ring_reservoir", ring_share=0.4, from_task=1),
+        {"ratio": 0.0},
     ),
     "ER of the past": (
-        lambda: ExperienceReplay(capacity_bytes=500, policy="ring_reservoir", draw_from="past"), {"weight": 0.0}
+        lambda: ExperienceReplay(capacity_bytes=500, policy="ring_reservoir", draw_from="past"),
+        {"weight": 0.0},
     ),
     "DER++ ring": (lambda: DERpp(capacity=7, top_logits=3, policy="ring_reservoir"), {"weight": 0.0}),
     "interpolated": (InterpolatedWeights, {}),

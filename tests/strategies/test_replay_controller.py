@@ -117,12 +117,14 @@ def test_the_reservoir_gets_the_share_by_which_its_rows_are_forgotten_more() -> 
 def controlled(replay: dict[str, Any] | None = None, **options: Any) -> dict[str, Strategy]:
     ring = {"capacity": 12, "policy": "ring_reservoir", "ring_share": 0.4, "from_task": 1}
     return {
-        "controller": ReplayController(**{"every": 2, **options}), "replay": ExperienceReplay(**{**ring, **(replay or {})})
-    }  # fmt: skip
+        "controller": ReplayController(**{"every": 2, **options}),
+        "replay": ExperienceReplay(**{**ring, **(replay or {})}),
+    }
 
 
 def dark(**options: Any) -> dict[str, Strategy]:
-    return {"dark": DERpp(capacity=12, top_logits=3), "controller": ReplayController(strategy="dark", every=2, **options)}
+    controller = ReplayController(strategy="dark", every=2, **options)
+    return {"dark": DERpp(capacity=12, top_logits=3), "controller": controller}
 
 
 QUICK = ReplayLaw(smoothing=0.0, base_ratio=0.5, base_weight=0.3)
@@ -240,7 +242,7 @@ def test_fixed_at_the_mean_of_a_recorded_run_replays_as_many_rows(tmp_path: Path
     ("make", "message"),
     [
         (lambda: controlled(strategy="reply"), "strategy: 'reply' is no replay of this run; there are replay"),
-        (lambda: {"a": EWC(strength=1.0), "c": ReplayController(strategy="a")}, "'a' is no replay of this run; there are none"),
+        (lambda: {"a": EWC(strength=1.0), "c": ReplayController(strategy="a")}, "'a' is no replay of this run.* none"),
         (lambda: controlled(mode="off"), "mode: must be pi, p, fixed, random or playback, got 'off'"),
         (lambda: controlled(signal="x"), "signal: must be buffer or probe"),
         (lambda: controlled(every=0), "every, probe_rows: must be positive"),
@@ -252,7 +254,7 @@ def test_fixed_at_the_mean_of_a_recorded_run_replays_as_many_rows(tmp_path: Path
         (lambda: controlled(law=ReplayLaw(gain=-1.0)), "law.gain: must not be negative"),
         (lambda: controlled(law=ReplayLaw(smoothing=1.0)), "law.smoothing: must lie between 0 and 1"),
         (lambda: controlled(law=ReplayLaw(min_weight=3.0)), "law.min_weight, max_weight: must rise from 0"),
-        (lambda: {"i": iCaRL(capacity=6), "c": ReplayController(strategy="i")}, "iCaRL does not measure what it replays"),
+        (lambda: {"i": iCaRL(capacity=6), "c": ReplayController(strategy="i")}, "iCaRL does not measure what"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_name_before_training(make, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Ring and reservoir: what lies where, what is drawn from where and when, what is kept beside a row, what is refused."""
+"""Ring and reservoir: what lies where, what is drawn from where and when, what is kept beside rows, what is refused."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from clplat.streams.batch import CURRENT, REPLAY, Batch
 
 def memory(capacity: int = 10, ring_share: float = 0.4, seed: int = 0, tracks: str | None = None) -> RingReservoir:
     generator = torch.Generator().manual_seed(seed)
-    return RingReservoir(
-        capacity=capacity, ring_share=ring_share, generator=generator, world=World(), tracks=tracks
-    )
+    return RingReservoir(capacity=capacity, ring_share=ring_share, generator=generator, world=World(), tracks=tracks)
 
 
 def numbers(first: int, count: int) -> Batch:
