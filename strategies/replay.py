@@ -180,12 +180,12 @@ class ExperienceReplay(_Rehearsal):
         if self.draw_from == "all" and not isinstance(self.buffer, RingReservoir):
             return self.buffer.draw(count, rounds=self.rounds)
         position = len(self.context.past) if self.draw_from == "past" else None
-        limits = {"step": self.context.step + 1, "position": position}
-        if position is not None and not len(self.buffer.available(**limits)):
+        step = self.context.step + 1
+        if position is not None and not len(self.buffer.available(step, position)):
             return None
         if isinstance(self.buffer, RingReservoir):
-            return self.buffer.draw(count, long_share=self.long_share, **limits)
-        return self.buffer.draw(count, **limits)
+            return self.buffer.draw(count, long_share=self.long_share, step=step, position=position)
+        return self.buffer.draw(count, step=step, position=position)
 
     def step_end(self, outcome: StepOutcome) -> None:
         losses = self._losses(outcome) if self.tracks else None
@@ -219,7 +219,7 @@ class ExperienceReplay(_Rehearsal):
         """Rows that could be replayed now, and what `Buffer.rises` has added up, where losses are tracked."""
         position = len(self.context.past)
         ready = self.buffer.available(position=position if self.draw_from == "past" else None)
-        found = {"rows": len(ready) if position + 1 >= self.from_task else 0}
+        found: dict[str, float] = {"rows": len(ready) if position + 1 >= self.from_task else 0}
         if self.tracks:
             (rise_ring, measured_ring), (rise_long, measured_long) = self.buffer.rises.tolist()
             found |= {"rise_ring": rise_ring, "measured_ring": measured_ring}
