@@ -10,6 +10,7 @@ from interruptions import assert_resumes_as_if_never_stopped
 from studies import assert_same, everything, run_folder, study
 
 from clplat.checkpoint import Checkpoints
+from clplat.config import save
 from clplat.errors import ConfigError
 from clplat.execution import execute
 from clplat.journal import read, table
@@ -98,6 +99,31 @@ def test_replayed_rows_count_in_tokens_and_operations(tmp_path: Path) -> None:
     assert state is not None
     dense = sum(weight.numel() for weight in state["architecture"].values() if weight.ndim >= 2)
     assert costs["cost/training_flops"] == 3 * 2 * dense * (current + replayed)
+
+
+def test_every_variant_of_the_shipped_study_is_sound_and_its_controllers_steer_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLPLAT_CACHE", str(tmp_path / "cache"))
+    small = {
+        "stream.init_args.max_train_tokens": 30_000, "stream.init_args.max_eval_tokens": 640,
+        "training.budget.steps": 6, "checkpoint.every_seconds": 0, "tracking.enabled": "false",
+        "variants.controlled_probe.strategies.controller.init_args.every": 3,
+        "variants.controlled_buffer.strategies.controller.init_args.every": 3,
+        "variants.controlled_buffer.strategies.replay.init_args.capacity": 60,
+    }  # fmt: skip
+    loaded = load_study("replay_controller", [(key, str(value)) for key, value in small.items()])
+    runs = {run.variant: run for run in expand(loaded) if run.seed == 0}
+    preflight(list(runs.values()))
+    for variant in ("controlled_buffer", "controlled_probe"):
+        folder = tmp_path / variant
+        folder.mkdir()
+        save(runs[variant], folder / "config.yaml")
+        assert execute(folder).status == "FINISHED"
+        found = [
+            e["values"] for e in read(folder) if e["kind"] == "metric" and "controller/controller/F" in e["values"]
+        ]
+        assert found and all(values["controller/controller/F"] >= 0 for values in found)
 
 
 def test_probes_without_a_validation_set_and_unknown_replays_are_refused_before_training() -> None:
