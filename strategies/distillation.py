@@ -44,16 +44,19 @@ class DERpp(ExperienceReplay):
         beta: float = 0.5,
         from_task: int = 2,
         top_logits: int | None = None,
+        draw_from: Literal["all", "past"] = "all",
     ) -> None:
         """`alpha` weighs the mean squared distance to stored logits, `beta` the cross-entropy of the second draw.
 
         Each draw has `ratio`/2 rows for each current one, so that a step replays as many rows as with
         `ExperienceReplay` at the same ratio. The paper draws a whole batch for each term from the first task on:
         `ratio` 2, `from_task` 1. `top_logits` of each answer are kept, in half precision; None keeps them all.
+        `draw_from` as in `ExperienceReplay`.
         """
         super().__init__(
-            capacity=capacity, capacity_bytes=capacity_bytes, policy=policy, ratio=ratio, from_task=from_task
-        )
+            capacity=capacity, capacity_bytes=capacity_bytes, policy=policy, ratio=ratio, from_task=from_task,
+            draw_from=draw_from,
+        )  # fmt: skip
         if alpha < 0 or beta < 0:
             raise ValueError(f"alpha, beta: must not be negative, got {alpha} and {beta}")
         if top_logits is not None and top_logits < 1:
@@ -123,11 +126,12 @@ class DER(DERpp):
         alpha: float = 0.3,
         from_task: int = 2,
         top_logits: int | None = None,
+        draw_from: Literal["all", "past"] = "all",
     ) -> None:
         """`alpha` weighs the mean squared distance to stored logits; the others as in `DERpp`."""
         super().__init__(
             capacity=capacity, capacity_bytes=capacity_bytes, policy=policy, ratio=ratio, alpha=alpha, beta=0.0,
-            from_task=from_task, top_logits=top_logits,
+            from_task=from_task, top_logits=top_logits, draw_from=draw_from,
         )  # fmt: skip
 
 

@@ -52,7 +52,7 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
         lambda: ExperienceReplay(capacity_bytes=500, policy="ring_reservoir", draw_from="past"),
         {"weight": 0.0},
     ),
-    "DER++ ring": (lambda: DERpp(capacity=7, top_logits=3, policy="ring_reservoir"), {"weight": 0.0}),
+    "DER++ ring": (lambda: DERpp(capacity=7, top_logits=3, policy="ring_reservoir", draw_from="past"), {"weight": 0.0}),
     "interpolated": (InterpolatedWeights, {}),
     "interpolated adopted": (lambda: InterpolatedWeights(share=0.5, adopt=True), {"share": 1.0}),
     "ER bytes": (lambda: ExperienceReplay(capacity_bytes=500, ratio=2.0), {"ratio": 0.0}),
