@@ -16,6 +16,7 @@ from clplat.evaluation import Evaluator
 from clplat.hooks import Hooks
 from clplat.learner import Learner
 from clplat.objective import Objective
+from clplat.observing import check_probes
 from clplat.precision import keep_weights, read_rows
 from clplat.randomness import generator, seed_global
 from clplat.strategies.base import Context
@@ -51,6 +52,7 @@ def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> P
     architecture.to(device)
     context = _context(config, stream, architecture, objective, world, optimizer=lambda: learner.optimizer())
     hooks.setup(context)
+    check_probes(hooks.controllers, stream.tasks)
     if config.training.accumulate > 1 and hooks.step_owner is not None:
         raise ConfigError("training.accumulate: a strategy of this run owns the step, which rules out accumulation")
     fresh = [name for name, strategy in hooks.strategies.items() if strategy.restarts]

@@ -56,12 +56,14 @@ class Costs:
         self.peak_memory_bytes = max(self.peak_memory_bytes, now)
 
     def metrics(self, *, tokens_per_row: int) -> dict[str, float]:
-        """The totals under the names that reports use."""
+        """The totals under the names that reports use; a sample counts as one token."""
         rows = self.rows_current + self.rows_replay
         found = {f"cost/{name}": float(value) for name, value in asdict(self).items()}
         seconds = max(self.training_seconds, 1e-9)
         unit = "tokens" if tokens_per_row > 1 else "samples"
         found[f"cost/{unit}_per_second"] = rows * tokens_per_row / seconds
+        found["cost/tokens_current"] = float(self.rows_current * tokens_per_row)
+        found["cost/tokens_replay"] = float(self.rows_replay * tokens_per_row)
         found["cost/replay_ratio"] = self.rows_replay / max(1, self.rows_current)
         return found
 

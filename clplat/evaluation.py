@@ -122,6 +122,17 @@ class Evaluator:
             for name, least in thresholds.items()
         )
 
+    def probe_losses(self, seen: Sequence[int], rows: int) -> dict[str, float]:
+        """Loss on the validation sets of the tasks `seen`, by name, on `rows` rows of each; for controllers."""
+        found: dict[str, float] = {}
+        with self._undisturbed():
+            view = View(self.architecture, self.objective, self.hooks, seen, self.precision)
+            for task in self.tasks:
+                if task.index in seen:
+                    assert task.val is not None, "checked when the run was assembled"
+                    found[task.name] = self._scores(task.val, view, rows)["loss"][0]
+        return found
+
     def _task_cells(self, task: Task, view: View, name: str) -> list[Cell]:
         headline = task.headline if task.view == name else None
         if self.objective.spec.scenario == "class" and task.index not in view.seen:
@@ -152,11 +163,13 @@ class Evaluator:
             for metric, (value, total, count) in scores.items()
         ]  # fmt: skip
 
-    def _scores(self, test: EvalSet, view: View) -> dict[str, tuple[float, float, float]]:
-        """Value, sum and count of each metric, over all processes."""
+    def _scores(
+        self, test: EvalSet, view: View, limit: int | None = None
+    ) -> dict[str, tuple[float, float, float]]:  # fmt: skip
+        """Value, sum and count of each metric, over all processes; of `limit` rows, or of as many as are scored."""
         rows = torch.arange(len(test.data))
         if not test.scorer.whole:
-            rows = spread_rows(len(test.data), self.max_rows)[self.world.rank :: self.world.size]
+            rows = spread_rows(len(test.data), limit or self.max_rows)[self.world.rank :: self.world.size]
         answerer = view.fork() if test.scorer.adaptive else view
         sums = test.scorer.score(answerer, self._held(test), rows, self.batch_size)
         table = torch.stack([sums[name] for name in test.scorer.metrics]).double().to(view.device())

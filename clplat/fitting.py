@@ -18,6 +18,7 @@ from torch import Tensor
 from clplat.config import RunConfig, TrainingConfig
 from clplat.errors import ConfigError, nearest
 from clplat.loaders import RowOrder, TaskLoader
+from clplat.observing import observe
 from clplat.precision import of_trainer
 from clplat.streams.base import Task
 from clplat.streams.batch import Batch
@@ -244,7 +245,7 @@ class TaskSteps:
         run.forgetting = run.table.forgetting_by_task(cells)
         if run.journal is not None:
             run.journal.curve(step, self.task.index, cells)
-        run.observe("evaluation", None, run.parts.hooks.controllers)
+        observe(run, "evaluation", run.parts.hooks.controllers)
         if self._reached(seen):
             run.parts.learner.trainer.should_stop = True
         self._resumed_at = time.perf_counter()
@@ -263,10 +264,11 @@ class TaskSteps:
             return self.run.parts.evaluator.reached(self.task, self.thresholds, seen)
 
     def _observe_steps(self, step: int) -> None:
-        controllers = self.run.parts.hooks.controllers
-        due = [c for c in controllers if c.observe_every and step % c.observe_every == 0]
+        due = self.run.parts.hooks.due(step)
         if due:
-            self.run.observe("step", self.run.parts.learner.take_observed(self.run.world), due)
+            self._count_time()
+            observe(self.run, "step", due, loss=self.run.parts.learner.take_observed(self.run.world))
+            self._resumed_at = time.perf_counter()
 
     def _save_if_due(self) -> None:
         run = self.run

@@ -28,7 +28,7 @@ class Hooks:
         self.objective = self._at_most_one("objective")
         self.step_owner = self._at_most_one("step")
         self.predictor = self._at_most_one("predict")
-        self.controllers = [s for s in self.strategies.values() if isinstance(s, Controller)]
+        self.controllers = {name: s for name, s in self.strategies.items() if isinstance(s, Controller)}
 
     def _having(self, hook: str) -> list[Strategy]:
         return [strategy for strategy in self.strategies.values() if strategy.overrides(hook)]
@@ -43,7 +43,9 @@ class Hooks:
 
     def setup(self, context: Context) -> None:
         """Give every strategy its context; their objections become configuration errors that name them."""
-        for name, strategy in self.strategies.items():
+        context.strategies = self.strategies
+        # Controllers first: they may ask other strategies for what these then prepare.
+        for name, strategy in sorted(self.strategies.items(), key=lambda item: item[0] not in self.controllers):
             try:
                 strategy.setup(context)
             except (ValueError, TypeError) as error:
@@ -86,6 +88,14 @@ class Hooks:
 
     def views(self) -> dict[str, Callable[[], AbstractContextManager[None]]]:
         return {name: view for strategy in self.strategies.values() for name, view in strategy.views().items()}
+
+    def due(self, step: int) -> dict[str, Controller]:
+        """The controllers that are told of this optimizer step."""
+        return {name: c for name, c in self.controllers.items() if c.observe_every and step % c.observe_every == 0}
+
+    def signals(self) -> dict[str, Mapping[str, float]]:
+        """What strategies say of themselves, by name."""
+        return {name: s.signals() for name, s in self.strategies.items() if s.overrides("signals")}
 
     def stored_bytes(self) -> int:
         return sum(strategy.stored_bytes() for strategy in self.strategies.values())

@@ -75,7 +75,7 @@ class Learner(LightningModule):
         self.total_steps = 1
         self.batches = 0
         self.global_steps = 0
-        self.observed: list[Tensor] | None = [] if any(c.observe_every for c in hooks.controllers) else None
+        self.observed: list[Tensor] | None = [] if any(c.observe_every for c in hooks.controllers.values()) else None
         self.optimizer_state: dict[str, Any] | None = None
         self.scaler_state: Mapping[str, Any] | None = None
         self._fitting = False

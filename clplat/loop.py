@@ -22,12 +22,12 @@ from clplat.fitting import check_early_ends, fit
 from clplat.interruption import Interruption
 from clplat.journal import Journal
 from clplat.metrics import summary
+from clplat.observing import observe
 from clplat.precision import keep_weights
 from clplat.progress import Progress
 from clplat.randomness import global_state, restore_global, seed_global
 from clplat.record import check_data, describe
 from clplat.result_table import ResultTable
-from clplat.strategies.controllers.base import Controller, Event
 from clplat.strategies.world import World
 from clplat.streams.base import Budget, Task
 
@@ -79,6 +79,7 @@ class Run:
                 architecture.task_start(task)
                 keep_weights(architecture, self.config.training.precision)
                 hooks.task_start(task)
+                observe(self, "start", hooks.controllers)
                 self.enter("train")
             if self.phase == "train":
                 fit(self, task)
@@ -134,27 +135,13 @@ class Run:
             self.journal.metrics(step, self.costs_now() | measured | {"task_position": float(row)})
             self.journal.flush()
         if row:
-            self.observe("boundary", None, self.parts.hooks.controllers)
+            observe(self, "boundary", self.parts.hooks.controllers)
         self.progress.boundary(row, summary(self.table))
 
     def leave_if_asked(self) -> None:
         """Between sets of an evaluation; several processes leave together at the next phase instead."""
         if self.world.size == 1 and self.interruption.requested is not None:
             self.interruption.leave()
-
-    def observe(self, kind: Any, loss: float | None, controllers: Sequence[Controller]) -> None:
-        """Let controllers decide, carry it out, and write every decision down."""
-        context = self.parts.context
-        assert context.task is not None
-        event = Event(
-            kind=kind, step=self.parts.learner.global_steps, task=context.task.name, loss=loss,
-            forgetting=self.forgetting,
-        )  # fmt: skip
-        for controller in controllers:
-            for action in controller.observe(event):
-                self.parts.hooks.apply(action)
-                if self.journal is not None:
-                    self.journal.decision(kind, event.step, action.strategy, action.knob, action.value, event.task)
 
     def costs_now(self) -> dict[str, float]:
         """Cost totals, with what replay holds as a share of the training bytes."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,6 +32,7 @@ class Context:
     `batches(data, batch_size)` walks a set once, in order, on the learner's device. `tasks` are all of the
     stream, `task` is the current one (None before the first), `past` those already trained on, `step` the
     optimizer steps done in the run. `optimizer()` is the one that trains the current task, while it trains.
+    `strategies` are all of the run by name, of which some may not be set up yet.
     """
 
     architecture: Architecture
@@ -49,6 +50,7 @@ class Context:
     task: Task | None = None
     past: Sequence[Task] = ()
     step: int = 0
+    strategies: Mapping[str, Strategy] = field(default_factory=dict)
 
 
 class Strategy:
@@ -119,6 +121,11 @@ class Strategy:
 
     def views(self) -> Mapping[str, Callable[[], AbstractContextManager[None]]]:
         """Further ways to answer: by name a context manager within which the architecture is changed."""
+        return {}
+
+    def signals(self) -> Mapping[str, float]:
+        """Numbers about itself that controllers may steer by, the same on all processes; asked for at their events
+        alone, so that it may wait for the device. Changes nothing."""
         return {}
 
     def stored_bytes(self) -> int:

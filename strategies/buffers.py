@@ -20,7 +20,12 @@ from clplat.strategies.world import World
 from clplat.streams.base import digest
 from clplat.streams.batch import Batch
 
-Policy = Literal["reservoir", "ring", "class_balanced"]
+Policy = Literal["reservoir", "ring", "class_balanced", "ring_reservoir"]
+
+SLOT = "slot:"
+"""How the names of extra tensors begin that say where in a buffer replayed rows lie; they live for one step."""
+BEST = "extra.best_loss"
+"""Field with the lowest loss of each row so far, in a buffer that tracks losses."""
 
 
 class Buffer:
@@ -31,13 +36,25 @@ class Buffer:
     that shrinks as classes arrive, so that the buffer is full from the start). `class_balanced`: an equal share for
     every class, a uniform sample of each (the aim of Chrysakis & Moens 2020). Classes smaller than their share are
     kept whole, and the others share what is left. For token rows the task stands in for the class.
-    Integers are kept as int32, which halves token rows; `origin` and `weight` are not kept.
+    `ring_reservoir` is `ring_reservoir.RingReservoir`.
+    Integers are kept as int32, which halves token rows; `origin` and `weight` are not kept. `stamps` (capacity, 2) are
+    the optimizer step at which each row came, and the number of tasks that had been finished by then.
+
+    With `tracks`, the name of an extra tensor, draws bring the places of their rows plus one under that name, and
+    `measured` takes the losses that these rows turned out to have: the lowest of each is kept beside the row.
     """
 
-    def __init__(self, *, capacity: int, policy: Policy, generator: torch.Generator, world: World) -> None:
-        self.capacity, self.policy, self.generator, self.world = capacity, policy, generator, world
+    long_from = 0
+    """The first place of the long-term rows; those before it are recent ones."""
+
+    def __init__(
+        self, *, capacity: int, policy: Policy, generator: torch.Generator, world: World, tracks: str | None = None
+    ) -> None:
+        self.capacity, self.policy, self.generator, self.world, self.tracks = capacity, policy, generator, world, tracks
         self.rows: dict[str, Tensor] = {}
         self.size = self.seen = 0
+        self.stamps = torch.zeros(capacity, 2, dtype=torch.long)
+        self.rises = torch.zeros(2, 2, dtype=torch.float64)
         self.groups = torch.empty(0, dtype=torch.long)
         self.priority = torch.empty(0, dtype=torch.float64)
         self.round, self.round_size = torch.empty(0, dtype=torch.long), 0
@@ -50,21 +67,35 @@ class Buffer:
         """Bytes of the rows that are kept now."""
         return sum(store[: self.size].nbytes for store in self.rows.values())
 
-    def add(self, batch: Batch, priority: Tensor | None = None) -> None:
+    def add(
+        self,
+        batch: Batch,
+        priority: Tensor | None = None,
+        *,
+        loss: Tensor | None = None,
+        stamp: tuple[int, int] = (0, 0),
+    ) -> None:
         """Offer the rows of a batch, on every process as many; the policy decides which stay.
 
         With `priority` (B,), on the batch's device, `class_balanced` keeps of each class the rows of lowest number
-        instead of a sample.
+        instead of a sample. `loss` (B,) is what the rows have cost so far, `stamp` when they came.
         """
         count = len(batch) * self.world.size
         if self.policy == "reservoir":
-            taken, slots = self._reservoir(count)
+            taken, slots = vitter(self.seen, count, self.capacity, self.generator)
         else:
             taken, slots = self._balanced(self._groups_of(batch), priority)
         self.seen += count
-        if not len(taken):
-            return
+        if len(taken):
+            self._put(self._fields(batch, loss), taken, slots, stamp)
+
+    def _fields(self, batch: Batch, loss: Tensor | None) -> dict[str, Tensor]:
+        """What is kept of a batch's rows, of all processes."""
         fields = stored_fields(batch)
+        fields.pop(BEST, None)
+        if self.tracks:
+            unknown = torch.full((len(batch),), float("inf"), device=batch.inputs.device)
+            fields[BEST] = unknown if loss is None else loss.float()
         if self.rows:
             # What other strategies mixed in brings fields of theirs (logits) to the current rows too, filled with 0.
             fields = {n: t for n, t in fields.items() if n in self.rows or not n.startswith("extra.")}
@@ -74,25 +105,64 @@ class Buffer:
         fields = {name: self.world.gather(tensor) for name, tensor in fields.items()}
         if not self.rows:
             self._allocate(fields)
+        return fields
+
+    def _put(self, fields: Mapping[str, Tensor], taken: Tensor, slots: Tensor, stamp: tuple[int, int]) -> None:
+        """The rows `taken` of some fields come to the places `slots`; both lie on the CPU."""
         self.size = max(self.size, int(slots.max()) + 1)
+        self.stamps[slots] = torch.tensor(stamp)
         for name, store in self.rows.items():
             # Not blocking: the indices come from the CPU, and waiting for the device would stall the step.
             store[slots.to(store.device, non_blocking=True)] = fields[name][taken.to(store.device, non_blocking=True)]
 
-    def draw(self, count: int, *, rounds: bool = False) -> Batch:
+    def draw(self, count: int, *, rounds: bool = False, step: int | None = None, position: int | None = None) -> Batch:
         """`count` rows at random for this process, none twice while there are enough; other processes get others.
 
-        With `rounds` every row comes once before one comes again, over all such draws from a memory of one size.
+        With `rounds` every row comes once before one comes again, over all such draws from a memory of one size. Else
+        the rows are those of `available(step, position)`.
         """
         total = count * self.world.size
-        if rounds:
-            index = self._next_of_round(total)
-        elif total <= self.size:
-            index = torch.randperm(self.size, generator=self.generator)[:total]
-        else:
-            index = torch.randint(self.size, (total,), generator=self.generator)
-        index = index[self.world.rank :: self.world.size]
-        return self._batch({n: store[index.to(store.device, non_blocking=True)] for n, store in self.rows.items()})
+        places = self._next_of_round(total) if rounds else self._some_of(self.available(step, position), total)
+        return self._drawn(places)
+
+    def available(self, step: int | None = None, position: int | None = None) -> Tensor:
+        """Places, on the CPU, of the rows that came before a step and before a task number, each if given."""
+        places = torch.arange(self.size)
+        if step is None and position is None:
+            return places
+        limits = torch.tensor([2**62 if limit is None else limit for limit in (step, position)])
+        return places[(self.stamps[: self.size] < limits).all(1)]
+
+    def _some_of(self, places: Tensor, count: int) -> Tensor:
+        if count <= len(places):
+            return places[torch.randperm(len(places), generator=self.generator)[:count]]
+        return places[torch.randint(len(places), (count,), generator=self.generator)]
+
+    def _drawn(self, places: Tensor) -> Batch:
+        """This process's share of the rows at some places, with the places where losses are tracked."""
+        index = places[self.world.rank :: self.world.size]
+        rows = {n: store[index.to(store.device, non_blocking=True)] for n, store in self.rows.items()}
+        batch = self._batch(rows)
+        if self.tracks:
+            batch.extra[self.tracks] = (index + 1).to(batch.inputs.device, non_blocking=True)
+        return batch
+
+    def measured(self, slots: Tensor, loss: Tensor) -> None:
+        """Take the losses (N,) of the rows at places `slots` − 1; 0 stands for a row of somebody else.
+
+        `rises` adds up, for recent and for long-term rows, max(0, loss − lowest before) and the number of rows; a row
+        that had no loss before counts as no rise. Nothing waits for the device.
+        """
+        slots, loss = self.world.gather(slots), self.world.gather(loss.float())
+        best = torch.cat([self.rows[BEST].new_zeros(1), self.rows[BEST]])
+        before = best[slots]
+        rise = torch.where(before.isinf(), 0.0, (loss - before).clamp(min=0))
+        group = (slots > self.long_from).long()
+        mine = (slots > 0).double()
+        both = torch.stack([rise.double() * mine, mine], 1)
+        self.rises = self.rises.to(loss.device, non_blocking=True).index_add(0, group, both)
+        best.scatter_reduce_(0, slots, loss, "amin")
+        self.rows[BEST].copy_(best[1:])
 
     def _next_of_round(self, count: int) -> Tensor:
         if self.round_size != self.size:
@@ -111,21 +181,10 @@ class Buffer:
         return StoredRows(self.batch().to("cpu"))
 
     def _batch(self, rows: Mapping[str, Tensor]) -> Batch:
-        return Batch.from_tensors({n: t.long() if t.dtype == torch.int32 else t for n, t in rows.items()})
+        return Batch.from_tensors({n: t.long() if t.dtype == torch.int32 else t for n, t in rows.items() if n != BEST})
 
     def _allocate(self, fields: Mapping[str, Tensor]) -> None:
         self.rows = {name: tensor.new_empty(self.capacity, *tensor.shape[1:]) for name, tensor in fields.items()}
-
-    def _reservoir(self, count: int) -> tuple[Tensor, Tensor]:
-        """Which of `count` new rows stay, and their slots: row number n takes a slot below n + 1 at random."""
-        number = self.seen + torch.arange(count)
-        chance = torch.rand(count, generator=self.generator, dtype=torch.float64)
-        slots = torch.where(number < self.capacity, number, (chance * (number + 1)).long())
-        taken = (slots < self.capacity).nonzero().flatten()
-        # Of several rows that take one slot the last one stays, as if they had come one by one.
-        ordered, order = slots[taken].sort(stable=True)
-        last = ordered.diff(append=torch.tensor([-1])) != 0
-        return taken[order[last]], ordered[last]
 
     def _balanced(self, new_groups: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
         """Which new rows stay, and the slots of those that go: every group keeps its rows of lowest priority number.
@@ -171,18 +230,33 @@ class Buffer:
             "priority": self.priority.clone(),
             "round": self.round.clone(),
             "round_size": self.round_size,
+            "stamps": self.stamps[: self.size].clone(),
+            "rises": self.rises.clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """The inverse of `state_dict`, with the rows on `device`."""
         self.seen, self.groups, self.priority = state["seen"], state["groups"].clone(), state["priority"].clone()
         self.round, self.round_size = state["round"].clone(), state["round_size"]
+        self.stamps[: len(state["stamps"])], self.rises = state["stamps"], state["rises"].to(device)
         self.rows, self.size = {}, 0
         if state["rows"]:
             self._allocate({name: tensor.to(device) for name, tensor in state["rows"].items()})
         for name, tensor in state["rows"].items():
             self.size = len(tensor)
             self.rows[name][: self.size] = tensor
+
+
+def vitter(seen: int, count: int, capacity: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which of `count` new rows stay, and their slots: row number n takes a slot below n + 1 at random."""
+    number = seen + torch.arange(count)
+    chance = torch.rand(count, generator=generator, dtype=torch.float64)
+    slots = torch.where(number < capacity, number, (chance * (number + 1)).long())
+    taken = (slots < capacity).nonzero().flatten()
+    # Of several rows that take one slot the last one stays, as if they had come one by one.
+    ordered, order = slots[taken].sort(stable=True)
+    last = ordered.diff(append=torch.tensor([-1])) != 0
+    return taken[order[last]], ordered[last]
 
 
 class StoredRows:
@@ -209,5 +283,6 @@ class StoredRows:
 
 def stored_fields(batch: Batch) -> dict[str, Tensor]:
     """The tensors of a batch that a buffer keeps, as it keeps them."""
-    kept = {name: tensor for name, tensor in batch.tensors().items() if name not in ("origin", "weight")}
+    kept = {name: tensor for name, tensor in batch.tensors().items()
+            if name not in ("origin", "weight") and not name.startswith(f"extra.{SLOT}")}  # fmt: skip
     return {name: tensor.int() if tensor.dtype == torch.long else tensor for name, tensor in kept.items()}

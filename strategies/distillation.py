@@ -28,7 +28,7 @@ class DERpp(ExperienceReplay):
     form; the paper has classification only).
     """
 
-    knobs: ClassVar[tuple[str, ...]] = ("ratio", "alpha", "beta")
+    knobs: ClassVar[tuple[str, ...]] = ("ratio", "alpha", "beta", "weight", "long_share")
     paper = "Buzzega et al. 2020, arXiv:2004.07211, Eq. 6"
     fidelity: ClassVar[Fidelity] = "exact"
     draws: ClassVar[int] = 2
@@ -44,16 +44,19 @@ class DERpp(ExperienceReplay):
         beta: float = 0.5,
         from_task: int = 2,
         top_logits: int | None = None,
+        draw_from: Literal["all", "past"] = "all",
     ) -> None:
         """`alpha` weighs the mean squared distance to stored logits, `beta` the cross-entropy of the second draw.
 
         Each draw has `ratio`/2 rows for each current one, so that a step replays as many rows as with
         `ExperienceReplay` at the same ratio. The paper draws a whole batch for each term from the first task on:
         `ratio` 2, `from_task` 1. `top_logits` of each answer are kept, in half precision; None keeps them all.
+        `draw_from` as in `ExperienceReplay`.
         """
         super().__init__(
-            capacity=capacity, capacity_bytes=capacity_bytes, policy=policy, ratio=ratio, from_task=from_task
-        )
+            capacity=capacity, capacity_bytes=capacity_bytes, policy=policy, ratio=ratio, from_task=from_task,
+            draw_from=draw_from,
+        )  # fmt: skip
         if alpha < 0 or beta < 0:
             raise ValueError(f"alpha, beta: must not be negative, got {alpha} and {beta}")
         if top_logits is not None and top_logits < 1:
@@ -78,9 +81,11 @@ class DERpp(ExperienceReplay):
 
     def batch(self, batch: Batch) -> Batch:
         self.fresh.append(current_rows(batch))
-        mixed = self.with_replay(batch, AUXILIARY, self.ratio / self.draws if self.alpha else 0.0, 0.0)
+        # Attribute `weight`, 1 unless a controller sets it, is a factor of both.
+        alpha, beta = self.weight * self.alpha, self.weight * self.beta
+        mixed = self.with_replay(batch, AUXILIARY, self.ratio / self.draws if alpha else 0.0, 0.0)
         self.matched = slice(len(batch), len(mixed))
-        return self.with_replay(mixed, REPLAY, self.ratio / self.draws if self.beta else 0.0, self.beta)
+        return self.with_replay(mixed, REPLAY, self.ratio / self.draws if beta else 0.0, beta)
 
     def penalty(self, output: Output, batch: Batch) -> Tensor | None:
         # Current rows stand first in a mixed batch; what the model answers now is what it is held to later.
@@ -91,7 +96,7 @@ class DERpp(ExperienceReplay):
         answers = output.logits[self.matched]
         if self.top_logits:
             answers = answers.gather(-1, batch.extra["places"][self.matched])
-        return self.alpha * F.mse_loss(answers.float(), batch.extra["logits"][self.matched].float())
+        return self.weight * self.alpha * F.mse_loss(answers.float(), batch.extra["logits"][self.matched].float())
 
     def _kept(self, logits: Tensor) -> dict[str, Tensor]:
         """What the buffer keeps of an answer: all its logits, or the largest and their places."""
@@ -107,7 +112,7 @@ class DER(DERpp):
     This is `DERpp` with `beta` 0, but for the draw, which has `ratio` rows for each current one.
     """
 
-    knobs = ("ratio", "alpha")
+    knobs = ("ratio", "alpha", "weight", "long_share")
     paper = "Buzzega et al. 2020, arXiv:2004.07211"
     draws = 1
 
@@ -121,11 +126,12 @@ class DER(DERpp):
         alpha: float = 0.3,
         from_task: int = 2,
         top_logits: int | None = None,
+        draw_from: Literal["all", "past"] = "all",
     ) -> None:
         """`alpha` weighs the mean squared distance to stored logits; the others as in `DERpp`."""
         super().__init__(
             capacity=capacity, capacity_bytes=capacity_bytes, policy=policy, ratio=ratio, alpha=alpha, beta=0.0,
-            from_task=from_task, top_logits=top_logits,
+            from_task=from_task, top_logits=top_logits, draw_from=draw_from,
         )  # fmt: skip
 
 
@@ -133,9 +139,9 @@ class LwF(Strategy):
     """Learning without forgetting: on the current inputs the model is held to what it answered before the task.
 
     β CE + α T² Σ_heads KL(softmax(old / T) ‖ softmax(new / T)), the mean over current rows; replayed ones are left
-    out. In the `task` scenario every earlier task is a head, in the `class` scenario all classes met before the task
-    are one, else the whole output is. The old answers come from a copy of the model as the last task left it, in
-    evaluation mode.
+    out, unless `rows` says otherwise. In the `task` scenario every earlier task is a head, in the `class` scenario all
+    classes met before the task are one, else the whole output is. The old answers come from a copy of the model as the
+    last task left it, in evaluation mode.
     """
 
     knobs: ClassVar[tuple[str, ...]] = ("alpha",)
@@ -149,13 +155,16 @@ class LwF(Strategy):
         temperature: float = 2.0,
         loss_weight: Literal["one", "share"] = "one",
         softmax: Literal["old", "seen"] = "old",
+        rows: Literal["current", "replayed", "all"] = "current",
     ) -> None:
         """`alpha` is α, a number or a list with one for each task (the first task has nothing to be held to); with
         nothing but 0 no model is kept. `temperature` is T: at 2 small chances of the old answer count more.
         `loss_weight` is β, the weight of the loss on current rows: one, or the current task's share of the tasks so
         far, 1/n, as in van de Ven & Tolias 2019 (there α is 1 − 1/n). `softmax` of the new answers: among the classes
         of the old ones, or (`seen`, in the class scenario, as there) among the current task's too, which current rows
-        must then not be taken for."""
+        must then not be taken for. `rows` are held to the old answers: current ones, as in the paper, those that
+        another strategy replays, or all. With `replayed`, and standing before the replay in the configuration, the copy
+        is asked about these rows alone."""
         schedule = alpha if isinstance(alpha, list) else [alpha]
         if min(schedule, default=-1.0) < 0:
             raise ValueError(f"alpha: give a number that is not negative, or one for each task; got {alpha}")
@@ -163,10 +172,12 @@ class LwF(Strategy):
             raise ValueError(f"loss_weight: must be one or share, got {loss_weight!r}")
         if softmax not in ("old", "seen"):
             raise ValueError(f"softmax: must be old or seen, got {softmax!r}")
+        if rows not in ("current", "replayed", "all"):
+            raise ValueError(f"rows: must be current, replayed or all, got {rows!r}")
         if temperature <= 0:
             raise ValueError(f"temperature: must be positive, got {temperature}")
         self.alpha, self.temperature, self.loss_weight, self.softmax = schedule[0], temperature, loss_weight, softmax
-        self.schedule = schedule if isinstance(alpha, list) else []
+        self.schedule, self.rows, self.first = schedule if isinstance(alpha, list) else [], rows, 0
         self.teacher: Architecture | None = None
         self.units: list[list[int]] = []
         self.heads: list[Tensor | slice] = []
@@ -186,6 +197,8 @@ class LwF(Strategy):
             self.alpha = self.schedule[len(self.context.past)]
 
     def batch(self, batch: Batch) -> Batch:
+        # Rows of the current task stand first; how many they are is known here, if nothing was mixed in before.
+        self.first = len(batch) if batch.origin is None and self.rows == "replayed" else 0
         if self.loss_weight == "one" or not self.context.past:
             return batch
         mixed = batch if batch.origin is not None else batch.with_origin(CURRENT)
@@ -194,15 +207,19 @@ class LwF(Strategy):
         return mixed.replaced(weight=torch.where(mixed.origin == CURRENT, share * weight, weight))
 
     def penalty(self, output: Output, batch: Batch) -> Tensor | None:
-        if self.teacher is None or not self.alpha:
+        if self.teacher is None or not self.alpha or (batch.origin is None and self.rows == "replayed"):
             return None
+        new = output.logits
+        if self.first:
+            batch, new = batch.rows(slice(self.first, None)), new[self.first :]
         with torch.no_grad():
             old = self.teacher(batch).logits
-        new = output.logits
         apart = sum(self._divergence(old[..., head], new[..., head], self._rivals(new, head)) for head in self.heads)
         counted = batch.targets != IGNORE
         if batch.origin is not None:
-            counted = counted & (batch.origin == CURRENT).view(-1, *[1] * (counted.ndim - 1))
+            wanted = {"current": batch.origin == CURRENT, "replayed": batch.origin == REPLAY}
+            chosen = wanted.get(self.rows, batch.origin != AUXILIARY)
+            counted = counted & chosen.view(-1, *[1] * (counted.ndim - 1))
         return self.alpha * self.temperature**2 * (apart * counted).sum() / counted.sum().clamp(min=1)
 
     def _rivals(self, new: Tensor, head: Tensor | slice) -> Tensor:

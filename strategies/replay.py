@@ -6,18 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from clplat.architectures.base import StepOutcome
 from clplat.strategies.base import Context, Fidelity, Strategy
-from clplat.strategies.buffers import Buffer, Policy, stored_fields
+from clplat.strategies.buffers import SLOT, Buffer, Policy, stored_fields
+from clplat.strategies.ring_reservoir import RingReservoir
 from clplat.streams.base import Data, Task
-from clplat.streams.batch import CURRENT, REPLAY, Batch
+from clplat.streams.batch import CURRENT, IGNORE, REPLAY, Batch
 
 
 class _Rehearsal(Strategy):
     """A buffer of rows within a budget of rows or bytes."""
 
     replays = True
+    ring_share = 0.2
+    tracks: str | None = None
 
     def __init__(self, *, capacity: int | None, capacity_bytes: int | None, policy: Policy) -> None:
         if (capacity is None) == (capacity_bytes is None):
@@ -26,20 +30,36 @@ class _Rehearsal(Strategy):
 
     def setup(self, context: Context) -> None:
         super().setup(context)
-        rows = self._capacity_in_rows(self.row_bytes())
-        self.buffer = Buffer(capacity=rows, policy=self.policy, generator=context.generator, world=context.world)
+        self.buffer = self._new_buffer()
+
+    def _new_buffer(self) -> Buffer:
+        context, rows = self.context, self._capacity_in_rows(self.row_bytes())
+        if self.policy == "ring_reservoir":
+            return RingReservoir(
+                capacity=rows, ring_share=self.ring_share, generator=context.generator, world=context.world,
+                tracks=self.tracks,
+            )  # fmt: skip
+        return Buffer(
+            capacity=rows, policy=self.policy, generator=context.generator, world=context.world, tracks=self.tracks
+        )
 
     def row_bytes(self) -> int:
         """Bytes that the buffer takes for one row."""
         one = self.context.tasks[0].train.batch(torch.tensor([0]))
-        return sum(tensor.nbytes for tensor in stored_fields(one).values())
+        lowest_loss = 4 if self.tracks else 0
+        return sum(tensor.nbytes for tensor in stored_fields(one).values()) + lowest_loss
+
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """When rows come that are added now: optimizer steps and tasks that are done."""
+        return self.context.step, len(self.context.past)
 
     def offer(self, task: Task) -> None:
         """Offer all rows of a task to the buffer, each process its share."""
         world, device = self.context.world, self.context.device()
         rows = torch.arange(len(task.train) // world.size * world.size)
         for part in rows.split(1024 * world.size):
-            self.buffer.add(task.train.batch(part[world.rank :: world.size]).to(device))
+            self.buffer.add(task.train.batch(part[world.rank :: world.size]).to(device), stamp=self.stamp)
 
     def stored_bytes(self) -> int:
         return self.buffer.nbytes
@@ -81,7 +101,7 @@ class ExperienceReplay(_Rehearsal):
     all rows of a task when it ends.
     """
 
-    knobs: ClassVar[tuple[str, ...]] = ("ratio", "weight")
+    knobs: ClassVar[tuple[str, ...]] = ("ratio", "weight", "long_share")
     paper = "Chaudhry et al. 2019, arXiv:1902.10486"
     fidelity: ClassVar[Fidelity] = "mechanism"
 
@@ -97,6 +117,9 @@ class ExperienceReplay(_Rehearsal):
         mean: Literal["each", "all"] = "each",
         fill: Literal["step", "task_end"] = "step",
         draw: Literal["fresh", "rounds"] = "fresh",
+        draw_from: Literal["all", "past"] = "all",
+        ring_share: float = 0.2,
+        long_share: float = 0.5,
     ) -> None:
         """`capacity` in rows (samples, or rows of tokens) or `capacity_bytes`; `ratio` replayed rows for each
         current one; `weight` of their mean loss; replay begins with task number `from_task`, by default the second:
@@ -105,7 +128,10 @@ class ExperienceReplay(_Rehearsal):
         all of them, as in the paper and in Avalanche. `fill`: rows come into the buffer at each step, so that some of a
         draw are the current task's, or when their task has ended, as in Avalanche: every draw is of earlier tasks.
         `draw`: a new draw of the memory at every step, or the next rows of shuffled rounds through it, as in Avalanche:
-        every row comes back equally often."""
+        every row comes back equally often. `draw_from`: all rows, or (past) those that came before the current task,
+        as far as boundaries are known: a long task fills ring and reservoir with rows of its own. Of the policy
+        `ring_reservoir` the ring has `ring_share` of the capacity, and `long_share` of a draw comes from the
+        reservoir."""
         super().__init__(capacity=capacity, capacity_bytes=capacity_bytes, policy=policy)
         if ratio < 0 or weight < 0:
             raise ValueError(f"ratio, weight: must not be negative, got {ratio} and {weight}")
@@ -115,8 +141,16 @@ class ExperienceReplay(_Rehearsal):
             raise ValueError(f"fill: must be step or task_end, got {fill!r}")
         if draw not in ("fresh", "rounds"):
             raise ValueError(f"draw: must be fresh or rounds, got {draw!r}")
+        if draw_from not in ("all", "past"):
+            raise ValueError(f"draw_from: must be all or past, got {draw_from!r}")
+        if draw == "rounds" and (draw_from == "past" or policy == "ring_reservoir"):
+            raise ValueError("draw: rounds go through the whole memory; with draw_from: past, or the policy "
+                             "ring_reservoir, use fresh")  # fmt: skip
+        if not 0 <= long_share <= 1:
+            raise ValueError(f"long_share: must lie between 0 and 1, got {long_share}")
         self.ratio, self.weight, self.from_task = ratio, weight, from_task
-        self.mean, self.fill, self.rounds = mean, fill, draw == "rounds"
+        self.mean, self.fill, self.rounds, self.draw_from = mean, fill, draw == "rounds", draw_from
+        self.ring_share, self.long_share = ring_share, long_share
 
     def setup(self, context: Context) -> None:
         super().setup(context)
@@ -138,12 +172,59 @@ class ExperienceReplay(_Rehearsal):
         count = round(ratio * len(self.fresh[-1]))
         if not count or not len(self.buffer) or len(self.context.past) + 1 < self.from_task:
             return batch
-        return batch.joined(self.buffer.draw(count, rounds=self.rounds).with_origin(origin, weight))
+        drawn = self._draw(count)
+        return batch if drawn is None else batch.joined(drawn.with_origin(origin, weight))
+
+    def _draw(self, count: int) -> Batch | None:
+        """Rows that came before this step, and with `draw_from: past` before this task; None where there are none."""
+        if self.draw_from == "all" and not isinstance(self.buffer, RingReservoir):
+            return self.buffer.draw(count, rounds=self.rounds)
+        position = len(self.context.past) if self.draw_from == "past" else None
+        step = self.context.step + 1
+        if position is not None and not len(self.buffer.available(step, position)):
+            return None
+        if isinstance(self.buffer, RingReservoir):
+            return self.buffer.draw(count, long_share=self.long_share, step=step, position=position)
+        return self.buffer.draw(count, step=step, position=position)
 
     def step_end(self, outcome: StepOutcome) -> None:
+        losses = self._losses(outcome) if self.tracks else None
         for batch in self.fresh if self.fill == "step" else ():
-            self.buffer.add(batch)
+            own = None
+            if losses is not None:
+                own, losses = losses[: len(batch)], losses[len(batch) :]
+            self.buffer.add(batch, loss=own, stamp=(outcome.step, len(self.context.past)))
         self.fresh.clear()
+
+    def _losses(self, outcome: StepOutcome) -> Tensor:
+        """Mean loss a prediction of every current row; the buffer is told those of its own rows."""
+        batch, loss = outcome.batch, outcome.row_loss()
+        if loss.ndim > 1:
+            loss = loss.sum(1) / (batch.targets != IGNORE).sum(1).clamp(min=1)
+        assert self.tracks is not None
+        if self.tracks in batch.extra:
+            self.buffer.measured(batch.extra[self.tracks], loss)
+        if batch.origin is None:
+            return loss
+        # Sorted, not selected: how many there are would have to come from the device.
+        current = (batch.origin != CURRENT).long().argsort(stable=True)
+        return loss[current[: sum(len(each) for each in self.fresh)]]
+
+    def track_losses(self, name: str) -> None:
+        """Keep the lowest loss of every row beside it; `name` is this strategy's. Controllers ask for it at `setup`,
+        which comes before this strategy's own."""
+        self.tracks = f"{SLOT}{name}"
+
+    def signals(self) -> dict[str, float]:
+        """Rows that could be replayed now, and what `Buffer.rises` has added up, where losses are tracked."""
+        position = len(self.context.past)
+        ready = self.buffer.available(position=position if self.draw_from == "past" else None)
+        found: dict[str, float] = {"rows": len(ready) if position + 1 >= self.from_task else 0}
+        if self.tracks:
+            (rise_ring, measured_ring), (rise_long, measured_long) = self.buffer.rises.tolist()
+            found |= {"rise_ring": rise_ring, "measured_ring": measured_ring}
+            found |= {"rise_long": rise_long, "measured_long": measured_long}
+        return found
 
     def task_end(self, task: Task) -> None:
         if self.fill == "task_end":

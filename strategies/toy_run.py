@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -64,12 +65,13 @@ class ToyRun:
 
     def __init__(
         self,
-        strategies: Sequence[Strategy],
+        strategies: Sequence[Strategy] | Mapping[str, Strategy],
         objective: Callable[..., Any],
         kind: Kind = "classify",
         world: World | None = None,
     ) -> None:
-        self.strategies = list(strategies)
+        self.named = dict(strategies if isinstance(strategies, Mapping) else zip(map(str, count()), strategies))
+        self.strategies = list(self.named.values())
         spec, tasks = toy_stream(kind)
         loss = objective(spec, tasks)
         self.architecture = ToyModel(spec)
@@ -78,8 +80,10 @@ class ToyRun:
             architecture=self.architecture, spec=spec, tasks=tasks, world=world or World(),
             generator=torch.Generator().manual_seed(2), loss=loss, row_loss=loss.row_loss, masked=loss.masked,
             batches=_batches, batch_size=BATCH, device=lambda: torch.device("cpu"), optimizer=lambda: self.optimizer,
+            strategies=self.named,
         )  # fmt: skip
-        for strategy in self.strategies:
+        # Controllers first, as in the platform.
+        for strategy in sorted(self.strategies, key=lambda one: not hasattr(one, "observe")):
             strategy.setup(self.context)
         self.path: Sequence[Task] = tasks
         for strategy in self.having("select_tasks"):

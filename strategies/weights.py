@@ -26,7 +26,12 @@ def flat_gradients(architecture: nn.Module) -> Tensor:
 def move_weights(model: nn.Module, target: Tensor, share: Tensor | float) -> None:
     """The trainable weights w of `model`, in place: w ← w + share ⊙ (target − w), `target` (P,)."""
     flat = flat_parameters(model)
-    flat = flat + share * (target - flat)
+    assign_weights(model, flat + share * (target - flat))
+
+
+@torch.no_grad()
+def assign_weights(model: nn.Module, flat: Tensor) -> None:
+    """The trainable weights of `model` become `flat` (P,)."""
     weights = [p for p in model.parameters() if p.requires_grad]
     for weight, part in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
         weight.copy_(part.view_as(weight))

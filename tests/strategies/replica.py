@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,9 @@ import torch.distributed as dist
 from clplat.objective import Objective
 from clplat.strategies.buffers import Buffer
 from clplat.strategies.contrastive import SCR
+from clplat.strategies.controllers.contract import ControlledRun
+from clplat.strategies.controllers.replay_controller import ReplayController
+from clplat.strategies.controllers.replay_law import ReplayLaw
 from clplat.strategies.distillation import DERpp, LwF
 from clplat.strategies.er_ace import ERACE
 from clplat.strategies.fast_slow import FastSlow
@@ -50,6 +54,17 @@ def times_kept(world: World, streams: int) -> torch.Tensor:
     return counts
 
 
+def controlled(world: World) -> dict[str, Any]:
+    """What a controlled run on both processes ends with."""
+    replay = ExperienceReplay(capacity=9, policy="ring_reservoir", ring_share=0.4, from_task=1)
+    law = ReplayLaw(smoothing=0.0, gain=5.0, target=0.0, base_ratio=0.5, base_weight=0.5)
+    strategies = {"replay": replay, "controller": ReplayController(every=1, law=law)}
+    run = ControlledRun(strategies, Objective, "language", world)
+    synchronised(run).train()
+    states = {name: strategy.state_dict() for name, strategy in strategies.items()}
+    return {"states": states, "decisions": [list(row) for row in run.decisions], "weights": run.weights()}
+
+
 def main(rank: int, size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
@@ -68,6 +83,7 @@ def main(rank: int, size: int, folder: Path) -> None:
             "strategies": [strategy.state_dict() for strategy in strategies],
             "alone": [strategy.state_dict() for strategy in alone],
             "ends": [strategy.context.architecture.state_dict() for strategy in alone],
+            "controlled": controlled(world),
             "generator": run.context.generator.get_state(),
             "weights": run.weights(),
             "mixed": run.mixed.inputs,

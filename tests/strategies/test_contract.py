@@ -21,6 +21,7 @@ from clplat.strategies.distillation import DER, DERpp, LwF
 from clplat.strategies.er_ace import ERACE
 from clplat.strategies.fast_slow import FastSlow
 from clplat.strategies.icarl import iCaRL
+from clplat.strategies.interpolated_weights import InterpolatedWeights
 from clplat.strategies.la_maml import LaMAML
 from clplat.strategies.path_integral import SI, RWalk
 from clplat.strategies.projection import GEM
@@ -42,6 +43,17 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "ER mean of all": (lambda: ExperienceReplay(capacity=7, mean="all"), {"ratio": 0.0}),
     "ER at task ends": (lambda: ExperienceReplay(capacity=7, fill="task_end"), {"ratio": 0.0}),
     "ER in rounds": (lambda: ExperienceReplay(capacity=7, draw="rounds"), {"ratio": 0.0}),
+    "ER ring and reservoir": (
+        lambda: ExperienceReplay(capacity=7, policy="ring_reservoir", ring_share=0.4, from_task=1),
+        {"ratio": 0.0},
+    ),
+    "ER of the past": (
+        lambda: ExperienceReplay(capacity_bytes=500, policy="ring_reservoir", draw_from="past"),
+        {"weight": 0.0},
+    ),
+    "DER++ ring": (lambda: DERpp(capacity=7, top_logits=3, policy="ring_reservoir", draw_from="past"), {"weight": 0.0}),
+    "interpolated": (InterpolatedWeights, {}),
+    "interpolated adopted": (lambda: InterpolatedWeights(share=0.5, adopt=True), {"share": 1.0}),
     "ER bytes": (lambda: ExperienceReplay(capacity_bytes=500, ratio=2.0), {"ratio": 0.0}),
     "GDumb": (lambda: GDumb(capacity=7), None),
     "GDumb bytes": (lambda: GDumb(capacity_bytes=500), None),
@@ -76,6 +88,7 @@ CASES: dict[str, tuple[Make, dict[str, float] | None]] = {
     "RWalk": (lambda: RWalk(strength=0.5, interval=3), {"strength": 0.0}),
     "LwF": (lambda: LwF(alpha=0.5), {"alpha": 0.0}),
     "LwF share": (lambda: LwF(alpha=[0.0, 0.5, 0.7], loss_weight="share"), None),
+    "LwF replayed": (lambda: LwF(alpha=0.5, rows="replayed"), {"alpha": 0.0}),
     "LwF seen": (lambda: LwF(alpha=0.5, softmax="seen"), {"alpha": 0.0}),
 }
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from clplat.architectures.base import Output
 from clplat.objective import Objective
 from clplat.strategies.contract import check_resume
 from clplat.strategies.distillation import LwF
-from clplat.strategies.toy_run import BATCH, STEPS, ToyRun
+from clplat.strategies.replay import ExperienceReplay
+from clplat.strategies.toy_run import BATCH, STEPS, Kind, ToyRun
 from clplat.streams.batch import CURRENT, REPLAY, Batch
 
 HEADS = {"class": [[0, 1, 2, 3]], "task": [[0, 1], [2, 3]], "domain": [list(range(6))]}
@@ -123,3 +125,32 @@ def test_wrong_options_are_refused_by_name(options: dict, message: str) -> None:
 def test_a_list_that_is_too_short_is_refused_before_training() -> None:
     with pytest.raises(ValueError, match=r"LwF\.alpha: 2 numbers for 3 tasks"):
         ToyRun([LwF(alpha=[0.0, 1.0])], Objective)
+
+
+@pytest.mark.parametrize("kind", ["classify", "language"])
+@pytest.mark.parametrize("before", [True, False])
+def test_replayed_rows_alone_are_held_to_the_old_answers_wherever_the_strategy_stands(
+    kind: Kind, before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, replay = LwF(alpha=0.5, temperature=1.0, rows="replayed"), ExperienceReplay(capacity=12, ratio=0.5)
+    run = ToyRun([held, replay] if before else [replay, held], Objective, kind).train(2 * STEPS)
+    asked: list[int] = []
+    found: list[torch.Tensor] = []
+    original = LwF.penalty
+
+    def penalty(self: LwF, output: Output, batch: Batch) -> torch.Tensor | None:
+        assert self.teacher is not None
+        self.teacher.register_forward_pre_hook(lambda _, given: asked.append(len(given[0])))
+        value = original(self, output, batch)
+        mine = batch.origin == REPLAY
+        new, old = output.logits[mine].double(), self.teacher(batch.rows(mine)).logits.double()
+        heads = self.heads[0]
+        new, old = new[..., heads].log_softmax(-1), old[..., heads].log_softmax(-1)
+        assert value is not None
+        found.append(value.detach() - 0.5 * (old.exp() * (old - new)).sum(-1).mean().detach())
+        return value
+
+    monkeypatch.setattr(LwF, "penalty", penalty)
+    run.train(2 * STEPS + 1)
+    assert abs(float(found[0])) < 1e-6
+    assert asked[0] == (BATCH // 2 if before else BATCH + BATCH // 2), "standing first, it asks for the replayed rows"

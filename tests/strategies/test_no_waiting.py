@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from clplat.architectures.base import StepOutcome
 from clplat.objective import Objective
 from clplat.strategies.base import Strategy
 from clplat.strategies.contract import Make
@@ -13,6 +15,7 @@ from clplat.strategies.distillation import LwF
 from clplat.strategies.fast_slow import FastSlow
 from clplat.strategies.path_integral import SI, RWalk
 from clplat.strategies.regularization import EWC, MAS
+from clplat.strategies.replay import ExperienceReplay
 from clplat.strategies.toy_run import STEPS, Kind, ToyRun
 from clplat.streams.batch import CURRENT, REPLAY, Batch
 
@@ -64,6 +67,21 @@ def test_no_step_of_fast_slow_waits_for_the_device() -> None:
     with NoQuestions():
         run.train(3 * STEPS - 1)
     assert len(run.mixed) > len(run.current), "the steps must have replayed rows"
+
+
+def test_what_replayed_rows_cost_is_noted_without_waiting_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    replay, original = ExperienceReplay(capacity=12, policy="ring_reservoir"), ExperienceReplay._losses
+    replay.track_losses("replay")
+    run = ToyRun([MixesIn(), replay], Objective, "language").train(STEPS + 1)
+
+    def watched(self: ExperienceReplay, outcome: StepOutcome) -> Tensor:
+        with NoQuestions():
+            return original(self, outcome)
+
+    monkeypatch.setattr(ExperienceReplay, "_losses", watched)
+    before = replay.buffer.rises.sum(0)[1].item()
+    run.train(2 * STEPS)
+    assert replay.buffer.rises.sum(0)[1].item() > before
 
 
 def test_a_strategy_that_asks_is_caught() -> None:

@@ -30,6 +30,17 @@ def test_both_processes_end_with_equal_strategies_weights_and_random_source(rank
     assert_equal(first, second)
 
 
+def test_a_ring_with_a_reservoir_is_of_both_processes_rows_and_its_controller_decides_the_same_on_both(
+    ranks: list[dict[str, Any]],
+) -> None:
+    first, second = (rank["controlled"] for rank in ranks)
+    assert first["decisions"] == second["decisions"]
+    assert len({value for *_, knob, value in first["decisions"] if knob == "weight"}) > 3, "it steers"
+    state = first["states"]["replay"]["buffer"]
+    assert state["seen"] == 2 * TASKS * STEPS * BATCH and len(state["rows"]["inputs"]) == 9
+    assert float(state["rises"][:, 1].sum()) > 2 * STEPS, "rows that either of them replayed were measured"
+
+
 def assert_equal(left: Any, right: Any) -> None:
     if isinstance(left, torch.Tensor):
         assert torch.equal(left, right)
