@@ -89,6 +89,12 @@ class MixtureOfExperts(nn.Module):
         return torch.bmm(weight_Nk.to(dtype).unsqueeze(1), y_NkC).squeeze(1)
 
 
+def expert_size(hidden_size: int) -> int:
+    """The inner size of an expert that the published sizes of TRC² and its rivals imply: 8/3 of the hidden size,
+    rounded up to a multiple of 256."""
+    return 256 * -(-8 * hidden_size // 768)
+
+
 def idle_weights(model: nn.Module) -> int:
     """How many of a model's weights one token does not pass through: those of experts that it did not choose."""
     return sum(layer.idle_weights() for layer in model.modules() if isinstance(layer, MixtureOfExperts))
@@ -118,16 +124,19 @@ def _in_blocks(x_RC: Tensor, gate_up_EDC: Tensor, down_ECF: Tensor, rows_E: Tens
     size = -(-rows // experts)
     blocks = rows // size + min(experts, rows)
     last_block_E = ((rows_E + size - 1) // size).cumsum(0)
-    expert_of_block = torch.searchsorted(last_block_E, torch.arange(blocks, device=x_RC.device), right=True)
-    expert_of_block = expert_of_block.clamp(max=experts - 1)  # blocks that nobody needs hold zeros
-    row_R = torch.arange(rows, device=x_RC.device)
+    expert_of_block = _group_of_each(blocks, last_block_E).clamp(max=experts - 1)  # blocks beyond need hold zeros
     end_E = rows_E.cumsum(0)
-    expert_R = torch.searchsorted(end_E, row_R, right=True)
+    expert_R = _group_of_each(rows, end_E)
     first_block_E = last_block_E - (rows_E + size - 1) // size
-    place_R = row_R - (end_E - rows_E)[expert_R] + size * first_block_E[expert_R]
+    place_R = torch.arange(rows, device=x_RC.device) + (rows_E - end_E + size * first_block_E)[expert_R]
     padded = x_RC.new_zeros(blocks * size, x_RC.shape[1]).index_copy(0, place_R, x_RC).unflatten(0, (blocks, size))
     inner = _gated(torch.bmm(padded, gate_up_EDC[expert_of_block].transpose(1, 2)))
     return torch.bmm(inner, down_ECF[expert_of_block].transpose(1, 2)).flatten(0, 1).index_select(0, place_R)
+
+
+def _group_of_each(count: int, ends_E: Tensor) -> Tensor:
+    """For each number below `count` how many groups end at or before it (count,)."""
+    return (torch.arange(count, device=ends_E.device).unsqueeze(-1) >= ends_E).sum(-1)
 
 
 def _gated(both: Tensor) -> Tensor:
