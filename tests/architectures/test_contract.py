@@ -10,6 +10,7 @@ from clplat.architectures.contract import CHECKS
 from clplat.architectures.convnet import ConvNet
 from clplat.architectures.deepseek_transformer import DeepSeekTransformer
 from clplat.architectures.hypernetwork.model import ChunkedHypernetwork, RecurrentHypernetwork
+from clplat.architectures.mamba import Mamba
 from clplat.architectures.mlp import MLP
 from clplat.architectures.moe_transformer import MoETransformer
 from clplat.architectures.probing import Contract
@@ -126,6 +127,18 @@ CONTRACTS |= {
         spec=TEXT,
     ),
 }  # fmt: skip
+
+CONTRACTS |= {
+    "mamba": Contract(
+        factory=lambda spec: Mamba(spec=spec, hidden_size=32, num_layers=2, state_size=8, dropout=0.2), spec=TEXT
+    ),
+    "mamba-fed-forward-untied": Contract(
+        factory=lambda spec: Mamba(
+            spec=spec, hidden_size=24, num_layers=1, expand=3, conv_width=2, mlp_size=40, tie_head=False
+        ),
+        spec=TEXT,
+    ),
+}
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
