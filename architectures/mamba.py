@@ -23,7 +23,7 @@ from clplat.architectures.selective_scan import selective_scan
 from clplat.streams.base import Spec
 
 MixerState = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Inputs of the convolution before the pending ones (B, K − 1, D), the scan's state there (B, D, N), inputs that were
+"""Inputs of the convolution before the pending ones (B, K − 1, D), the scan's state there (B, N, D), inputs that were
 read last and may be padding (B, P, D), and the number of tokens before them (B,)."""
 
 
@@ -43,7 +43,7 @@ class SelectiveStateSpace(nn.Module):
         self.conv_bias = nn.Parameter(torch.empty(inner))
         self.select = nn.Linear(inner, self.step_rank + 2 * state_size, bias=False)
         self.step = nn.Linear(self.step_rank, inner)
-        self.log_rate = nn.Parameter(torch.empty(inner, state_size))
+        self.log_rate = nn.Parameter(torch.empty(state_size, inner))
         self.skip = nn.Parameter(torch.empty(inner))
         self.out = nn.Linear(inner, hidden_size, bias=False)
         self.reset_dynamics()
@@ -56,7 +56,7 @@ class SelectiveStateSpace(nn.Module):
         nn.init.uniform_(self.step.weight, -(self.step_rank**-0.5), self.step_rank**-0.5)
         steps = torch.empty_like(self.step.bias).uniform_(math.log(0.001), math.log(0.1)).exp()
         self.step.bias.copy_(steps + (-(-steps).expm1()).log())  # the inverse of softplus
-        self.log_rate.copy_(torch.arange(1.0, self.state_size + 1).log().expand_as(self.log_rate))
+        self.log_rate.copy_(torch.arange(1.0, self.state_size + 1).log().unsqueeze(1).expand_as(self.log_rate))
         nn.init.ones_(self.skip)
 
     def forward(self, x_BTC: Tensor, document_BT: Tensor | None) -> Tensor:
@@ -78,7 +78,7 @@ class SelectiveStateSpace(nn.Module):
         precise = torch.promote_types(weight.dtype, torch.float32)
         return (
             weight.new_zeros(batch_size, len(self.conv_weight) - 1, inner),
-            weight.new_zeros(batch_size, inner, self.state_size, dtype=precise),
+            weight.new_zeros(batch_size, self.state_size, inner, dtype=precise),
             weight.new_zeros(batch_size, 0, inner),
             weight.new_zeros(batch_size, dtype=torch.long),
         )
@@ -101,7 +101,7 @@ class SelectiveStateSpace(nn.Module):
             step_BTD = step_BTD * counts_BT.unsqueeze(-1)
         keep_BT = None if document_BT is None else F.pad(document_BT[:, 1:] == document_BT[:, :-1], (1, 0), value=True)
         rate = -self.log_rate.to(precise).exp()
-        mixed_BTD, last = selective_scan(u_BTD, step_BTD, rate, b_BTN, c_BTN, first_BCN=first, keep_BT=keep_BT)
+        mixed_BTD, last = selective_scan(u_BTD, step_BTD, rate, b_BTN, c_BTN, first_BNC=first, keep_BT=keep_BT)
         return (mixed_BTD + self.skip * u_BTD).to(inner_BTD.dtype), last
 
     def _convolved(self, inner_BTD: Tensor, before: Tensor | None, document_BT: Tensor | None) -> Tensor:

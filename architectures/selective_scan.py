@@ -1,6 +1,6 @@
 """The selective scan of Mamba: a linear recurrence whose decay and inputs depend on the token.
 
-    h_t = exp(Δ_t A) ⊙ h_{t−1} + (Δ_t x_t) B_tᵀ        y_t = h_t C_t        (Gu & Dao 2023, arXiv:2312.00752, eq. 2-4)
+    h_t = exp(Δ_t A) ⊙ h_{t−1} + B_t (Δ_t x_t)ᵀ        y_t = C_tᵀ h_t        (Gu & Dao 2023, arXiv:2312.00752, eq. 2-4)
 
 `token_loop` is the definition. `selective_scan` computes the same in chunks and keeps only the state between them for
 the backward pass. Decays stay products of numbers in [0, 1] and are never divided by, as the closed form of a
@@ -11,101 +11,119 @@ Shapes: B rows, T tokens, L tokens of a chunk, C channels, N state size. Compute
 
 from __future__ import annotations
 
-from math import ceil, isqrt
+from math import ceil
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 
 def token_loop(
-    x_BTC: Tensor, step_BTC: Tensor, rate_CN: Tensor, b_BTN: Tensor, c_BTN: Tensor, first_BCN: Tensor, keep_BT: Tensor
+    x_BTC: Tensor, step_BTC: Tensor, rate_NC: Tensor, b_BTN: Tensor, c_BTN: Tensor, first_BNC: Tensor, keep_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Answers (B, T, C) and the last state (B, C, N), one token after the other; see `selective_scan`."""
-    state_BCN, answers = first_BCN, []
+    """Answers (B, T, C) and the last state (B, N, C), one token after the other; see `selective_scan`."""
+    state_BNC, answers = first_BNC, []
     for t in range(x_BTC.shape[1]):
-        decay_BCN = (step_BTC[:, t].unsqueeze(-1) * rate_CN).exp() * keep_BT[:, t, None, None]
-        state_BCN = decay_BCN * state_BCN + (step_BTC[:, t] * x_BTC[:, t]).unsqueeze(-1) * b_BTN[:, t].unsqueeze(1)
-        answers.append((state_BCN * c_BTN[:, t].unsqueeze(1)).sum(-1))
-    return torch.stack(answers, dim=1), state_BCN
+        decay_BNC = (step_BTC[:, t].unsqueeze(1) * rate_NC).exp() * keep_BT[:, t, None, None]
+        state_BNC = decay_BNC * state_BNC + (step_BTC[:, t] * x_BTC[:, t]).unsqueeze(1) * b_BTN[:, t].unsqueeze(-1)
+        answers.append((state_BNC * c_BTN[:, t].unsqueeze(-1)).sum(1))
+    return torch.stack(answers, dim=1), state_BNC
 
 
 def selective_scan(
     x_BTC: Tensor,
     step_BTC: Tensor,
-    rate_CN: Tensor,
+    rate_NC: Tensor,
     b_BTN: Tensor,
     c_BTN: Tensor,
     *,
-    first_BCN: Tensor | None = None,
+    first_BNC: Tensor | None = None,
     keep_BT: Tensor | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Answers (B, T, C) and the last state (B, C, N).
+    """Answers (B, T, C) and the last state (B, N, C).
 
-    `step_BTC` is Δ ≥ 0 (0 leaves the state as it is), `rate_CN` is A ≤ 0, `first_BCN` the state before the first
+    `step_BTC` is Δ ≥ 0 (0 leaves the state as it is), `rate_NC` is A ≤ 0, `first_BNC` the state before the first
     token (None: zero), `keep_BT` is 0 where the state before a token is forgotten and 1 elsewhere (None: 1). Memory
-    beyond the inputs is a few times B·chunk·C·N numbers for a moment, and B·C·N for every chunk. `chunk` defaults to
-    64 tokens on a CPU, whose caches then hold one (fastest of 16 to 256), and to 512 elsewhere, for fewer launches.
+    beyond the inputs is a few times B·chunk·N·C numbers for a moment, and B·N·C for every chunk. `chunk` defaults to
+    32 tokens on a CPU, whose caches then hold one, and to 512 elsewhere, for fewer launches.
     """
     if chunk is None:
-        chunk = 64 if x_BTC.device.type == "cpu" else 512
+        chunk = 32 if x_BTC.device.type == "cpu" else 512
     precise = torch.promote_types(x_BTC.dtype, torch.float32)
-    inputs = [part.to(precise) for part in (x_BTC, step_BTC, rate_CN, b_BTN, c_BTN)]
-    if first_BCN is None:
-        first_BCN = inputs[0].new_zeros(len(x_BTC), *rate_CN.shape)
-    keep_BT = None if keep_BT is None else keep_BT.to(precise)
-    with torch.autocast(x_BTC.device.type, enabled=False):
-        # functorch knows no such function; what it transforms is then differentiated operation by operation.
-        if torch._C._are_functorch_transforms_active():
-            return _through_chunks(*inputs, first_BCN.to(precise), keep_BT, chunk)[:2]
-        return _SelectiveScan.apply(*inputs, first_BCN.to(precise), keep_BT, chunk)
+    inputs = [part.to(precise) for part in (x_BTC, step_BTC, rate_NC, b_BTN, c_BTN)]
+    first = inputs[0].new_zeros(len(x_BTC), *rate_NC.shape) if first_BNC is None else first_BNC.to(precise)
+    keep = None if keep_BT is None else keep_BT.to(precise)
+    # functorch knows no such operator; what it transforms is then differentiated operation by operation.
+    scan = _through_chunks if torch._C._are_functorch_transforms_active() else _forward
+    answers, last, _ = scan(*inputs, first, keep, chunk)
+    return answers, last
 
 
-class _SelectiveScan(Function):
-    """The scan with a backward pass that computes a chunk's states again, last chunk first."""
+@torch.library.custom_op("clplat::selective_scan_forward", mutates_args=())
+def _forward(
+    x: Tensor, step: Tensor, rate: Tensor, b: Tensor, c: Tensor, first: Tensor, keep: Tensor | None, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_through_chunks` as one operator: a compiler need not unroll hundreds of small steps for every layer."""
+    return _through_chunks(x, step, rate, b, c, first, keep, chunk)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, rate: Tensor, b: Tensor, c: Tensor, *rest: Any) -> Any:
-        first, keep, chunk = rest
-        answers, last, starts = _through_chunks(x, step, rate, b, c, first, keep, chunk)
-        ctx.save_for_backward(x, step, rate, b, c, keep, *starts)
-        ctx.chunk = chunk
-        return answers, last
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope_BTC: Tensor, carry_BCN: Tensor) -> Any:
-        x, step, rate, b, c, keep, *starts = ctx.saved_tensors
-        parts: list[list[Tensor]] = []
-        with torch.autocast(x.device.type, enabled=False):
-            for number in reversed(range(len(starts))):
-                place = slice(number * ctx.chunk, (number + 1) * ctx.chunk)
-                inputs = (x[:, place], step[:, place], rate, b[:, place], c[:, place])
-                kept = None if keep is None else keep[:, place]
-                *found, carry_BCN = _chunk_slopes(*inputs, starts[number], kept, slope_BTC[:, place], carry_BCN)
-                parts.append(found)
-        slopes = [list(reversed(found)) for found in zip(*parts)]
-        x_slope, step_slope, b_slope, c_slope = (torch.cat(slopes[place], dim=1) for place in (0, 1, 3, 4))
-        return x_slope, step_slope, torch.stack(slopes[2]).sum(0), b_slope, c_slope, carry_BCN, None, None
+@torch.library.custom_op("clplat::selective_scan_backward", mutates_args=())
+def _backward(
+    x: Tensor, step: Tensor, rate: Tensor, b: Tensor, c: Tensor, keep: Tensor | None, starts: Tensor, slope: Tensor,
+    carry: Tensor, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, step, rate, b, c and the first state: states of a chunk are computed again, last chunk first."""
+    parts: list[tuple[Tensor, ...]] = []
+    with torch.autocast(x.device.type, enabled=False):
+        for number in reversed(range(len(starts))):
+            place = slice(number * chunk, (number + 1) * chunk)
+            inputs = (x[:, place], step[:, place], rate, b[:, place], c[:, place])
+            kept = None if keep is None else keep[:, place]
+            *found, carry = _chunk_slopes(*inputs, starts[number], kept, slope[:, place], carry)
+            parts.append(tuple(found))
+    slopes = list(zip(*reversed(parts)))
+    x_slope, step_slope, b_slope, c_slope = (torch.cat(slopes[place], dim=1) for place in (0, 1, 3, 4))
+    return x_slope, step_slope, torch.stack(slopes[2]).sum(0), b_slope, c_slope, carry
+
+
+@_forward.register_fake
+def _(x: Tensor, step: Tensor, rate: Tensor, b: Tensor, c: Tensor, first: Tensor, keep: Any, chunk: int) -> Any:
+    return torch.empty_like(x), torch.empty_like(first), first.new_empty(ceil(x.shape[1] / chunk), *first.shape)
+
+
+@_backward.register_fake
+def _(x: Tensor, step: Tensor, rate: Tensor, b: Tensor, c: Tensor, keep: Any, starts: Tensor, *rest: Any) -> Any:
+    return *(torch.empty_like(part) for part in (x, step, rate, b, c)), torch.empty_like(starts[0])
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, keep, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors, keep, output[2])
+
+
+def _slopes(ctx: Any, slope: Tensor, carry: Tensor, _: Tensor) -> tuple[Any, ...]:
+    return *_backward(*ctx.saved_tensors, slope, carry, ctx.chunk), None, None
+
+
+_forward.register_autograd(_slopes, setup_context=_remember)
 
 
 def _through_chunks(
     x: Tensor, step: Tensor, rate: Tensor, b: Tensor, c: Tensor, first: Tensor, keep: Tensor | None, chunk: int
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Answers, last state, and the state before each chunk."""
     answers, starts, state = [], [], first
-    for start in range(0, x.shape[1], chunk):
-        place = slice(start, start + chunk)
-        kept = None if keep is None else keep[:, place]
-        decay, write = _decay_and_write(x[:, place], step[:, place], rate, b[:, place], kept)
-        starts.append(state)
-        states, state = linear_recurrence(decay, write, state)
-        answers.append((states @ c[:, place].unsqueeze(-1)).squeeze(-1))
-    return torch.cat(answers, dim=1), state, starts
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, x.shape[1], chunk):
+            place = slice(start, start + chunk)
+            kept = None if keep is None else keep[:, place]
+            decay, write = _decay_and_write(x[:, place], step[:, place], rate, b[:, place], kept)
+            starts.append(state)
+            states, state = linear_recurrence(decay, write, state)
+            answers.append((c[:, place].unsqueeze(2) @ states).squeeze(2))
+    return torch.cat(answers, dim=1), state, torch.stack(starts)
 
 
 def _chunk_slopes(
@@ -127,52 +145,53 @@ def _chunk_slopes(
     decay, write = _decay_and_write(x, step, rate, b, keep)
     states, _ = linear_recurrence(decay, write, start)
     before = torch.cat([start.unsqueeze(1), states[:, :-1]], dim=1)
-    c_slope = (slope.unsqueeze(2) @ states).squeeze(2)
+    c_slope = (states @ slope.unsqueeze(-1)).squeeze(-1)
     following = torch.cat([decay[:, 1:], torch.ones_like(decay[:, :1])], dim=1)
-    state_slope, _ = linear_recurrence(following, slope.unsqueeze(-1) * c.unsqueeze(2), carry, backwards=True)
+    state_slope, _ = linear_recurrence(following, slope.unsqueeze(2) * c.unsqueeze(-1), carry, backwards=True)
     carry = decay[:, 0] * state_slope[:, 0]
-    write_slope = (state_slope @ b.unsqueeze(-1)).squeeze(-1)
-    b_slope = ((step * x).unsqueeze(2) @ state_slope).squeeze(2)
-    exponent_slope = state_slope * before * decay
-    step_slope = x * write_slope + (exponent_slope * rate).sum(-1)
-    rate_slope = (exponent_slope * step.unsqueeze(-1)).sum((0, 1))
+    write_slope = (b.unsqueeze(2) @ state_slope).squeeze(2)
+    b_slope = (state_slope @ (step * x).unsqueeze(-1)).squeeze(-1)
+    exponent_slope = before.mul_(decay).mul_(state_slope)  # in place: new memory of this size costs as much as the sum
+    step_slope = x * write_slope + (exponent_slope * rate).sum(2)
+    rate_slope = exponent_slope.mul_(step.unsqueeze(2)).sum((0, 1))
     return step * write_slope, step_slope, rate_slope, b_slope, c_slope, carry
 
 
 def _decay_and_write(x: Tensor, step: Tensor, rate: Tensor, b: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What each token leaves of the state before it and what it adds, both (B, L, C, N)."""
-    decay = (step.unsqueeze(-1) * rate).exp()
+    """What each token leaves of the state before it and what it adds, both (B, L, N, C)."""
+    decay = (step.unsqueeze(2) * rate).exp_()
     if keep is not None:
         decay = decay * keep[..., None, None]
-    return decay, (step * x).unsqueeze(-1) * b.unsqueeze(2)
+    return decay, (step * x).unsqueeze(2) * b.unsqueeze(-1)
 
 
 def linear_recurrence(
-    decay_BLCN: Tensor, write_BLCN: Tensor, first_BCN: Tensor, *, backwards: bool = False
+    decay_BLNC: Tensor, write_BLNC: Tensor, first_BNC: Tensor, *, backwards: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """All states h_t = decay_t ⊙ h_{t−1} + write_t (B, L, C, N), and the last one (B, C, N).
+    """All states h_t = decay_t ⊙ h_{t−1} + write_t (B, L, N, C), and the last one (B, N, C).
 
-    About √L groups of √L tokens: first what each group alone makes of no state and leaves of one, then the states
-    between groups, then all groups side by side from those: 3·√L operations and two passes over the input.
+    About √L groups of about √L tokens, a power of two: first what each group alone makes of no state and leaves of
+    one, then the states between groups, then all groups side by side from those: some 3·√L operations and two passes
+    over the input, filled up where groups do not fit.
     `backwards` goes from the last token to the first.
     """
-    length = decay_BLCN.shape[1]
-    size = isqrt(length - 1) + 1
+    length = decay_BLNC.shape[1]
+    size = 1 << (length.bit_length() // 2)
     groups = ceil(length / size)
     padding = (0, 0, 0, 0, 0, groups * size - length)
     if padding[-1]:
-        decay_BLCN, write_BLCN = F.pad(decay_BLCN, padding, value=1.0), F.pad(write_BLCN, padding)
-    decay = decay_BLCN.unflatten(1, (groups, size)).unbind(2)
-    write = write_BLCN.unflatten(1, (groups, size)).unbind(2)
+        decay_BLNC, write_BLNC = F.pad(decay_BLNC, padding, value=1.0), F.pad(write_BLNC, padding)
+    decay = decay_BLNC.unflatten(1, (groups, size)).unbind(2)
+    write = write_BLNC.unflatten(1, (groups, size)).unbind(2)
     order = range(size)[::-1] if backwards else range(size)
     made, left = write[order[0]], decay[order[0]]
     for place in order[1:]:
         made, left = torch.addcmul(write[place], decay[place], made), left * decay[place]
-    state, starts = first_BCN, [first_BCN] * groups
+    state, starts = first_BNC, [first_BNC] * groups
     for group in range(groups)[::-1] if backwards else range(groups):
         starts[group] = state
         state = torch.addcmul(made[:, group], left[:, group], state)
-    inside, states = torch.stack(starts, dim=1), [first_BCN] * size
+    inside, states = torch.stack(starts, dim=1), [first_BNC] * size
     for place in order:
         inside = torch.addcmul(write[place], decay[place], inside)
         states[place] = inside
