@@ -47,18 +47,19 @@ def selective_scan(
     `step_BTC` is Δ ≥ 0 (0 leaves the state as it is), `rate_NC` is A ≤ 0, `first_BNC` the state before the first
     token (None: zero), `keep_BT` is 0 where the state before a token is forgotten and 1 elsewhere (None: 1). Memory
     beyond the inputs is a few times B·chunk·N·C numbers for a moment, and B·N·C for every chunk. `chunk` defaults to
-    32 tokens on a CPU, whose caches then hold one, and to 512 elsewhere, for fewer launches.
+    16 tokens on a CPU, whose caches then hold one, and to 512 elsewhere, for fewer launches.
     """
     if chunk is None:
-        chunk = 32 if x_BTC.device.type == "cpu" else 512
+        chunk = 16 if x_BTC.device.type == "cpu" else 512
     precise = torch.promote_types(x_BTC.dtype, torch.float32)
     inputs = [part.to(precise) for part in (x_BTC, step_BTC, rate_NC, b_BTN, c_BTN)]
     first = inputs[0].new_zeros(len(x_BTC), *rate_NC.shape) if first_BNC is None else first_BNC.to(precise)
     keep = None if keep_BT is None else keep_BT.to(precise)
     # functorch knows no such operator; what it transforms is then differentiated operation by operation.
     scan = _through_chunks if torch._C._are_functorch_transforms_active() else _forward
-    answers, last, _ = scan(*inputs, first, keep, chunk)
-    return answers, last
+    if torch._C._are_functorch_transforms_active():
+        return _through_chunks(*inputs, first, keep, chunk)[:2]
+    return _forward(*inputs, first, keep, chunk)[:2]
 
 
 @torch.library.custom_op("clplat::selective_scan_forward", mutates_args=())
