@@ -52,14 +52,13 @@ def selective_scan(
     if chunk is None:
         chunk = 16 if x_BTC.device.type == "cpu" else 512
     precise = torch.promote_types(x_BTC.dtype, torch.float32)
-    inputs = [part.to(precise) for part in (x_BTC, step_BTC, rate_NC, b_BTN, c_BTN)]
-    first = inputs[0].new_zeros(len(x_BTC), *rate_NC.shape) if first_BNC is None else first_BNC.to(precise)
+    x, step, rate, b, c = (part.to(precise) for part in (x_BTC, step_BTC, rate_NC, b_BTN, c_BTN))
+    first = x.new_zeros(len(x), *rate.shape) if first_BNC is None else first_BNC.to(precise)
     keep = None if keep_BT is None else keep_BT.to(precise)
     # functorch knows no such operator; what it transforms is then differentiated operation by operation.
-    scan = _through_chunks if torch._C._are_functorch_transforms_active() else _forward
     if torch._C._are_functorch_transforms_active():
-        return _through_chunks(*inputs, first, keep, chunk)[:2]
-    return _forward(*inputs, first, keep, chunk)[:2]
+        return _through_chunks(x, step, rate, b, c, first, keep, chunk)[:2]
+    return _forward(x, step, rate, b, c, first, keep, chunk)[:2]
 
 
 @torch.library.custom_op("clplat::selective_scan_forward", mutates_args=())
