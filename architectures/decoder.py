@@ -10,7 +10,7 @@ Shapes: B rows, T tokens, S tokens with those in the state, C hidden size, V voc
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -66,7 +66,7 @@ class Block(nn.Module):
         return x_BTC + self.dropout(fed), loss
 
 
-class Decoder(Architecture):
+class Decoder(Architecture, ABC):
     """Embedding, blocks, norm and head: tokens (B, T) to logits (B, T, V)."""
 
     causal = True
@@ -171,7 +171,7 @@ class Decoder(Architecture):
         return Output(logits=self._head(hidden), state=state, hidden=hidden)
 
 
-class AttentionDecoder(Decoder):
+class AttentionDecoder(Decoder, ABC):
     """A decoder whose blocks attend: rotary positions, a causal mask, a cache of what was read.
 
     No position is learned, so prompts may be longer than the rows of training. Subclasses set `rotary_size`, how
