@@ -87,8 +87,18 @@ class Attention(nn.Module):
         """A full pass; `mask` (B, 1, T, T) bool, or None for the plain causal one."""
         return self._attend(*self._project(x_BTC, angles), mask)
 
+    def empty_state(self, batch_size: int) -> Cache:
+        """A cache of no tokens."""
+        empty = self.qkv.weight.new_empty(batch_size, 0, self.num_kv_heads, self.head_size)
+        return empty, empty
+
+    def mixing_flops(self, tokens: int) -> float:
+        """Operations beyond products with weights: 4·H·D for each of the T(T + 1)/2 pairs that are compared and
+        mixed."""
+        return 2.0 * self.num_heads * self.head_size * tokens * (tokens + 1)
+
     def continued(
-        self, x_BTC: Tensor, angles: Angles, mask: Tensor, cache: Cache, positions: Tensor
+        self, x_BTC: Tensor, cache: Cache, angles: Angles, mask: Tensor, positions: Tensor
     ) -> tuple[Tensor, Cache]:
         """New tokens at `positions` (B, T) after those in `cache`; `mask` (B, 1, T, S + T)."""
         query, key, value = self._project(x_BTC, angles)

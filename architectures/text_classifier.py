@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from clplat.architectures.base import Architecture, Output, State
 from clplat.architectures.layers import rotary_angles, trimmed
-from clplat.architectures.transformer import Block
+from clplat.architectures.transformer import dense_block
 from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
 
@@ -48,10 +47,9 @@ class TextClassifier(Architecture):
         self.head_size, self.rope_base = hidden_size // num_heads, rope_base
         self.embedding = nn.Embedding(spec.vocab_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
-        inner_size = 32 * math.ceil(mlp_ratio * hidden_size / 32)
         self.blocks = nn.ModuleList(
-            Block(
-                hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_heads, inner_size=inner_size,
+            dense_block(
+                hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_heads, mlp_ratio=mlp_ratio,
                 dropout=dropout,
             )
             for _ in range(num_layers)
@@ -68,7 +66,7 @@ class TextClassifier(Architecture):
         angles = rotary_angles(places, self.head_size, self.rope_base)
         mask, x_BTC = self._mask(real), self.dropout(self.embedding(tokens))
         for block in self.blocks:
-            x_BTC = block(x_BTC, angles, mask)
+            x_BTC, _ = block(x_BTC, angles, mask)
         kept = real.unsqueeze(-1)
         hidden = (self.norm(x_BTC) * kept).sum(1) / kept.sum(1)
         return Output(logits=self.head(hidden), hidden=hidden)

@@ -80,8 +80,8 @@ def catalogue(wing: str) -> dict[str, Entry]:
 
     return {
         name: entry
-        for name, (entry, _) in classes.items()
-        if descends(name) and name not in {"Controller"} and not name.startswith("_")
+        for name, (entry, parents) in classes.items()
+        if descends(name) and "ABC" not in parents and name not in {"Controller"} and not name.startswith("_")
     }
 
 

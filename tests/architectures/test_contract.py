@@ -8,8 +8,11 @@ import pytest
 
 from clplat.architectures.contract import CHECKS
 from clplat.architectures.convnet import ConvNet
+from clplat.architectures.deepseek_transformer import DeepSeekTransformer
 from clplat.architectures.hypernetwork.model import ChunkedHypernetwork, RecurrentHypernetwork
+from clplat.architectures.mamba import Mamba
 from clplat.architectures.mlp import MLP
+from clplat.architectures.moe_transformer import MoETransformer
 from clplat.architectures.probing import Contract
 from clplat.architectures.recurrent import GRU, LSTM, LeakyRNN
 from clplat.architectures.resnet import ResNet32
@@ -101,6 +104,40 @@ CONTRACTS |= {
     "lstm-embedded": Contract(factory=lambda spec: LSTM(spec=spec, hidden_size=16, embedding_size=8), spec=LABELLED),
     "gru": Contract(factory=lambda spec: GRU(spec=spec, hidden_size=16), spec=QUESTIONS),
     "gru-embedded": Contract(factory=lambda spec: GRU(spec=spec, hidden_size=16, embedding_size=8), spec=LABELLED),
+}
+
+CONTRACTS |= {
+    "moe-transformer": Contract(
+        factory=lambda spec: MoETransformer(
+            spec=spec, hidden_size=32, num_layers=2, num_experts=4, inner_size=24, dropout=0.2
+        ),
+        spec=TEXT,
+    ),
+    "moe-transformer-switch": Contract(
+        factory=lambda spec: MoETransformer(
+            spec=spec, hidden_size=24, num_layers=1, num_heads=2, num_experts=3, experts_per_token=1, inner_size=16,
+            renormalise=False, tie_head=False,
+        ),
+        spec=TEXT,
+    ),
+    "deepseek-transformer": Contract(
+        factory=lambda spec: DeepSeekTransformer(
+            spec=spec, hidden_size=32, num_layers=2, num_experts=4, inner_size=24, dropout=0.2
+        ),
+        spec=TEXT,
+    ),
+}  # fmt: skip
+
+CONTRACTS |= {
+    "mamba": Contract(
+        factory=lambda spec: Mamba(spec=spec, hidden_size=32, num_layers=2, state_size=8, dropout=0.2), spec=TEXT
+    ),
+    "mamba-fed-forward-untied": Contract(
+        factory=lambda spec: Mamba(
+            spec=spec, hidden_size=24, num_layers=1, expand=3, conv_width=2, mlp_size=40, tie_head=False
+        ),
+        spec=TEXT,
+    ),
 }
 
 

@@ -156,3 +156,7 @@ def test_the_catalogue_lists_every_shipped_component_with_one_line() -> None:
         found = catalogue(wing)
         assert expected <= found.keys()
         assert all(entry.line for entry in found.values())
+
+
+def test_the_catalogue_lists_no_abstract_base() -> None:
+    assert not {"Decoder", "AttentionDecoder"} & catalogue("architecture").keys()
