@@ -234,7 +234,11 @@ class Learner(LightningModule):
             batch, output = self._finished[0]
             if len(self._finished) > 1:
                 batch = reduce(Batch.joined, (part for part, _ in self._finished))
-                output = Output(logits=torch.cat([part.logits.detach() for _, part in self._finished]))
+                parts = [part for _, part in self._finished]
+                output = Output(
+                    logits=torch.cat([part.logits.detach() for part in parts]),
+                    stash={name: torch.cat([part.stash[name] for part in parts]) for name in output.stash},
+                )
             outcome = StepOutcome(
                 step=self.global_steps,
                 batch=batch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,8 @@ from clplat.architectures.recurrent import GRU, LSTM, LeakyRNN
 from clplat.architectures.resnet import ResNet32
 from clplat.architectures.text_classifier import TextClassifier
 from clplat.architectures.transformer import Transformer
+from clplat.architectures.trc2.model import TRC2
+from clplat.architectures.trc2.options import ColumnOptions, HippocampusOptions, ThalamusOptions, WriteOptions
 from clplat.streams.base import Spec
 
 TEXT = Spec(kind="language", input_shape=(12,), num_outputs=23)
@@ -101,6 +104,38 @@ CONTRACTS |= {
     "lstm-embedded": Contract(factory=lambda spec: LSTM(spec=spec, hidden_size=16, embedding_size=8), spec=LABELLED),
     "gru": Contract(factory=lambda spec: GRU(spec=spec, hidden_size=16), spec=QUESTIONS),
     "gru-embedded": Contract(factory=lambda spec: GRU(spec=spec, hidden_size=16, embedding_size=8), spec=LABELLED),
+}
+
+SMALL = ColumnOptions(num_heads=4, inner_size=16, num_experts=4)
+FEW = HippocampusOptions(slots=12, k_read=3)
+OFTEN = WriteOptions(chunk=4, quota=6)
+
+
+def _trc2(spec: Spec, **options: Any) -> TRC2:
+    defaults = {"column": SMALL, "thalamus": ThalamusOptions(rank=16), "hippocampus": FEW, "write": OFTEN}
+    return TRC2(spec=spec, hidden_size=32, num_layers=3, **(defaults | options))
+
+
+CONTRACTS |= {
+    # The loops are opened by W_z, which begins at zero, and by what the first steps wrote.
+    "trc2": Contract(factory=_trc2, spec=TEXT, gradient_steps=5),
+    "trc2-other-switches": Contract(
+        factory=lambda spec: _trc2(
+            spec,
+            column=ColumnOptions(num_heads=2, heads_per_kv=2, feed_forward="dense", inner_size=32),
+            thalamus=ThalamusOptions(rank=16, surprise="pred", trn="across", modulation="gain", detach=True),
+            hippocampus=HippocampusOptions(slots=12, k_read=3, stored="projected", merge="residual", event_gate="hard"),
+            write=WriteOptions(chunk=4, quota=6, signal="nll", candidate="mean", eviction="fifo"),
+        ),
+        spec=TEXT,
+        gradient_steps=5,
+    ),
+    "trc2-no-loops": Contract(
+        factory=lambda spec: _trc2(
+            spec, thalamus=ThalamusOptions(on=False), hippocampus=HippocampusOptions(read=False), dropout=0.0
+        ),
+        spec=TEXT,
+    ),
 }
 
 
