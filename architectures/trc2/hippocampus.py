@@ -35,7 +35,8 @@ class Recall:
 class Hippocampus(nn.Module):
     """The read; the store itself is `store.Store`, and does not change while a step lasts."""
 
-    def __init__(self, *, hidden_size: int, options: HippocampusOptions) -> None:
+    def __init__(self, *, hidden_size: int, options: HippocampusOptions, surprised: bool) -> None:
+        """`surprised`: whether there is a thalamic surprise for the event gate to listen to."""
         super().__init__()
         self.options = options
         self.query = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -48,7 +49,7 @@ class Hippocampus(nn.Module):
         self.event = self.event_surprise = None
         if options.event_gate != "none":
             self.event = nn.Linear(hidden_size, 1)
-            self.event_surprise = nn.Parameter(torch.ones(()))
+            self.event_surprise = nn.Parameter(torch.ones(())) if surprised else None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -93,9 +94,9 @@ class Hippocampus(nn.Module):
 
     def _event(self, x_BTC: Tensor, surprise_BT: Tensor | None) -> Tensor:
         """e_t (B, T): how far a token is an occasion to remember."""
-        assert self.event is not None and self.event_surprise is not None
+        assert self.event is not None
         logit_BT = self.event(x_BTC).squeeze(-1)
-        if surprise_BT is not None:
+        if surprise_BT is not None and self.event_surprise is not None:
             logit_BT = logit_BT + self.event_surprise * surprise_BT.to(logit_BT.dtype)
         soft_BT = logit_BT.sigmoid()
         if self.options.event_gate == "soft":
@@ -114,16 +115,23 @@ def topk_read(
     Exact; chunked over tokens. Fewer than k slots in use are mixed alone, and none gives 0. The weights are laid out
     over all slots and multiplied with the values, which needs no gather whose gradient would be added up in any order.
     """
+    given, dtype = query_BTC.dtype, torch.promote_types(query_BTC.dtype, torch.float32)
+    query_BTC, key_NC, value_NC = (part.to(dtype) for part in (query_BTC, key_NC, value_NC))
     mixed, mass_BN = [], query_BTC.new_zeros(len(query_BTC), len(key_NC))
-    for part_BtC in query_BTC.split(max(1, CHUNK // max(1, len(query_BTC))), dim=1):
-        score_BtN = (part_BtC @ key_NC.T / temperature).masked_fill(~used_N, float("-inf"))
-        best_Btk, slot_Btk = score_BtN.topk(min(k, len(key_NC)), dim=-1)
-        # An empty store has no largest score to subtract, and nothing to divide by.
-        largest = best_Btk[..., :1].detach()
-        weight_Btk = (best_Btk - torch.where(largest.isfinite(), largest, 0.0)).exp()
-        total = weight_Btk.sum(-1, keepdim=True)
-        weight_Btk = weight_Btk / torch.where(total > 0, total, 1.0)
-        weight_BtN = torch.zeros_like(score_BtN).scatter(-1, slot_Btk, weight_Btk.to(score_BtN.dtype))
-        mixed.append(weight_BtN @ value_NC)
-        mass_BN = mass_BN + weight_BtN.detach().sum(1)
-    return torch.cat(mixed, dim=1), mass_BN
+    # Rounded to 16 bits, scores of different slots would tie and the best k be others.
+    with torch.autocast(query_BTC.device.type, enabled=False):
+        for part_BtC in query_BTC.split(max(1, CHUNK // max(1, len(query_BTC))), dim=1):
+            weight_BtN = _weights(part_BtC @ key_NC.T / temperature, used_N, k)
+            mixed.append(weight_BtN @ value_NC)
+            mass_BN = mass_BN + weight_BtN.detach().sum(1)
+    return torch.cat(mixed, dim=1).to(given), mass_BN
+
+
+def _weights(score_BtN: Tensor, used_N: Tensor, k: int) -> Tensor:
+    """Softmax over the k best slots in use, 0 elsewhere."""
+    best_Btk, slot_Btk = score_BtN.masked_fill(~used_N, float("-inf")).topk(min(k, len(used_N)), dim=-1)
+    # An empty store has no largest score to subtract, and nothing to divide by.
+    largest = best_Btk[..., :1].detach()
+    weight_Btk = (best_Btk - torch.where(largest.isfinite(), largest, 0.0)).exp()
+    total = weight_Btk.sum(-1, keepdim=True)
+    return torch.zeros_like(score_BtN).scatter(-1, slot_Btk, weight_Btk / torch.where(total > 0, total, 1.0))

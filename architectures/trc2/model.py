@@ -116,7 +116,7 @@ class TRC2(Architecture):
         self.hippocampus: Hippocampus | None = None
         self.store: Store | None = None
         if options.read:
-            self.hippocampus = Hippocampus(hidden_size=width, options=options)
+            self.hippocampus = Hippocampus(hidden_size=width, options=options, surprised=self.wiring.surprises)
             self.store = Store(
                 hidden_size=width, slots=options.slots, parts=self.wiring.parts, options=self.write_options
             )

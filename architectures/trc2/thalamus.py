@@ -29,7 +29,8 @@ EPSILON = 1e-6
 
 Trace = dict[str, Tensor]
 """What a router has to remember of a row's past, after every token of the last call and before its first one, so that
-it can go on from any of them: `last` c and `sums` of c (B, T + 1, R), `squares`, the sum of δ² (B, T + 1, 1)."""
+it can go on from any of them: `last` c and `sums` of c (B, T + 1, R), and with a surprise `squares`, the sum of δ²
+(B, T + 1, 1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,21 +90,21 @@ class Thalamus(nn.Module):
         sums = running_sums(c_BTR, before["sums"], position, several=several)
         unit = unit_of(last)
         delta_BT, losses = self._surprise(unit[:, 1:], unit[:, :-1], known, kept)
-        squares = before["squares"]
-        surprise = None
+        trace, surprise = {"last": last, "sums": sums}, None
         if delta_BT is not None:
-            squares = running_sums(delta_BT.square().unsqueeze(-1), squares, position, several=several)
+            squares = running_sums(delta_BT.square().unsqueeze(-1), before["squares"], position, several=several)
             surprise = self._relative(delta_BT, earlier(squares, known).squeeze(-1), position)
+            trace["squares"] = squares
         past_BTR = (earlier(sums, known) / position.clamp(min=1).unsqueeze(-1)).to(c_BTR.dtype)
         mixed_BTR = self._mixed(c_BTR, past_BTR, surprise)
-        trace = {"last": last, "sums": sums, "squares": squares}
         return Relay(signal=self.expand(self.compete(mixed_BTR)), surprise=surprise, losses=losses, trace=trace)
 
     def empty_trace(self, like_B: Tensor) -> Trace:
         """The trace of rows (B, …) of which nothing has been read."""
         precise = torch.promote_types(like_B.dtype, torch.float32)
         rows = like_B.new_zeros(len(like_B), 1, self.rank)
-        return {"last": rows, "sums": rows.to(precise), "squares": rows[..., :1].to(precise)}
+        trace = {"last": rows, "sums": rows.to(precise)}
+        return trace if self.predict is None else trace | {"squares": rows[..., :1].to(precise)}
 
     def compete(self, y_BTR: Tensor) -> Tensor:
         """Divisive competition between the units of a group, or between groups."""

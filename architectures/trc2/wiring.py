@@ -37,6 +37,11 @@ class Wiring:
         return self.hippocampus.read and self.hippocampus.merge == "thalamic"
 
     @property
+    def surprises(self) -> bool:
+        """Whether the router behind column l_inj makes a surprise, for the event gate."""
+        return self.thalamus.surprise != "none" and self.is_relayed(self.after_column)
+
+    @property
     def parts(self) -> int:
         """Vectors that a slot holds: a hidden one, or a key and a value."""
         return 2 if self.hippocampus.stored == "projected" else 1
@@ -70,8 +75,7 @@ class Wiring:
                 f"hippocampus.after_column: {self.after_column} is not in 1..{last}: what is read goes to later "
                 f"columns of {self.num_layers}; use more columns, merge: residual, or read: false"
             )
-        surprised = self.thalamus.surprise != "none" and self.is_relayed(self.after_column)
-        if options.event_gate == "hard" and not surprised:
+        if options.event_gate == "hard" and not self.surprises:
             raise ValueError(
                 f"hippocampus.event_gate: hard needs a thalamic surprise behind column {self.after_column}; use soft"
             )
