@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from clplat.architectures.text_classifier import TextClassifier
 from clplat.architectures.transformer import Transformer
 from clplat.architectures.trc2.model import TRC2
 from clplat.architectures.trc2.options import ColumnOptions, HippocampusOptions, ThalamusOptions, WriteOptions
+from clplat.architectures.trc2_v1.model import TRC2V1
+from clplat.architectures.trc2_v1.options import V1Sizes, V1Switches
 from clplat.streams.base import Spec
 
 TEXT = Spec(kind="language", input_shape=(12,), num_outputs=23)
@@ -135,6 +138,26 @@ CONTRACTS |= {
             spec, thalamus=ThalamusOptions(on=False), hippocampus=HippocampusOptions(read=False), dropout=0.0
         ),
         spec=TEXT,
+    ),
+}
+
+TINY_V1 = V1Sizes(units=4, state_size=6, chunk=4, kernel=3, patterns=5, rank=4)
+ALL_OFF = V1Switches(**{field.name: False for field in fields(V1Switches)})
+
+CONTRACTS |= {
+    # Paths that begin at zero open one after another.
+    "trc2-v1": Contract(
+        factory=lambda spec: TRC2V1(spec=spec, hidden_size=32, num_layers=2, sizes=TINY_V1, dropout=0.2),
+        spec=TEXT,
+        gradient_steps=3,
+        isolates_documents=False,
+    ),
+    "trc2-v1-bare": Contract(
+        factory=lambda spec: TRC2V1(
+            spec=spec, hidden_size=32, num_layers=2, sizes=replace(TINY_V1, pooling="mean"), switches=ALL_OFF
+        ),
+        spec=TEXT,
+        isolates_documents=False,
     ),
 }
 
