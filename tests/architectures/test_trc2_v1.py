@@ -46,6 +46,7 @@ def settings() -> list[V1Switches]:
     halves = [{0, *four} for four in list(combinations(range(1, 10), 4))[::14]]
     rows = [{name for name, half in zip(NAMES, halves) if number in half} for number in range(10)]
     rows += [on | {"memory"} for on in rows if "gated_readout" in on]
+    rows += [on - {"gated_readout"} for on in rows if "memory" not in on]
     return [off(*set(NAMES) - on) for on in rows if "gated_readout" not in on or "memory" in on]
 
 
