@@ -7,9 +7,12 @@ from itertools import combinations, product
 
 import pytest
 import torch
+from no_questions import NoQuestions
 from trc2_models import DEFAULTS, SWITCHES, TEXT, awake, fits, opened, options_of, rows, settings, trc2, write
 
 from clplat.architectures import contract as checks
+from clplat.architectures import layers, mixture_of_experts
+from clplat.architectures.base import StepOutcome
 from clplat.architectures.probing import Contract
 from clplat.architectures.trc2.model import TRC2
 from clplat.architectures.trc2.options import ColumnOptions, HippocampusOptions, ThalamusOptions, WriteOptions
@@ -129,6 +132,25 @@ def test_two_forwards_before_the_write_are_equal_and_only_the_next_step_sees_it(
     assert not torch.equal(model(batch).logits, first.logits)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [{}, {"write.signal": "nll", "hippocampus.stored": "projected", "hippocampus.event_gate": "hard"}],
+    ids=str,
+)
+def test_no_step_waits_for_the_device(setting: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What only a CPU may look up is not looked up.
+    for module in (layers, mixture_of_experts):
+        monkeypatch.setattr(module, "free_to_look", lambda tensor: False)
+    model = opened(trc2(setting)).train()
+    packed = mixed([CURRENT, REPLAY, CURRENT]).replaced(segment_ids=torch.tensor([[0, 0, 0, 1, 1, 2, 2]] * 3))
+    with NoQuestions():
+        output = model(packed)
+        (output.logits.square().mean() + sum(output.losses.values())).backward()
+        loss = torch.rand(packed.inputs.shape)
+        model.step_end(StepOutcome(step=1, batch=packed, output=output, row_loss=lambda: loss))
+    assert model.store.statistics.any()
+
+
 def test_evaluation_leaves_nothing_to_write() -> None:
     model = trc2()
     assert model.train()(rows()).stash.keys() == {"hidden", "mass"}
@@ -148,17 +170,14 @@ def test_replayed_rows_are_never_written_and_leave_no_trace_in_utilities() -> No
     assert len(new) and all(bool((kept[1] == vector).all(-1).any()) for vector in new)
 
 
-def test_the_joined_micro_batches_of_a_step_are_written_as_one_batch() -> None:
+def test_the_stashes_of_micro_batches_are_those_of_one_batch_row_by_row() -> None:
     torch.manual_seed(0)
-    whole = opened(trc2({"column.feed_forward": "dense"})).double()
-    parts = copy.deepcopy(whole)
-    write(whole, rows(4))
-    outputs = [parts(rows(4).rows(half)) for half in (slice(0, 2), slice(2, 4))]
-    joined = outputs[0].stash | {
-        name: torch.cat([output.stash[name] for output in outputs]) for name in outputs[0].stash
-    }
-    for name, value in joined.items():
-        torch.testing.assert_close(value, whole.train()(rows(4)).stash[name] if name == "hidden" else value)
+    model = opened(trc2()).double().train()
+    whole = model(rows(4)).stash
+    halves = [model(rows(4).rows(half)).stash for half in (slice(0, 2), slice(2, 4))]
+    for name, value in whole.items():
+        joined = torch.cat([half[name] for half in halves])
+        torch.testing.assert_close(joined, value, rtol=0, atol=1e-12)
 
 
 def test_the_immediate_write_sees_its_own_future_in_training_and_not_in_evaluation() -> None:
@@ -243,13 +262,9 @@ def test_a_step_that_leaves_nothing_to_write_is_refused() -> None:
     model.eval()
     with pytest.raises(ValueError, match="TRC2.write: .*set write.signal to none"):
         output = model(rows())
-        model.step_end(checks_outcome(output))
-
-
-def checks_outcome(output):
-    from clplat.architectures.base import StepOutcome
-
-    return StepOutcome(step=1, batch=rows(), output=output, row_loss=lambda: torch.zeros(3, 7))
+        model.step_end(
+            StepOutcome(step=1, batch=rows(), output=output, row_loss=lambda: torch.zeros(output.logits.shape[:2]))
+        )
 
 
 def test_the_defaults_of_small_models_are_those_of_the_options() -> None:
