@@ -7,12 +7,12 @@ are its own and which are inferred.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 FeedForward = Literal["experts", "dense"]
 Modulation = Literal["add", "gain"]
 Surprise = Literal["td", "pred", "none"]
-Competition = Literal["within", "across", "off"]
+Competition = Literal["within", "across", "none"]
 Modulated = Literal["all", "early", "late"]
 EventGate = Literal["none", "soft", "hard"]
 Stored = Literal["raw", "projected"]
@@ -33,6 +33,8 @@ class ColumnOptions:
     256 · ⌈8 · hidden_size / 768⌉, which fits the published sizes. `balance`: coefficient of the balance loss.
     """
 
+    group: ClassVar[str] = "column"
+
     num_heads: int | None = None
     heads_per_kv: int = 4
     feed_forward: FeedForward = "experts"
@@ -48,7 +50,9 @@ class ColumnOptions:
         check_at_least(self, 1, "num_heads", "heads_per_kv", "num_experts", "experts_per_token", "inner_size")
         check_at_least(self, 0, "shared_experts", "balance")
         if self.experts_per_token > self.num_experts:
-            raise ValueError(f"experts_per_token: {self.experts_per_token} exceeds num_experts ({self.num_experts})")
+            raise ValueError(
+                f"column.experts_per_token: {self.experts_per_token} exceeds num_experts ({self.num_experts})"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +61,14 @@ class ThalamusOptions:
 
     `rank` r defaults to hidden_size / 4. `focal` and `diffuse` are its two paths, `surprise` what shifts between them:
     a TD error, the prediction error alone, or nothing. `trn`: divisive competition within each of `groups` groups,
-    across them, or off. `modulation` of the queries by addition or gain; `columns` that are modulated: all but the
+    across them, or none. `modulation` of the queries by addition or gain; `columns` that are modulated: all but the
     first, those up to the hippocampus, or those behind it. `detach` keeps the signal's gradient from the column that
     it was made of. `discount` γ of the critic, `critic_weight` of its losses, `clip` of the surprise in RMS.
     """
 
-    on: bool = True
+    group: ClassVar[str] = "thalamus"
+
+    enabled: bool = True
     rank: int | None = None
     groups: int = 8
     focal: bool = True
@@ -81,8 +87,8 @@ class ThalamusOptions:
         check_at_least(self, 1, "rank", "groups")
         check_at_least(self, 0, "critic_weight", "clip")
         check_shares(self, "discount")
-        if self.on and not (self.focal or self.diffuse):
-            raise ValueError("focal, diffuse: without both paths there is no signal; use on: false")
+        if self.enabled and not (self.focal or self.diffuse):
+            raise ValueError("thalamus.focal, diffuse: without both paths there is no signal; use enabled: false")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +101,8 @@ class HippocampusOptions:
     `gate`: G on what is fed back. `merge`: with the thalamic signal of later columns, or (a control) into the residual
     stream. `strength`: the scalar a at the beginning; what is fed back is scaled by σ(a).
     """
+
+    group: ClassVar[str] = "hippocampus"
 
     read: bool = True
     after_column: int | None = None
@@ -112,9 +120,9 @@ class HippocampusOptions:
         check_choices(self, event_gate=EventGate, stored=Stored, merge=Merge)
         check_at_least(self, 1, "after_column", "slots", "k_read")
         if self.k_read > self.slots:
-            raise ValueError(f"k_read: {self.k_read} exceeds slots ({self.slots})")
+            raise ValueError(f"hippocampus.k_read: {self.k_read} exceeds slots ({self.slots})")
         if self.temperature <= 0:
-            raise ValueError(f"temperature: must be positive, got {self.temperature}")
+            raise ValueError(f"hippocampus.temperature: must be positive, got {self.temperature}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +138,8 @@ class WriteOptions:
     names: least used, oldest, or least surprising. `discount` γ, `critic_rate` the fast critic's learning rate,
     `slow_rate` τ of the slow one's average, `utility_decay` and `utility_bonus` of a slot's utility.
     """
+
+    group: ClassVar[str] = "write"
 
     signal: Signal = "fast_slow"
     delay: Delay = "deferred"
@@ -159,7 +169,7 @@ def check_choices(options: object, **choices: object) -> None:
     for name, kind in choices.items():
         if getattr(options, name) not in get_args(kind):
             known = ", ".join(get_args(kind))
-            raise ValueError(f"{name}: must be one of {known}, got {getattr(options, name)!r}")
+            raise ValueError(f"{_place(options)}{name}: must be one of {known}, got {getattr(options, name)!r}")
 
 
 def check_at_least(options: object, least: float, *names: str) -> None:
@@ -167,11 +177,17 @@ def check_at_least(options: object, least: float, *names: str) -> None:
     for name in names:
         value = getattr(options, name)
         if value is not None and value < least:
-            raise ValueError(f"{name}: must be at least {least}, got {value}")
+            raise ValueError(f"{_place(options)}{name}: must be at least {least}, got {value}")
+
+
+def _place(options: object) -> str:
+    """The option under which a group of options is given, with a dot."""
+    group = getattr(options, "group", None)
+    return f"{group}." if group else ""
 
 
 def check_shares(options: object, *names: str) -> None:
     """Refuse a number outside 0..1."""
     for name in names:
         if not 0 <= getattr(options, name) <= 1:
-            raise ValueError(f"{name}: must lie in 0..1, got {getattr(options, name)}")
+            raise ValueError(f"{_place(options)}{name}: must lie in 0..1, got {getattr(options, name)}")

@@ -63,7 +63,7 @@ class Thalamus(nn.Module):
             self.value = nn.Linear(self.rank, 1)
         # softplus of it is 1 at first.
         start = torch.full((options.groups, 1), math.log(math.expm1(1.0)))
-        self.semisaturation = None if options.trn == "off" else nn.Parameter(start)
+        self.semisaturation = None if options.trn == "none" else nn.Parameter(start)
         self.expand = nn.Linear(self.rank, hidden_size, bias=False)
         self._initialise()
 
@@ -187,7 +187,7 @@ def earlier(sums: Tensor, known_BT: Tensor) -> Tensor:
 def rank_of(hidden_size: int, options: ThalamusOptions) -> int:
     """The rank r; refuses groups that do not divide it."""
     rank = options.rank or max(1, hidden_size // 4)
-    if options.trn != "off" and rank % options.groups:
+    if options.trn != "none" and rank % options.groups:
         raise ValueError(f"thalamus.groups: {options.groups} does not divide the rank ({rank})")
     return rank
 

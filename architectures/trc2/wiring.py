@@ -53,7 +53,7 @@ class Wiring:
         """Whether the router behind the column before reaches column `number`."""
         late = self.is_late(number)
         wanted = {"all": True, "early": not late, "late": late}
-        return self.thalamus.on and number > 1 and wanted[self.thalamus.columns]
+        return self.thalamus.enabled and number > 1 and wanted[self.thalamus.columns]
 
     def is_relayed(self, number: int) -> bool:
         """Whether a router stands behind column `number`."""

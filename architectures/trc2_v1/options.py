@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from clplat.architectures.trc2.options import check_at_least, check_choices
 
@@ -17,6 +17,8 @@ class V1Switches:
     what was predicted is taken off. `memory` of learned patterns (Hopfield). `gated_readout` of units by that memory.
     `refinement`: a second routing that knows what the chunk before gave. `corrector`: a low-rank fast path."""
 
+    group: ClassVar[str] = "switches"
+
     topology: bool = True
     ei_gates: bool = True
     skip: bool = True
@@ -29,7 +31,9 @@ class V1Switches:
 
     def __post_init__(self) -> None:
         if self.gated_readout and not self.memory:
-            raise ValueError("gated_readout: is opened by the memory; set memory: true, or gated_readout: false")
+            raise ValueError(
+                "switches.gated_readout: is opened by the memory; set memory: true, or gated_readout: false"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +41,8 @@ class V1Sizes:
     """`units` M with `state_size` n each, of which every chunk of `chunk` tokens uses `units_per_chunk`; `kernel` of
     all convolutions; `patterns` of the memory; `rank` of the corrector. `pooling`: what of a chunk stands for it in
     routing, its first token or a mean."""
+
+    group: ClassVar[str] = "sizes"
 
     units: int = 8
     units_per_chunk: int = 2
@@ -51,4 +57,4 @@ class V1Sizes:
         check_choices(self, pooling=Pooling)
         check_at_least(self, 1, "units", "units_per_chunk", "state_size", "chunk", "kernel", "patterns", "rank")
         if self.units_per_chunk > self.units:
-            raise ValueError(f"units_per_chunk: {self.units_per_chunk} exceeds units ({self.units})")
+            raise ValueError(f"sizes.units_per_chunk: {self.units_per_chunk} exceeds units ({self.units})")

@@ -135,7 +135,7 @@ CONTRACTS |= {
     ),
     "trc2-no-loops": Contract(
         factory=lambda spec: _trc2(
-            spec, thalamus=ThalamusOptions(on=False), hippocampus=HippocampusOptions(read=False), dropout=0.0
+            spec, thalamus=ThalamusOptions(enabled=False), hippocampus=HippocampusOptions(read=False), dropout=0.0
         ),
         spec=TEXT,
     ),

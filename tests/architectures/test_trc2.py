@@ -59,7 +59,7 @@ def test_the_settings_make_every_two_values_meet_that_go_together() -> None:
         for x, y in product(SWITCHES[a], SWITCHES[b]):
             wanted = awake(((a, x), (b, y)))
             assert not fits(wanted) or any(s | wanted == s for s in SETTINGS), wanted
-    assert not fits({"hippocampus.event_gate": "hard", "thalamus.on": False})
+    assert not fits({"hippocampus.event_gate": "hard", "thalamus.enabled": False})
 
 
 def columns_of(model: TRC2, plain: TRC2) -> None:
@@ -68,7 +68,7 @@ def columns_of(model: TRC2, plain: TRC2) -> None:
     plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
 
 
-NO_LOOPS = {"thalamus.on": False, "hippocampus.read": False}
+NO_LOOPS = {"thalamus.enabled": False, "hippocampus.read": False}
 
 
 @pytest.mark.parametrize("modulation", ["add", "gain"])

@@ -60,7 +60,7 @@ def token_loop(model: Thalamus, x_TC: torch.Tensor) -> tuple[torch.Tensor, list[
 
 
 def trn(model: Thalamus, y: torch.Tensor) -> torch.Tensor:
-    if model.options.trn == "off":
+    if model.options.trn == "none":
         return y
     groups = y.split(2)
     activity = [(g.square().mean() + EPSILON).sqrt() for g in groups]
@@ -72,7 +72,7 @@ def trn(model: Thalamus, y: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"surprise": "pred", "trn": "across"}, {"surprise": "none", "trn": "off"}, {"focal": False},
+    [{}, {"surprise": "pred", "trn": "across"}, {"surprise": "none", "trn": "none"}, {"focal": False},
      {"diffuse": False, "clip": 0.4}],
     ids=str,
 )  # fmt: skip

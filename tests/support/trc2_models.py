@@ -27,11 +27,11 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
     "column.feed_forward": ("experts", "dense"),
     "column.shared_experts": (1, 0),
     "column.heads_per_kv": (2, 1),
-    "thalamus.on": (True, False),
+    "thalamus.enabled": (True, False),
     "thalamus.focal": (True, False),
     "thalamus.diffuse": (True, False),
     "thalamus.surprise": ("td", "pred", "none"),
-    "thalamus.trn": ("within", "across", "off"),
+    "thalamus.trn": ("within", "across", "none"),
     "thalamus.modulation": ("add", "gain"),
     "thalamus.columns": ("all", "early", "late"),
     "thalamus.detach": (False, True),
@@ -120,7 +120,7 @@ def awake(pair: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     needed = {}
     for name, _ in pair:
         if name.startswith("thalamus."):
-            needed["thalamus.on"] = True
+            needed["thalamus.enabled"] = True
         if name.startswith(("hippocampus.", "write.")):
             needed["hippocampus.read"] = True
     return needed | dict(pair)
