@@ -206,23 +206,17 @@ class TRC2(Architecture):
         if self.hippocampus is None or self.store is None or self.write_options.signal == "none":
             return
         batch, stash = outcome.batch, outcome.output.stash
-        if "hidden" not in stash:
+        if not stash:
             raise ValueError(
                 "TRC2.write: the step's output is not one of this model's in training, so there is nothing to write; a "
                 "strategy that takes the step itself must return such a one, or set write.signal to none"
             )
-        counted = batch.targets != IGNORE
-        mass = stash["mass"]
+        counted, mass = batch.targets != IGNORE, stash["mass"]
         if batch.origin is not None:
             current = batch.origin == CURRENT
             counted, mass = counted & current.unsqueeze(1), mass * current.unsqueeze(1)
-        seen = Experience(
-            hidden=stash["hidden"],
-            loss=outcome.row_loss(),
-            counted=counted,
-            follows=goes_on(batch),
-            mass=mass.sum(0),
-        )
+        loss, follows = outcome.row_loss(), goes_on(batch)
+        seen = Experience(hidden=stash["hidden"], loss=loss, counted=counted, follows=follows, mass=mass.sum(0))
         self.store.flush(seen, step=outcome.step, parts=self.hippocampus.parts)
 
     def init_state(self, batch_size: int) -> dict[str, Any]:

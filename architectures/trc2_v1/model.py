@@ -45,15 +45,7 @@ class TRC2V1(Architecture):
         writes it, is refused. Documents of one row are read as one text.
         """
         super().__init__()
-        if spec.kind != "language":
-            raise ValueError(f"TRC2V1: predicts the next token of rows, but the stream is of kind {spec.kind!r}")
-        if not causal:
-            raise ValueError(
-                "TRC2V1.causal: false would let every token see the ones it has to predict, as the published equations "
-                "do, and its losses would mean nothing; leave it true"
-            )
-        if num_layers < 1:
-            raise ValueError(f"TRC2V1.num_layers: must be at least 1, got {num_layers}")
+        _check(spec, num_layers, causal)
         self.row_length, self.prediction = spec.input_shape[0], prediction
         self.embedding = nn.Embedding(spec.num_outputs, hidden_size)
         self.positions = nn.Parameter(torch.empty(max_positions or 2 * self.row_length, hidden_size))
@@ -109,3 +101,15 @@ def _with_published_leaks(model: TRC2V1) -> TRC2V1:
         assert isinstance(block, V1Block)
         block.causal = False
     return model
+
+
+def _check(spec: Spec, num_layers: int, causal: bool) -> None:
+    if spec.kind != "language":
+        raise ValueError(f"TRC2V1: predicts the next token of rows, but the stream is of kind {spec.kind!r}")
+    if not causal:
+        raise ValueError(
+            "TRC2V1.causal: false would let every token see the ones it has to predict, as the published equations "
+            "do, and its losses would mean nothing; leave it true"
+        )
+    if num_layers < 1:
+        raise ValueError(f"TRC2V1.num_layers: must be at least 1, got {num_layers}")

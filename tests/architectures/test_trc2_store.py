@@ -78,16 +78,22 @@ def test_the_read_in_chunks_is_the_read_at_once_and_its_gradients_are_right(monk
     assert torch.equal(mixed(*inputs), at_once) and CHUNK > 4
 
 
-def flush_by_loop(made: Store, seen: Experience, step: int) -> None:
-    """The write, one token, piece and slot at a time, on a store without critics; signal: the loss."""
-    options, offered = made.options, []
+def offered_by_loop(seen: Experience, size: int) -> list[tuple[float, torch.Tensor]]:
+    """Mean loss of every piece, and the vector at its largest loss."""
+    offered = []
     for row in range(len(seen.loss)):
-        for start in range(0, seen.loss.shape[1], options.chunk):
-            places = [t for t in range(start, min(start + options.chunk, seen.loss.shape[1])) if seen.counted[row, t]]
+        for start in range(0, seen.loss.shape[1], size):
+            places = [t for t in range(start, min(start + size, seen.loss.shape[1])) if seen.counted[row, t]]
             if places:
                 losses = [float(seen.loss[row, t]) for t in places]
                 peak = places[losses.index(max(losses))]
                 offered.append((sum(losses) / len(losses), seen.hidden[row, peak]))
+    return offered
+
+
+def flush_by_loop(made: Store, seen: Experience, step: int) -> None:
+    """The write, one piece and slot at a time, on a store without critics; signal: the loss."""
+    options, offered = made.options, offered_by_loop(seen, made.options.chunk)
     count = len(offered)
     first = sum(score for score, _ in offered) / count
     second = sum(score**2 for score, _ in offered) / count

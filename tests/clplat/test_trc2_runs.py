@@ -13,6 +13,7 @@ import pytest
 import torch
 from studies import assert_same, everything, run_folder, study
 
+from clplat.architectures.trc2.store import Experience, Store
 from clplat.checkpoint import Checkpoints
 from clplat.execution import execute
 from clplat.journal import last_status
@@ -53,13 +54,31 @@ def memory(folder: Path) -> dict[str, torch.Tensor]:
     return {name: value for name, value in state["architecture"].items() if name.startswith("store.")}
 
 
+FLUSHED: list[Experience] = []
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
-    folder = run_folder(tmp_path_factory.mktemp("whole"), config())
-    outcome = execute(folder)
+    folder, original = run_folder(tmp_path_factory.mktemp("whole"), config()), Store.flush
+
+    def noting(self: Store, seen: Experience, **rest: Any) -> None:
+        FLUSHED.append(seen)
+        original(self, seen, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "flush", noting)
+        outcome = execute(folder)
     assert outcome.status == "FINISHED", (folder / "error.txt").read_text()
     return folder
+
+
+def test_an_optimizer_step_writes_once_from_the_current_rows_of_all_its_batches(uninterrupted: Path) -> None:
+    assert len(FLUSHED) == 12
+    for seen in FLUSHED[4:]:
+        # Two batches of 8 current rows, each with 4 of replay.
+        assert seen.hidden.shape == (24, 16, 16) and seen.loss.shape == (24, 16)
+        assert seen.counted.any(1).tolist() == 2 * ([True] * 8 + [False] * 4)
 
 
 def test_a_run_killed_inside_tasks_and_taken_up_again_has_the_same_store_critics_and_scores(
