@@ -1,6 +1,6 @@
 """The two claims about FastSlow, and every arm beside it, out of the folder of a few-shot study, as Markdown.
 
-    python -P benchmarks/few_shot_claims.py runs/few_shot_omniglot-… [--ours fast_slow] [--theirs joint]
+    python benchmarks/few_shot_claims.py runs/few_shot_omniglot-… [--ours fast_slow] [--theirs joint]
 
 Mean ± 95 % Student t interval over seeds; differences are paired by seed.
 """
@@ -12,16 +12,12 @@ import math
 from pathlib import Path
 
 import numpy as np
+from results_page import markdown
 
 from clplat.metrics import Interval, interval, paired, verdict
 from clplat.study_results import RunRecord, StudyResults, journal_results
 
 Values = dict[int, float]
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def probe(run: RunRecord, row: int, name: str, view: str, metric: str = "accuracy") -> float:

@@ -48,7 +48,7 @@ OURS = [
     "error",
 ]
 PEERS = ["case", "B×T×H×D", "pass", "peer", "its ms", "our ms", "its / ours", "its peak MB", "its error"]
-BEGIN, END = "<!-- written by benchmarks/kernels.py: begin -->", "<!-- written by benchmarks/kernels.py: end -->"
+MARK = "<!-- written by benchmarks/{}.py: {} -->"
 
 
 HEAD_START = 10_000_000
@@ -231,7 +231,7 @@ class Benchmark:
         )
 
     def page(self) -> str:
-        tables = [_markdown(head, rows) for head, rows in ((OURS, self.ours), (PEERS, self.peers)) if rows]
+        tables = [markdown(head, rows) for head, rows in ((OURS, self.ours), (PEERS, self.peers)) if rows]
         left = [f"Not run, the time was over: {'; '.join(self.left)}."] if self.left else []
         return "\n\n".join([self.head() + ".", *tables, *left])
 
@@ -243,15 +243,16 @@ def _version(package: str) -> str:
         return f"no {package}"
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *(row + [""] * (len(head) - len(row)) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write(path: Path, text: str) -> None:
-    """Puts the text between the marker lines of a page, or at the end of one without them."""
-    before, _, rest = (path.read_text() if path.exists() else "").partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2] or chr(10)}")
+def write(path: Path, text: str, script: str = "kernels") -> None:
+    """Puts the text between the script's marker lines of a page, or at the end of one without them."""
+    begin, end = (MARK.format(script, what) for what in ("begin", "end"))
+    before, _, rest = (path.read_text() if path.exists() else "").partition(begin)
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2] or chr(10)}")
 
 
 def shape(text: str) -> tuple[int, ...]:

@@ -75,7 +75,8 @@ def rows(folders: list[Path]) -> list[Row]:
 
 def table(found: list[Row]) -> str:
     """Every row with its source, its numbers and the command that makes them."""
-    heads = ["published row", "n", "here", "published", "apart", "within", "minutes a seed", "`clplat run --best` …"]
+    heads = ["published row", "n", "here", "published", "here − published", "within", "minutes a seed",
+             "`clplat run --best` …"]  # fmt: skip
     lines = [
         [
             row.entry.source, str(len(row.finals)), row.measured,

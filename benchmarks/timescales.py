@@ -1,6 +1,6 @@
 """The tables of docs/results/timescales.md, out of a study's journals alone, as Markdown.
 
-    python -P benchmarks/timescales.py STUDY_FOLDER
+    python benchmarks/timescales.py STUDY_FOLDER
 
 Accuracy of every task after the last, with the best of an earlier task and the worst of all (what a gate looks at),
 optimizer steps that a task took, and time constants after each task. Means over finished seeds, ± half of a 95 %
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from results_page import markdown
 
 from clplat.config import load_run
 from clplat.journal import last_status, read, table
@@ -51,11 +52,6 @@ def of_seeds(runs: list[Finished], value: Callable[[Finished], float], show: str
     found: Interval = interval([value(run) for run in runs])
     mean = show.format(found.mean)
     return mean if found.n < 2 else f"{mean} ± {show.format(found.half)}"
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def accuracies(arms: dict[str, list[Finished]], tasks: list[str]) -> str:
@@ -111,5 +107,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -P benchmarks/timescales.py STUDY_FOLDER")
+        sys.exit("usage: python benchmarks/timescales.py STUDY_FOLDER")
     main(Path(sys.argv[1]))

@@ -158,7 +158,7 @@ def load_model(run: str | Path) -> Architecture:
     if state is None:
         raise ConfigError(f"{folder}: no checkpoint yet; `clplat resume {folder}` trains it")
     architecture = built_architecture(config, prepared_stream(config))
-    load_weights(architecture, state)
+    load_weights(architecture, state, config.training.precision)
     return architecture.eval()
 
 
@@ -186,7 +186,7 @@ def evaluate(run: str | Path, stream: str | None = None) -> pandas.DataFrame:
         raise ConfigError(f"{folder}: no checkpoint yet; `clplat resume {folder}` trains it")
     parts = assemble(config, World())
     try:
-        load_weights(parts.architecture, state)
+        load_weights(parts.architecture, state, config.training.precision)
     except RuntimeError as error:
         raise ConfigError(
             f"--stream: this model does not fit the stream ({str(error).splitlines()[-1].strip()})"

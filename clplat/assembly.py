@@ -10,12 +10,13 @@ import torch
 
 from clplat.architectures.base import Architecture, device_of
 from clplat.components import build
-from clplat.config import RunConfig
+from clplat.config import Precision, RunConfig
 from clplat.errors import ConfigError
 from clplat.evaluation import Evaluator
 from clplat.hooks import Hooks
 from clplat.learner import Learner
 from clplat.objective import Objective
+from clplat.precision import keep_weights, read_rows
 from clplat.randomness import generator, seed_global
 from clplat.strategies.base import Context
 from clplat.strategies.world import World
@@ -100,6 +101,8 @@ def built_architecture(config: RunConfig, stream: Stream) -> Architecture:
             f"architecture: {type(architecture).__name__} is not causal, and a language stream would let it read the "
             "tokens that it has to predict; choose a causal architecture, for example Transformer"
         )
+    keep_weights(architecture, config.training.precision)
+    read_rows(architecture, config.training.precision)
     return architecture
 
 
@@ -142,7 +145,8 @@ def _context(
     )
 
 
-def load_weights(architecture: Architecture, state: dict[str, Any]) -> None:
+def load_weights(architecture: Architecture, state: dict[str, Any], precision: Precision) -> None:
     """Grow the architecture to its saved structure, then load its saved weights."""
     architecture.restructure(state["structure"])
+    keep_weights(architecture, precision)
     architecture.load_state_dict(state["architecture"])

@@ -41,9 +41,11 @@ def listed() -> Table:
     table = Table(
         Column("name", no_wrap=True), "here", "published", "source", "min",
         title="known-good settings: clplat run --best NAME",
-        caption="Final score in %; minutes of one seed. RECALLED: the published number was not read in its source.",
+        caption="Final score in %; minutes of one seed. here: mean ± standard deviation over seeds "
+        "(docs/results/images.md), – where not all seeds were run yet. RECALLED: the published number was not read in "
+        "its source.",
     )  # fmt: skip
     for name, (_, entry) in catalogue().items():
         source = f"{entry.source} (RECALLED)" if entry.recalled else entry.source
-        table.add_row(name, entry.measured, f"{entry.published:g}", source, f"{entry.minutes:g}")
+        table.add_row(name, entry.measured or "–", f"{entry.published:g}", source, f"{entry.minutes:g}")
     return table

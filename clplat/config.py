@@ -21,6 +21,8 @@ from clplat.errors import ConfigError, nearest
 from clplat.known_good import KnownGood
 from clplat.streams.base import Budget
 
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -29,8 +31,7 @@ class TrainingConfig:
     budget: Budget = field(default_factory=lambda: Budget(epochs=1))
     """How long, each task: exactly one of steps, epochs, tokens; and `until`, see `streams.base.Budget`."""
     batch_size: int = 32
-    """Current rows of one forward pass over all processes (all of a task's, where it has fewer); replay rows are added
-    to them."""
+    """Current rows of one forward pass over all processes (all of a task's, if fewer); replay rows are added."""
     accumulate: int = 1
     """Forward passes an optimizer step."""
     optimizer: Component = field(
@@ -46,7 +47,7 @@ class TrainingConfig:
     """Share of the span in which the learning rate rises from zero."""
     clip_norm: float | None = None
     """Largest global gradient norm, after strategies have changed the gradient."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"] = "32-true"
+    precision: Precision = "32-true"
     compile: bool | Literal["reduce-overhead"] = False
     """Compile the forward pass and the loss with torch.compile; `reduce-overhead` also replays them as CUDA graphs,
     which pays where a GPU computes faster than the host can launch (one process, `accumulate` 1)."""
@@ -237,10 +238,8 @@ def _check_keys(cls: type, data: Any, path: str) -> None:
 
 _NESTED = {
     cls.__name__: cls
-    for cls in (
-        Component, Budget, TrainingConfig, EvaluationConfig, CheckpointConfig, TrackingConfig, LauncherConfig
-    )
-}  # fmt: skip
+    for cls in (Component, Budget, TrainingConfig, EvaluationConfig, CheckpointConfig, TrackingConfig, LauncherConfig)
+}
 
 _NAMED = {"strategies": Component, "known_good": KnownGood}
 """What stands under the names of a mapping."""

@@ -17,6 +17,12 @@ class ConfigError(ClplatError):
 class NotFiniteError(ClplatError):
     """A loss or a weight became NaN or infinite; the last good checkpoint is untouched."""
 
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}. What was saved before is untouched; lower training.optimizer.init_args.lr, or set "
+            "training.clip_norm."
+        )
+
 
 class RunBusyError(ClplatError):
     """Another process works on this run."""

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from clplat.architectures.base import Architecture, device_of
+from clplat.config import Precision
 from clplat.errors import ConfigError
 from clplat.hooks import Hooks
 from clplat.loaders import resident
 from clplat.objective import Objective
+from clplat.precision import autocast
 from clplat.randomness import preserved
 from clplat.result_table import Cell
 from clplat.strategies.world import World
@@ -25,7 +27,7 @@ class View:
     """A learner as scorers see it (`streams.scorers.Answerer`): through one view, among the tasks seen."""
 
     def __init__(
-        self, architecture: Architecture, objective: Objective, hooks: Hooks, seen: Sequence[int], precision: str
+        self, architecture: Architecture, objective: Objective, hooks: Hooks, seen: Sequence[int], precision: Precision
     ) -> None:
         self.architecture, self.objective, self.predictor = architecture, objective, hooks.predictor
         self.seen, self.precision = list(seen), precision
@@ -65,10 +67,7 @@ class View:
         return forked
 
     def _autocast(self) -> torch.autocast | nullcontext[None]:
-        kinds = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-        if self.precision not in kinds:
-            return nullcontext()
-        return torch.autocast(self.device().type, dtype=kinds[self.precision])
+        return autocast(self.precision, self.device())
 
 
 class Evaluator:
@@ -85,7 +84,7 @@ class Evaluator:
         world: World,
         batch_size: int,
         max_rows: int | None,
-        precision: str,
+        precision: Precision,
     ) -> None:
         self.architecture, self.objective, self.hooks = architecture, objective, hooks
         self.max_rows = max_rows

@@ -18,12 +18,13 @@ from torch import Tensor
 from clplat.config import RunConfig, TrainingConfig
 from clplat.errors import ConfigError, nearest
 from clplat.loaders import RowOrder, TaskLoader
+from clplat.precision import of_trainer
 from clplat.streams.base import Task
 from clplat.streams.batch import Batch
 
 if TYPE_CHECKING:
-    from clplat.learner import Means
     from clplat.loop import Run
+    from clplat.loss_means import LossMeans
 
 
 def fit(run: Run, task: Task) -> None:
@@ -104,7 +105,7 @@ def new_trainer(training: TrainingConfig, device: Any, processes: int) -> Traine
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=([device.index] if device.type == "cuda" and processes == 1 else processes),
         strategy=strategy,
-        precision=training.precision,
+        precision=of_trainer(training.precision),
         max_epochs=1,
         use_distributed_sampler=False,
         barebones=True,
@@ -139,7 +140,7 @@ class _AllBatches(SingleDeviceStrategy):
         learner: Any = self.lightning_module
         for number, batch in enumerate(batches):
             learner.batch_start()
-            batch = self.precision_plugin.convert_input(batch).to(self.root_device, non_blocking=True)
+            batch = batch.to(self.root_device, non_blocking=True)
             # Entered anew at each step: mixed precision keeps 16-bit copies of the weights until it is left.
             with self.precision_plugin.train_step_context():
                 learner.training_step(batch, number)
@@ -176,7 +177,7 @@ class TaskSteps:
         self.evaluate_every = run.config.evaluation.every
         self.thresholds = run.budget(task).thresholds(task.headline)
         self._resumed_at = time.perf_counter()
-        self._means: tuple[Means, dict[str, float], int] | None = None
+        self._means: tuple[LossMeans, dict[str, float], int] | None = None
 
     def begun(self) -> None:
         """What came before, a new Trainer above all, is no training time."""

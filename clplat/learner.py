@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import Any, Protocol
@@ -21,11 +20,11 @@ from clplat.components import resolve
 from clplat.config import TrainingConfig
 from clplat.errors import ConfigError, NotFiniteError
 from clplat.hooks import Hooks
+from clplat.loss_means import LossMeans
 from clplat.objective import Objective
+from clplat.schedule import rate_factor
 from clplat.strategies.world import World
 from clplat.streams.batch import CURRENT, REPLAY, Batch
-
-_REMEDY = "What was saved before is untouched; lower training.optimizer.init_args.lr, or set training.clip_norm."
 
 
 class Watch(Protocol):
@@ -36,28 +35,6 @@ class Watch(Protocol):
     def step_done(self) -> None: ...
 
     def ended(self) -> None: ...
-
-
-class Means:
-    """Means of loss terms of the steps up to `step`, copied to the host while the device goes on."""
-
-    def __init__(self, names: list[str], values: Tensor, step: int) -> None:
-        self.names, self.step = names, step
-        self._values = values.to("cpu", non_blocking=True)
-        self._arrived = None
-        if values.is_cuda:
-            self._arrived = torch.cuda.Event()
-            self._arrived.record()
-
-    def read(self) -> dict[str, float]:
-        """The means by name; waits until they have come. Raises NotFiniteError for one that is not finite."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        means = dict(zip(self.names, self._values.tolist(), strict=True))
-        for name, value in means.items():
-            if not math.isfinite(value):
-                raise NotFiniteError(f"{name}: became {value} by step {self.step}. {_REMEDY}")
-        return means
 
 
 class Learner(LightningModule):
@@ -297,13 +274,13 @@ class Learner(LightningModule):
         """The learning rate of the first parameter group; None outside training."""
         return float(self.optimizer().param_groups[0]["lr"]) if self._fitting else None
 
-    def flush(self, world: World) -> Means | None:
+    def flush(self, world: World) -> LossMeans | None:
         """Means of the loss terms since the last flush, on their way to the host; None without any."""
         means = {name: torch.stack(values).float().mean() for name, values in self.window.items() if values}
         self.window.clear()
         if not means:
             return None
-        return Means(list(means), world.sum(torch.stack(list(means.values()))) / world.size, self.global_steps)
+        return LossMeans(list(means), world.sum(torch.stack(list(means.values()))) / world.size, self.global_steps)
 
     def take_observed(self, world: World) -> float | None:
         """Mean loss since the last time a controller was told."""
@@ -317,15 +294,4 @@ class Learner(LightningModule):
         """Refuse to go on, and so to save, when a weight is not a number."""
         sums = torch.stack([p.detach().float().sum() for p in self.architecture.parameters()])
         if not bool(torch.isfinite(sums).all()):
-            raise NotFiniteError(f"a weight became infinite or NaN by step {self.global_steps}. {_REMEDY}")
-
-
-def rate_factor(step: int, total: int, schedule: str, warmup: float) -> float:
-    """Factor of the learning rate at `step` of `total`: linear warm-up, then constant, cosine or linear decay."""
-    rising = warmup * total
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    progress = min(1.0, (step - rising) / max(1.0, total - rising))
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    return 1 - progress if schedule == "linear" else 1.0
+            raise NotFiniteError(f"a weight became infinite or NaN by step {self.global_steps}")

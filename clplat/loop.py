@@ -22,6 +22,7 @@ from clplat.fitting import check_early_ends, fit
 from clplat.interruption import Interruption
 from clplat.journal import Journal
 from clplat.metrics import summary
+from clplat.precision import keep_weights
 from clplat.progress import Progress
 from clplat.randomness import global_state, restore_global, seed_global
 from clplat.record import check_data, describe
@@ -76,6 +77,7 @@ class Run:
             self.parts.context.task, self.parts.context.past = task, self.path[: self.position]
             if self.phase == "start":
                 architecture.task_start(task)
+                keep_weights(architecture, self.config.training.precision)
                 hooks.task_start(task)
                 self.enter("train")
             if self.phase == "train":
@@ -232,7 +234,7 @@ class Run:
                 "undo the change to config.yaml or start a new run"
             )
         learner, hooks = self.parts.learner, self.parts.hooks
-        load_weights(self.parts.architecture, state)
+        load_weights(self.parts.architecture, state, self.config.training.precision)
         self.phase, self.position, self.seen = state["phase"], state["position"], list(state["seen"])
         learner.batches, learner.global_steps = state["batches"], state["global_steps"]
         learner.window = {n: [v.to(self.parts.device) for v in values] for n, values in state["window"].items()}

@@ -73,6 +73,8 @@ class Objective(nn.Module):
         """Weight × mean over the current and over the replayed rows, (2,)."""
         assert batch.origin is not None
         loss = self.row_loss(output, batch)
+        # A sum of bfloat16 numbers would no longer count from 256 on.
+        loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
         weight = batch.weight if batch.weight is not None else torch.ones_like(batch.origin, dtype=loss.dtype)
         counted = (batch.targets != IGNORE).to(loss.dtype)
         if loss.ndim > 1:

@@ -13,12 +13,13 @@ from torch import Tensor
 from clplat.architectures.base import Output
 from clplat.strategies.base import Context
 from clplat.strategies.distillation import LwF
-from clplat.strategies.fisher import fisher_diagonal, flat_parameters, mean_loss, try_gradients_by_row
-from clplat.strategies.icarl import remember_exemplars
+from clplat.strategies.exemplars import remember_exemplars
+from clplat.strategies.fisher import fisher_diagonal, mean_loss, try_gradients_by_row
 from clplat.strategies.nearest_mean import NearestMean
 from clplat.strategies.quadratic import QuadraticPenalty
 from clplat.strategies.replay import ExperienceReplay, rows_of_all_classes
-from clplat.strategies.slow_weights import SlowWeights, move
+from clplat.strategies.slow_weights import SlowWeights
+from clplat.strategies.weights import flat_parameters, move_weights
 from clplat.streams.base import Task
 from clplat.streams.batch import Batch
 from clplat.streams.episodes import EpisodeShape
@@ -132,7 +133,7 @@ class FastSlow(QuadraticPenalty, ExperienceReplay):
             fast.load_state_dict(slow.model.state_dict())
             return
         slow.approach(fast, self.to_slow * plastic)
-        move(fast, flat_parameters(slow.model), self.to_fast)
+        move_weights(fast, flat_parameters(slow.model), self.to_fast)
 
     def meta_plasticity(self) -> Tensor:
         """m_i = 1 / (1 + a O_i / mean O) in (0, 1], (P,)."""

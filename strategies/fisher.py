@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clplat.architectures.base import Output
 from clplat.strategies.base import Context
+from clplat.strategies.weights import evaluating, flat_parameters
 from clplat.streams.base import Task
 from clplat.streams.batch import IGNORE, Batch
 
@@ -22,19 +22,6 @@ Labels = Literal["sampled", "observed", "predicted"]
 """Labels of the Fisher information: drawn from the model's answers, those of the data, or the likeliest answers."""
 Size = Callable[[Tensor], Tensor]
 """Elementwise: `torch.square`, or `torch.abs`."""
-
-
-def flat_parameters(architecture: nn.Module) -> Tensor:
-    """All trainable weights as one vector (P,), in float32 at least: one operation in place of one for each tensor."""
-    flat = torch.cat([p.flatten() for p in architecture.parameters() if p.requires_grad])
-    return flat.to(torch.promote_types(flat.dtype, torch.float32))
-
-
-def flat_gradients(architecture: nn.Module) -> Tensor:
-    """The `.grad` of all trainable weights as one vector (P,) like `flat_parameters`, 0 where there is none."""
-    weights = [p for p in architecture.parameters() if p.requires_grad]
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in weights])
-    return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
 
 def mean_loss(context: Context, output: Output, batch: Batch) -> Tensor:
@@ -142,15 +129,3 @@ def _with_predicted_targets(context: Context, batch: Batch) -> Batch:
     """Targets that the model finds likeliest; positions without a target keep none."""
     likeliest = context.masked(context.architecture(batch), batch).argmax(-1)
     return batch.replaced(targets=torch.where(batch.targets == IGNORE, IGNORE, likeliest))
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Dropout off and running statistics used, and every part's own mode back afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

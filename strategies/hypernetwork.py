@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from clplat.architectures.base import Architecture, GeneratesWeights, Output, State
 from clplat.strategies.base import Context, Fidelity, Strategy
-from clplat.strategies.fisher import evaluating, fisher_diagonal
+from clplat.strategies.fisher import fisher_diagonal
+from clplat.strategies.weights import evaluating
 from clplat.streams.base import Task
 from clplat.streams.batch import Batch
 

@@ -10,7 +10,7 @@ from clplat.architectures.base import Output
 from clplat.strategies.base import Context
 from clplat.strategies.buffers import Buffer
 from clplat.strategies.class_tables import classes_seen
-from clplat.strategies.fisher import evaluating
+from clplat.strategies.weights import evaluating
 from clplat.streams.batch import Batch
 
 

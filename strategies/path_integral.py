@@ -9,8 +9,8 @@ from torch import Tensor
 
 from clplat.architectures.base import StepOutcome
 from clplat.strategies.base import Strategy
-from clplat.strategies.fisher import flat_gradients
 from clplat.strategies.quadratic import QuadraticPenalty
+from clplat.strategies.weights import flat_gradients
 from clplat.streams.base import Task
 
 

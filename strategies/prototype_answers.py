@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from clplat.strategies.base import Context
-from clplat.strategies.icarl import remember_exemplars
+from clplat.strategies.exemplars import remember_exemplars
 from clplat.strategies.nearest_mean import NearestMean
 from clplat.strategies.replay import _Rehearsal, rows_of_all_classes
 from clplat.streams.base import Task

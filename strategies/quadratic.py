@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clplat.architectures.base import Output
 from clplat.strategies.base import Context
-from clplat.strategies.fisher import flat_parameters
+from clplat.strategies.weights import flat_parameters
 from clplat.streams.batch import Batch
 
 

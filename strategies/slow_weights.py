@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clplat.architectures.base import Architecture
-from clplat.strategies.fisher import flat_parameters
+from clplat.strategies.weights import flat_parameters, move_weights
 from clplat.streams.batch import Batch
 from clplat.streams.episodes import EpisodeShape, draw_episodes, prototype_logits
 
@@ -61,7 +61,7 @@ class SlowWeights:
 
     def approach(self, architecture: nn.Module, share: Tensor | float) -> None:
         """S ← S + share ⊙ (f − S), with the trained weights f of `architecture` and `share` (P,) or one number."""
-        move(self.model, flat_parameters(architecture), share)
+        move_weights(self.model, flat_parameters(architecture), share)
 
     @contextmanager
     def standing_in_for(self, architecture: nn.Module) -> Iterator[None]:
@@ -79,13 +79,3 @@ class SlowWeights:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.model.restructure(state["structure"])
         self.model.load_state_dict(state["weights"])
-
-
-@torch.no_grad()
-def move(model: nn.Module, target: Tensor, share: Tensor | float) -> None:
-    """The trainable weights w of `model`, in place: w ← w + share ⊙ (target − w), `target` (P,)."""
-    flat = flat_parameters(model)
-    flat = flat + share * (target - flat)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    for weight, part in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
-        weight.copy_(part.view_as(weight))

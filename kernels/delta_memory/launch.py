@@ -2,8 +2,7 @@
 
 Forward: `prepare` computes what every chunk knows by itself, `scan` walks from chunk to chunk; a long walk of few
 sequences is cut into groups of chunks. Back: `scan_back` walks the other way, `scores` finds what a
-chunk's tokens owe each other, `gather_q` and `gather_k` what reaches them through the chunk's states, `gates` adds the
-gates' share.
+chunk's tokens owe each other, `gather` what reaches them through the chunk's states, `gates` adds the gates' share.
 Nothing is added atomically: results are the same in every run.
 """
 
@@ -18,11 +17,11 @@ from torch import Tensor
 from clplat.kernels.delta_memory.layout import Kept, Layout, strides
 from clplat.kernels.delta_memory.reference import Inputs, MemoryState
 from clplat.kernels.delta_memory.triton_bwd import scan_back
-from clplat.kernels.delta_memory.triton_fwd import prepare, scan
+from clplat.kernels.delta_memory.triton_fwd import linear, prepare, scan
 from clplat.kernels.delta_memory.triton_gates import gates, scores
-from clplat.kernels.delta_memory.triton_gather import gather_k, gather_q
-from clplat.kernels.delta_memory.triton_tiles import EXACT, FROZEN, NUM_VECTORS
-from clplat.kernels.delta_memory.tuning import num_groups, options
+from clplat.kernels.delta_memory.triton_gather import gather
+from clplat.kernels.delta_memory.triton_tiles import EXACT, FROZEN, HEBB, NUM_VECTORS
+from clplat.kernels.delta_memory.tuning import num_groups, one_kernel, options
 
 NOTHING = Kept(None, None, None, None, None, None)
 Prepared = tuple[Tensor, Tensor | None, Tensor]
@@ -34,14 +33,15 @@ def forward(
     """Outputs, the state behind them and what the backward pass needs; `state.anchor` and `offset` both or neither."""
     layout = Layout.of(inputs, state, cu_seqlens, chunk)
     v, momentum = inputs.v, inputs.log_momentum is not None
-    ready = prepared(inputs, state, cu_seqlens, layout, mode)
     o = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    kept = NOTHING
+    groups = num_groups(layout)
+    if one_kernel(layout, mode) and groups == 1 and not momentum and not keep:
+        return o, attend(inputs, state, layout, o, cu_seqlens), NOTHING
+    kept, ready = NOTHING, prepared(inputs, state, cu_seqlens, layout, mode)
     if keep:
         W_kept = v.new_empty(layout.all_slots, layout.V, layout.E, layout.D)
         S_kept, E_kept = torch.empty_like(W_kept) if momentum else None, None if mode == 0 else torch.empty_like(o)
         kept = Kept(W_kept, S_kept, E_kept, *ready)
-    groups = num_groups(layout)
     if groups == 1:
         return o, walk(inputs, ready, state, layout, mode, o=o, kept=kept, cu_seqlens=cu_seqlens), kept
     # Too few sequences to fill the card: the walk is cut into groups of chunks, each begun where the last one ended.
@@ -51,6 +51,18 @@ def forward(
     end = walk(grouped, ready, starts, parts, mode, o=o, kept=kept)
     last = (None if x is None else x.unflatten(0, (-1, groups))[:, -1].contiguous() for x in end)
     return o, MemoryState(*last), kept
+
+
+def attend(inputs: Inputs, state: MemoryState, layout: Layout, o: Tensor, cu_seqlens: Tensor | None) -> MemoryState:
+    """Launches `linear`, which needs nothing prepared, and gives the state behind it."""
+    (q, k, v, rate, log_decay, _), W = inputs, torch.empty_like(state.W)
+    tuned = options("linear", layout, HEBB.value)
+    linear[(triton.cdiv(layout.E, tuned["BE"]), layout.N * layout.V)](
+        q, k, v, rate, log_decay, state.W, o, W, cu_seqlens, state.offset,
+        *strides(q), *strides(k), *strides(v), layout.T, layout.D, layout.E,
+        DECAY=log_decay is not None, **layout.constants(momentum=False), **tuned,
+    )  # fmt: skip
+    return MemoryState(W)
 
 
 def walk(
@@ -178,13 +190,9 @@ def backward(
         DECAY=decay is not None, **options("scores", layout, mode), **constants,
     )  # fmt: skip
     adjoints = torch.empty_like(vectors)
-    gather_q[grid](
-        q, k, do, vectors, kept.W, kept.S, dX, dq, adjoints, cu_seqlens, state.offset, *q_strides, *k_strides, *sizes,
-        **options("gather_q", layout, mode), **constants,
-    )  # fmt: skip
-    gather_k[grid](
-        q, k, v, kept.E, do, dv, vectors, kept.W, kept.S, state.anchor, *dkept, dX, dY, dk, adjoints, cu_seqlens,
-        state.offset, *q_strides, *k_strides, *v_strides, *sizes, **options("gather_k", layout, mode), **constants,
+    gather[(2 * layout.all_slots, layout.V)](
+        q, k, v, kept.E, do, dv, vectors, kept.W, kept.S, state.anchor, *dkept, dX, dY, dq, dk, adjoints, cu_seqlens,
+        state.offset, *q_strides, *k_strides, *v_strides, *sizes, **options("gather", layout, mode), **constants,
     )  # fmt: skip
     for name in ("GROUP", "BD", "UPCAST", "PRECISION"):
         del constants[name]

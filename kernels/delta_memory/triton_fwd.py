@@ -211,3 +211,56 @@ def scan(
     store_tile(W_end + state, W_DE, d, D, E, e, E)
     if MOMENTUM:
         store_tile(S_end + state, S_DE, d, D, E, e, E)
+
+
+@triton.jit
+def linear(
+    q, k, v, rate, log_decay, W, o, W_end, cu_seqlens, offsets,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, T, D, E,
+    V: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, DECAY: tl.constexpr,
+    MOMENTUM: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`prepare` and `scan` in one for linear attention whose backward pass is not wanted: P never leaves the chip."""
+    e, n, head = tl.program_id(0) * BE + tl.arange(0, BE), tl.program_id(1) // V, tl.program_id(1) % V
+    row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
+    c, d = tl.arange(0, C), tl.arange(0, BD)
+    state = (n * V + head).to(tl.int64) * D * E
+    W_DE = load_tile(W + state, d, D, E, e, E, False).to(ACC)
+    q = rows_at(q, row, first, head // GROUP, q_row, q_token, q_head)
+    k = rows_at(k, row, first, head // GROUP, k_row, k_token, k_head)
+    v = rows_at(v, row, first, head, v_row, v_token, v_head)
+    gates = (row * T + first).to(tl.int64) * V + head
+    o += gates * E
+    count = num_chunks(length, offset, C)
+    _, valid = chunk_rows(0, length, offset, C)
+    rate_C, decay_C = gates_of(rate, log_decay, gates, c, valid, V, DECAY, C, ACC)
+    for i in range(count):
+        start, valid = chunk_rows(i, length, offset, C)
+        # Gates are asked for one chunk ahead, as in `scan`.
+        ahead, ahead_valid = chunk_rows(i + 1, length, offset, C)
+        next_rate_C, next_decay_C = gates_of(rate, log_decay, gates + ahead * V, c, ahead_valid, V, DECAY, C, ACC)
+        q_CD = load_tile(q + start * q_token, c, valid, q_token, d, D, UPCAST)
+        k_CD = load_tile(k + start * k_token, c, valid, k_token, d, D, UPCAST)
+        v_CE = load_tile(v + start * v_token, c, valid, v_token, e, E, UPCAST)
+        total_C = tl.cumsum(decay_C, 0)
+        end = tl.sum(decay_C, 0)
+        k_DC = tl.trans(k_CD)
+        P_ij = tl.dot(q_CD, k_DC, input_precision=PRECISION, out_dtype=ACC)
+        P_ij *= lower(total_C, total_C, True, C) * rate_C[None, :]
+        o_CE = tl.dot(q_CD, W_DE.to(q_CD.dtype), input_precision=PRECISION, out_dtype=ACC) * tl.exp(total_C)[:, None]
+        o_CE = tl.dot(P_ij.to(q_CD.dtype), v_CE, o_CE, input_precision=PRECISION, out_dtype=ACC)
+        store_tile(o + start * V * E, o_CE, c, valid, V * E, e, E)
+        written_CE = (tl.exp(end - total_C) * rate_C)[:, None] * v_CE
+        W_DE *= tl.exp(end)
+        W_DE = tl.dot(k_DC, written_CE.to(q_CD.dtype), W_DE, input_precision=PRECISION, out_dtype=ACC)
+        rate_C, decay_C = next_rate_C, next_decay_C
+    store_tile(W_end + state, W_DE, d, D, E, e, E)
+
+
+@triton.jit
+def gates_of(rate, log_decay, place, c, valid, V, DECAY: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
+    """Rates and log decays of a chunk's tokens, zero where it has none."""
+    rate_C = load_row(rate + place, c, valid, V, ACC)
+    decay_C = load_row(log_decay + place, c, valid, V, ACC) if DECAY else tl.zeros([C], dtype=ACC)
+    return rate_C, decay_C

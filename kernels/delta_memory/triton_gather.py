@@ -36,17 +36,12 @@ def reached(dx_CD, dgate_C, x_CD, dy_CE, W_ED, gate_C, ACC: tl.constexpr, PRECIS
 
 @triton.jit
 def gather_q(
-    q, k, do, vectors, W_kept, S_kept, dX, dq, adjoints, cu_seqlens, offsets,
-    q_row, q_token, q_head, k_row, k_token, k_head, T, N, slots, D, E,
-    V: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
-    MODE: tl.constexpr, MOMENTUM: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, do, vectors, W_kept, S_kept, dX, dq, adjoints, slot, head, row, start, valid,
+    q_row, q_token, q_head, k_row, k_token, k_head, T, D, E,
+    V: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    MOMENTUM: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq (B, T, V, D) of every value head, and the adjoints of b and f."""
-    slot, head = tl.program_id(0), tl.program_id(1)
-    n, i, row, start, valid, offset = chunk_of(slot, cu_seqlens, offsets, slots, N, T, C, PACKED, OFFSETS, BN)
-    if valid <= 0:
-        return
     c, d = tl.arange(0, C), tl.arange(0, BD)
     token = (row * T + start).to(tl.int64)
     q = rows_at(q, row, start, head // GROUP, q_row, q_token, q_head)
@@ -80,17 +75,13 @@ def gather_q(
 @triton.jit
 def gather_k(
     q, k, v, errors, do, dv, vectors, W_kept, S_kept, anchor, dW_kept, dS_kept, dX, dY, dk, adjoints,
-    cu_seqlens, offsets,
-    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, T, N, slots, D, E,
-    V: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
-    MODE: tl.constexpr, MOMENTUM: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr,
+    slot, head, n, i, row, start, valid, offset,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, T, D, E,
+    V: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    MODE: tl.constexpr, MOMENTUM: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk (B, T, V, D) of every value head, and the adjoints of b′, f′, the writes' weights and the states' factors."""
-    slot, head = tl.program_id(0), tl.program_id(1)
-    n, i, row, start, valid, offset = chunk_of(slot, cu_seqlens, offsets, slots, N, T, C, PACKED, OFFSETS, BN)
-    if valid <= 0:
-        return
     c, d = tl.arange(0, C), tl.arange(0, BD)
     token = (row * T + start).to(tl.int64)
     q = rows_at(q, row, start, head // GROUP, q_row, q_token, q_head)
@@ -152,3 +143,32 @@ def gather_k(
     tl.store(found + WL_ * C, dwl_C)
     # The place of m, whose adjoint `gates` finds, holds what the states' own factors get: <W, dW>, <S, dW>, <S, dS>.
     tl.store(found + M_ * C, tl.where(c == 0, WW, tl.where(c == 1, WS, SS)))
+
+
+@triton.jit
+def gather(
+    q, k, v, errors, do, dv, vectors, W_kept, S_kept, anchor, dW_kept, dS_kept, dX, dY, dq, dk, adjoints,
+    cu_seqlens, offsets,
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, T, N, slots, D, E,
+    V: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr,
+    MODE: tl.constexpr, MOMENTUM: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`gather_q` and `gather_k` of one chunk by two neighbours, of which the second finds W and S in the cache."""
+    slot, part, head = tl.program_id(0) // 2, tl.program_id(0) % 2, tl.program_id(1)
+    n, i, row, start, valid, offset = chunk_of(slot, cu_seqlens, offsets, slots, N, T, C, PACKED, OFFSETS, BN)
+    if valid <= 0:
+        return
+    if part == 0:
+        gather_q(
+            q, k, do, vectors, W_kept, S_kept, dX, dq, adjoints, slot, head, row, start, valid,
+            q_row, q_token, q_head, k_row, k_token, k_head, T, D, E, V, GROUP, C, BD, BE, MOMENTUM, UPCAST, ACC,
+            PRECISION,
+        )  # fmt: skip
+    else:
+        gather_k(
+            q, k, v, errors, do, dv, vectors, W_kept, S_kept, anchor, dW_kept, dS_kept, dX, dY, dk, adjoints,
+            slot, head, n, i, row, start, valid, offset,
+            q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, T, D, E, V, GROUP, C, BD, BE,
+            MODE, MOMENTUM, OFFSETS, UPCAST, ACC, PRECISION,
+        )  # fmt: skip

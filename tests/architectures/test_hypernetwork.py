@@ -1,55 +1,23 @@
-"""Hypernetworks: what is generated, on what it depends, how it grows, and how a hidden task is found."""
+"""Hypernetworks: what is generated, on what it depends, and how a hidden task is found."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypernetworks import HIDDEN, IMAGES, SPEC, TASKS, batch, chunked, lstm, mlp, through
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from clplat.architectures.base import Architecture, GeneratesWeights, Output
 from clplat.architectures.hypernetwork.generators import RecurrentGenerator
-from clplat.architectures.hypernetwork.model import ChunkedHypernetwork, RecurrentHypernetwork, entropy
+from clplat.architectures.hypernetwork.model import entropy
 from clplat.architectures.hypernetwork.target import CONSTANT_SCALE
-from clplat.architectures.mlp import MLP
-from clplat.architectures.probing import Contract, saved
+from clplat.architectures.probing import Contract
 from clplat.architectures.resnet import ResNet32
 from clplat.architectures.text_classifier import TextClassifier
 from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
-
-SPEC = Spec(kind="classify", input_shape=(1, 4, 4), num_outputs=6, scenario="task")
-HIDDEN = Spec(kind="classify", input_shape=(1, 4, 4), num_outputs=6, scenario="class")
-IMAGES = Spec(kind="classify", input_shape=(3, 8, 8), num_outputs=6, scenario="task")
-TASKS = Contract(factory=lambda spec: MLP(spec=spec), spec=SPEC)
-
-
-def mlp(spec: Spec) -> MLP:
-    return MLP(spec=spec, hidden_sizes=[12, 9])
-
-
-def chunked(spec: Spec = SPEC, target=mlp, **options) -> ChunkedHypernetwork:
-    torch.manual_seed(0)
-    return ChunkedHypernetwork(spec=spec, target=target, **{"chunk_size": 50, **options})
-
-
-def lstm(spec: Spec = SPEC, target=mlp, **options) -> RecurrentHypernetwork:
-    torch.manual_seed(0)
-    return RecurrentHypernetwork(spec=spec, target=target, **{"chunk_size": 50, "hidden_size": 11, **options})
-
-
-def batch(spec: Spec = SPEC, rows: int = 8, task: int | Tensor = 0) -> Batch:
-    draw = torch.Generator().manual_seed(3)
-    inputs = torch.randn(rows, *spec.input_shape, generator=draw)
-    task = torch.full((rows,), task) if isinstance(task, int) else task
-    return Batch(inputs=inputs, targets=torch.arange(rows) % spec.num_outputs, task=task)
-
-
-def through(model: Architecture, tasks: int) -> Architecture:
-    for index in range(tasks):
-        model.task_start(TASKS.task(index))
-    return model
 
 
 @pytest.mark.parametrize("make", [chunked, lstm])
@@ -163,53 +131,6 @@ def test_the_lstm_is_its_equations_step_by_step() -> None:
     assert torch.allclose(generator(task, 1)[0], torch.cat(chunks), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("freeze_grown", [True, False])
-def test_growth_leaves_the_weights_of_earlier_tasks_bit_equal(freeze_grown: bool) -> None:
-    model = through(lstm(grow_by=5, freeze_grown=freeze_grown), 1)
-    for index in range(1, 4):
-        before = [model.generated_weights([task]) for task in range(index)]
-        together = model.generated_weights(range(index))
-        model.task_start(TASKS.task(index))
-        after = [model.generated_weights([task]) for task in range(index)]
-        assert all(torch.equal(a, b) for a, b in zip(after, before))
-        assert torch.equal(model.generated_weights(range(index + 1))[:index], together)
-        assert model.stages == list(range(index + 1))
-    assert [len(stage.outward[0]) for stage in model.generator.stages] == [11, 5, 5, 5]
-
-
-def test_training_a_grown_frozen_generator_changes_no_bit_of_earlier_tasks() -> None:
-    model = through(lstm(grow_by=5), 3).train()
-    before, new = model.generated_weights([0, 1]), model.generated_weights([2])
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=0.01, weight_decay=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        F.cross_entropy(model(batch(task=2)).logits, batch().targets).backward()
-        assert all(bool(p.grad.any()) for p in trainable)
-        optimizer.step()
-    assert torch.equal(model.generated_weights([0, 1]), before)
-    assert not torch.allclose(model.generated_weights([2]), new, atol=1e-3)
-
-
-def test_old_units_that_go_on_learning_change_earlier_tasks() -> None:
-    model = through(lstm(grow_by=5, freeze_grown=False), 2).train()
-    before = model.generated_weights([0]).detach()
-    F.cross_entropy(model(batch(task=1)).logits, batch().targets).backward()
-    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
-    assert not torch.equal(model.generated_weights([0]), before)
-
-
-@pytest.mark.parametrize("options", [{}, {"grow_by": 4}, {"grow_by": 4, "freeze_grown": False}])
-def test_each_task_adds_the_parameters_that_the_page_says(options: dict) -> None:
-    model, counts = lstm(**options), []
-    for index in range(4):
-        model.task_start(TASKS.task(index))
-        counts.append(sum(p.numel() for p in model.parameters()))
-    units = options.get("grow_by", 0)
-    expected = [32 + 4 * units * (64 + 11 + units * before + units + 1) + 50 * units for before in range(3)]
-    assert [after - before for before, after in zip(counts, counts[1:])] == expected
-
-
 def test_embeddings_of_earlier_tasks_are_frozen_and_the_current_one_learns() -> None:
     model = through(chunked(), 3)
     assert (len(model.past_embeddings), len(model.embeddings)) == (2, 1)
@@ -292,26 +213,6 @@ def test_a_target_that_reads_tokens_is_found_by_entropy_too() -> None:
     model = through(chunked(spec, lambda spec: TextClassifier(spec=spec, hidden_size=8, num_layers=1, num_heads=2)), 2)
     rows = Contract(factory=mlp, spec=spec).batch(5)
     assert model.eval()(rows).logits.shape == (5, 4)
-
-
-def test_a_grown_model_is_rebuilt_from_structure_and_weights_with_the_same_things_frozen() -> None:
-    model = through(lstm(grow_by=3), 3)
-    twin = lstm(grow_by=3)
-    twin.restructure(model.structure())
-    twin.load_state_dict(saved(model.state_dict()))
-    assert torch.equal(twin.generated_weights(range(3)), model.generated_weights(range(3)))
-    trainable = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (model, twin)]
-    assert trainable[0] == trainable[1]
-    for grown in (model, twin):
-        grown.task_start(TASKS.task(3))
-    assert torch.equal(twin.generated_weights([3]), model.generated_weights([3]))
-
-
-def test_growth_takes_nothing_from_the_global_generator() -> None:
-    model = through(lstm(grow_by=3), 1)
-    before = torch.get_rng_state()
-    model.task_start(TASKS.task(1))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_new_embedding_may_begin_as_the_one_before_it() -> None:

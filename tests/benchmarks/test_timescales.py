@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "timescales.py"
 
 
 def printed(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-P", str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=120)
 
 
 def test_accuracies_steps_and_constants_are_means_over_finished_seeds() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from studies import assert_same, everything, run_folder, study
+from studies import assert_same, everything, parity, run_folder, study
 
 from clplat.checkpoint import Checkpoints
 from clplat.config import RunConfig, parse
@@ -22,30 +22,21 @@ from clplat.study_file import expand, load_study
 
 FORK = multiprocessing.get_context("fork")
 
-PARITY: dict[str, Any] = {
-    "name": "parity",
-    "stream": {
-        "class_path": "NParity",
-        "init_args": {"last": 3, "train_rows": 4000, "val_rows": 200, "test_rows": 200},
-    },
-    "architecture": {"class_path": "LeakyRNN", "init_args": {"hidden_size": 48}},
-    "training": {
-        "budget": {"steps": 60, "until": {"accuracy": 0.9, "newest_accuracy": 0.8}},
-        "batch_size": 64,
-        "optimizer": {"class_path": "Adam", "init_args": {"lr": 5e-3}},
-        "optimizer_state": "keep",
-    },
-    "evaluation": {"every": 5},
-    "checkpoint": {"every_seconds": 0},
-    "tracking": {"enabled": False, "log_every": 5, "system_metrics": False},
-}
-
-
+UNTIL = {"accuracy": 0.9, "newest_accuracy": 0.8}
 NO_VALIDATION = {"val_fraction": 0}
 
 
-def parity(until: Any, **budget: Any) -> dict[str, Any]:
-    return PARITY | {"training": PARITY["training"] | {"budget": {"steps": 60, "until": until} | budget}}
+def learned(until: Any = UNTIL, steps: int = 60, **changes: Any) -> dict[str, Any]:
+    """A parity study that reaches 0.9 within its budget."""
+    return parity(
+        stream__init_args={"last": 3, "train_rows": 4000, "val_rows": 200, "test_rows": 200},
+        architecture__init_args__hidden_size=48,
+        training__budget={"steps": steps, "until": until},
+        training__optimizer={"class_path": "Adam", "init_args": {"lr": 5e-3}},
+        training__optimizer_state="keep",
+        evaluation__every=5,
+        **changes,
+    )
 
 
 def steps(folder: Path) -> list[int]:
@@ -63,7 +54,7 @@ def test_a_task_goes_on_until_every_metric_has_reached_its_threshold(tmp_path: P
         "low": {"loss": 100.0},
         "headline": 0.0,
     }.items():
-        folder = run_folder(tmp_path, parity(until, steps=10), name)
+        folder = run_folder(tmp_path, learned(until, steps=10), name)
         assert execute(folder).status == "FINISHED"
         taken[name] = steps(folder)
     assert taken == {"both": [5, 5], "first": [10, 10], "second": [10, 10], "low": [5, 5], "headline": [5, 5]}
@@ -102,7 +93,7 @@ def killed(folder: Path, *, saves_after_end: int) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = run_folder(tmp_path_factory.mktemp("whole"), PARITY)
+    folder = run_folder(tmp_path_factory.mktemp("whole"), learned())
     assert in_child(lambda: execute(folder)) == 0
     return folder
 
@@ -113,7 +104,7 @@ def test_a_run_killed_around_an_early_end_equals_the_uninterrupted_one(
     whole: Path, tmp_path: Path, saves_after_end: int
 ) -> None:
     assert steps(whole)[0] < 60
-    folder = run_folder(tmp_path, PARITY)
+    folder = run_folder(tmp_path, learned())
     assert in_child(lambda: killed(folder, saves_after_end=saves_after_end)) == -signal.SIGKILL
     assert in_child(lambda: execute(folder)) == 0
     assert last_status(folder) == "FINISHED"
@@ -129,10 +120,10 @@ def test_a_run_killed_around_an_early_end_equals_the_uninterrupted_one(
             study(training__budget={"steps": 5, "until": 0.9}, evaluation__every=2, stream__init_args=NO_VALIDATION),
             "until: task 'classes-0-1' has no validation set",
         ),
-        (parity({"newest": 0.9}), "of 'parity-2' has no metric 'newest'; known: accuracy, loss, newest_accuracy"),
-        (parity({}), "until names no metric"),
+        (learned({"newest": 0.9}), "of 'parity-2' has no metric 'newest'; known: accuracy, loss, newest_accuracy"),
+        (learned({}), "until names no metric"),
         (
-            PARITY | {"architecture": {"class_path": "TextClassifier", "init_args": {}}},
+            parity(architecture={"class_path": "TextClassifier", "init_args": {}}),
             "TextClassifier answers one question about a sample, and this stream asks 2",
         ),
     ],
@@ -143,7 +134,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(data: dict[str, 
 
 
 def test_thresholds_are_part_of_the_experiment_and_survive_being_written_down(tmp_path: Path) -> None:
-    config = expand(load_study(PARITY))[0]
+    config = expand(load_study(learned()))[0]
     assert config.training.budget.until == {"accuracy": 0.9, "newest_accuracy": 0.8}
     assert str(config.training.budget) == "60 steps, at most until accuracy 0.9 and newest_accuracy 0.8"
     from clplat.config import difference, load_run, plain, save

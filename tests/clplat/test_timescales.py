@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from studies import run_folder
+from studies import parity, run_folder
 
 from clplat.architectures.base import Output
 from clplat.assembly import assemble
@@ -22,27 +21,11 @@ from clplat.streams.base import Spec
 from clplat.streams.batch import CURRENT, IGNORE, REPLAY, Batch
 from clplat.study_file import expand, load_study
 
-STUDY: dict[str, Any] = {
-    "name": "timescales",
-    "stream": {
-        "class_path": "NParity",
-        "init_args": {"last": 4, "train_rows": 640, "val_rows": 20, "test_rows": 20},
-    },
-    "architecture": {"class_path": "LeakyRNN", "init_args": {"hidden_size": 16}},
-    "training": {
-        "budget": {"steps": 5},
-        "batch_size": 64,
-        "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.05}},
-    },
-    "checkpoint": {"every_seconds": 1e9, "snapshots": "boundary"},
-    "tracking": {"enabled": False, "log_every": 5, "system_metrics": False},
-}
-
 
 def varied(stream: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    data = copy.deepcopy(STUDY)
-    data["stream"]["init_args"] |= stream
-    return data | changes
+    """Three tasks, weights kept after each."""
+    options = {f"stream__init_args__{name}": value for name, value in ({"last": 4} | stream).items()}
+    return parity(**options, checkpoint={"every_seconds": 1e9, "snapshots": "boundary"}, **changes)
 
 
 def heads_after_each_task(folder: Path) -> list[torch.Tensor]:

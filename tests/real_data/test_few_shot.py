@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from clplat.streams.few_shot import FewShotStream
 from clplat.streams.few_shot_sources import omniglot
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CLPLAT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_the_file_has_242_characters_of_8_alphabets_by_20_drawers_in_ink_on_nothing(data: Path) -> None:

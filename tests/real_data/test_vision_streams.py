@@ -19,14 +19,9 @@ from clplat.streams.base import Stream
 from clplat.streams.image_files import decoded, part_files
 from clplat.streams.vision import PermutedMNIST, RotatedMNIST, SplitCIFAR10, SplitFashionMNIST, SplitMNIST
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CLPLAT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def prepared(stream: Stream) -> Any:

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from clplat.objective import Objective
-from clplat.strategies.contract import STEPS, ToyRun
-from clplat.strategies.fisher import flat_parameters
 from clplat.strategies.projection import AGEM
+from clplat.strategies.toy_run import STEPS, ToyRun
+from clplat.strategies.weights import flat_parameters
 from clplat.strategies.world import World
 
 if __name__ == "__main__":

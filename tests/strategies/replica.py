@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from clplat.objective import Objective
 from clplat.strategies.buffers import Buffer
-from clplat.strategies.contract import ToyRun
 from clplat.strategies.contrastive import SCR
 from clplat.strategies.distillation import DERpp, LwF
 from clplat.strategies.er_ace import ERACE
@@ -23,6 +22,7 @@ from clplat.strategies.path_integral import SI, RWalk
 from clplat.strategies.projection import GEM
 from clplat.strategies.regularization import MAS, OnlineEWC
 from clplat.strategies.replay import ExperienceReplay, GDumb
+from clplat.strategies.toy_run import ToyRun
 from clplat.strategies.world import World
 from clplat.streams.batch import Batch
 

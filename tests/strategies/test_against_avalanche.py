@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from clplat.objective import Objective
 from clplat.strategies.avalanche_shim import PlainModel, avalanche_dataset, unshared
 from clplat.strategies.base import Strategy
-from clplat.strategies.contract import ROWS, STEPS, ToyRun
 from clplat.strategies.distillation import LwF
 from clplat.strategies.er_ace import ERACE
 from clplat.strategies.path_integral import SI, RWalk
 from clplat.strategies.projection import AGEM, GEM
 from clplat.strategies.regularization import EWC, MAS, OnlineEWC
+from clplat.strategies.toy_run import ROWS, STEPS, ToyRun
 from clplat.streams.avalanche_stream import quiet
 from clplat.streams.batch import Batch
 

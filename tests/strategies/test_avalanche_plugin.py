@@ -18,11 +18,6 @@ from clplat.strategies.avalanche_plugin import REFUSED, AvalanchePlugin
 from clplat.strategies.avalanche_shim import PlainModel, avalanche_dataset
 from clplat.strategies.avalanche_state import SeededDraws
 from clplat.strategies.contract import (
-    BATCH,
-    ROWS,
-    STEPS,
-    TASKS,
-    ToyRun,
     check_composition,
     check_disabled,
     check_knobs,
@@ -30,6 +25,7 @@ from clplat.strategies.contract import (
     check_resume,
     check_storage,
 )
+from clplat.strategies.toy_run import BATCH, ROWS, STEPS, TASKS, ToyRun
 from clplat.strategies.world import World
 from clplat.streams.avalanche_stream import named, quiet, seeded
 from clplat.streams.base import Spec

@@ -8,9 +8,7 @@ import torch
 from clplat.objective import Objective
 from clplat.strategies.base import Strategy
 from clplat.strategies.contract import (
-    Kind,
     Make,
-    ToyRun,
     check_composition,
     check_disabled,
     check_randomness,
@@ -30,6 +28,7 @@ from clplat.strategies.prototype_answers import PrototypeAnswers
 from clplat.strategies.reference import Cumulative, Joint, Naive
 from clplat.strategies.regularization import EWC, MAS, OnlineEWC
 from clplat.strategies.replay import ExperienceReplay, GDumb
+from clplat.strategies.toy_run import Kind, ToyRun
 from clplat.streams.batch import Batch
 from clplat.streams.episodes import EpisodeShape
 

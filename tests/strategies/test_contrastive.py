@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from clplat.objective import Objective
-from clplat.strategies.contract import BATCH, STEPS, ToyRun
 from clplat.strategies.contrastive import SCR, supervised_contrastive
+from clplat.strategies.toy_run import BATCH, STEPS, ToyRun
 from clplat.streams.avalanche_stream import quiet
 from clplat.streams.batch import AUXILIARY, CURRENT, REPLAY
 

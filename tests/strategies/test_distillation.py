@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from clplat.objective import Objective
-from clplat.strategies.contract import BATCH, STEPS, ToyRun, check_resume
+from clplat.strategies.contract import check_resume
 from clplat.strategies.distillation import LwF
+from clplat.strategies.toy_run import BATCH, STEPS, ToyRun
 from clplat.streams.batch import CURRENT, REPLAY, Batch
 
 HEADS = {"class": [[0, 1, 2, 3]], "task": [[0, 1], [2, 3]], "domain": [list(range(6))]}

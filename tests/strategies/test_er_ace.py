@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from clplat.objective import Objective
-from clplat.strategies.contract import BATCH, STEPS, ToyRun
 from clplat.strategies.er_ace import ERACE
+from clplat.strategies.toy_run import BATCH, STEPS, ToyRun
 from clplat.streams.batch import IGNORE, REPLAY
 
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clplat.objective import Objective
-from clplat.strategies.contract import BATCH, CLASSES, STEPS, ToyRun
 from clplat.strategies.fast_slow import FastSlow
-from clplat.strategies.fisher import flat_parameters
 from clplat.strategies.slow_weights import SlowWeights
+from clplat.strategies.toy_run import BATCH, CLASSES, STEPS, ToyRun
+from clplat.strategies.weights import flat_parameters
 from clplat.streams.episodes import EpisodeShape, draw_episodes
 
 OPTIONS: dict[str, Any] = {

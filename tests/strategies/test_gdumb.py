@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from clplat.objective import Objective
-from clplat.strategies.contract import CLASSES, ROWS, STEPS, TASKS, ToyRun
 from clplat.strategies.replay import GDumb
+from clplat.strategies.toy_run import CLASSES, ROWS, STEPS, TASKS, ToyRun
 from clplat.streams.base import Data, Movable
 
 

@@ -7,10 +7,11 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from projections import assert_no_gradient_is_made_up, gradient
 
 from clplat.objective import Objective
-from clplat.strategies.contract import ROWS, STEPS, TASKS, ToyRun
 from clplat.strategies.projection import GEM, RIDGE, gem_multipliers
+from clplat.strategies.toy_run import ROWS, STEPS, TASKS, ToyRun
 
 
 def brute_force(overlap: np.ndarray, opposed: np.ndarray, margin: float) -> np.ndarray:
@@ -67,10 +68,6 @@ def at_third_task(direction: tuple[float, float], strength: float) -> tuple[ToyR
     return run, own, reference
 
 
-def gradient(run: ToyRun) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in run.architecture.parameters()])
-
-
 @pytest.mark.parametrize("direction", [(-1.0, 0.3), (0.3, -1.0), (-1.0, -1.0)])
 def test_after_projection_no_earlier_task_is_opposed_and_the_step_is_the_nearest_such(direction) -> None:
     run, own, reference = at_third_task(direction, strength=0.0)
@@ -98,13 +95,7 @@ def test_a_gradient_that_opposes_no_task_keeps_every_bit() -> None:
 
 def test_weights_that_got_no_gradient_get_none_by_projection() -> None:
     run, _, _ = at_third_task((-1.0, -1.0), strength=0.5)
-    first = next(run.architecture.parameters())
-    first.grad = None
-    run.strategies[0].gradient()
-    assert first.grad is None
-    run.architecture.zero_grad()
-    run.strategies[0].gradient()
-    assert all(parameter.grad is None for parameter in run.architecture.parameters())
+    assert_no_gradient_is_made_up(run)
 
 
 def test_each_reference_is_of_the_rows_of_one_task() -> None:

@@ -1,4 +1,4 @@
-"""The output regularizer: its value and gradient by hand, the look-ahead, what it holds, and what it stores."""
+"""The output regularizer: its value and gradient by hand, what it holds, and what it stores."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from clplat.architectures.hypernetwork.model import ChunkedHypernetwork, RecurrentHypernetwork
 from clplat.architectures.mlp import MLP
 from clplat.objective import Objective
-from clplat.strategies import contract
-from clplat.strategies.contract import STEPS, ToyRun, check_strategy
+from clplat.strategies import toy_run
+from clplat.strategies.contract import check_strategy
 from clplat.strategies.fisher import fisher_diagonal
-from clplat.strategies.hypernetwork import HypernetworkRegularizer, candidates
+from clplat.strategies.hypernetwork import HypernetworkRegularizer
 from clplat.strategies.replay import ExperienceReplay
+from clplat.strategies.toy_run import STEPS, ToyRun
 from clplat.streams.base import Spec
 
 
@@ -45,7 +46,7 @@ def growing(spec: Spec, *, freeze_grown: bool = False) -> RecurrentHypernetwork:
 @pytest.fixture(params=[chunked, growing])
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """The toy run trains a hypernetwork in place of its own small model."""
-    monkeypatch.setattr(contract, "ToyModel", request.param)
+    monkeypatch.setattr(toy_run, "ToyModel", request.param)
     return request.param
 
 
@@ -117,96 +118,6 @@ def test_targets_are_what_the_generator_gave_when_the_task_began(model) -> None:
     assert torch.equal(strategy.targets, before)
 
 
-OPTIMIZERS = {
-    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
-    "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "Adam": lambda p: torch.optim.Adam(p, lr=1e-2),
-    "Adam amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True, foreach=True),
-    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
-    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-2, momentum=0.5, centered=True),
-    "NAdam": lambda p: torch.optim.NAdam(p, lr=1e-2),
-}
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-
-
-def set_gradients(module: nn.Module, seed: int) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=draw)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_look_ahead_is_what_the_optimizer_then_does_and_changes_nothing(name: str) -> None:
-    looking, plain = network(), network()
-    optimizers = [OPTIMIZERS[name](module.parameters()) for module in (looking, plain)]
-    for step in range(4):
-        for module in (looking, plain):
-            set_gradients(module, step)
-        gradients = [p.grad.clone() for p in looking.parameters()]
-        before = copy.deepcopy(optimizers[0].state_dict())
-        found = candidates(optimizers[0], list(looking.parameters()))
-        assert all(torch.equal(a, b) for a, b in zip(looking.parameters(), plain.parameters(), strict=True))
-        assert all(torch.equal(p.grad, g) for p, g in zip(looking.parameters(), gradients, strict=True))
-        assert_same(optimizers[0].state_dict(), before)
-        for optimizer in optimizers:
-            optimizer.step()
-        for ahead, parameter, other in zip(found, looking.parameters(), plain.parameters(), strict=True):
-            assert torch.equal(ahead, parameter) and torch.equal(parameter, other)
-        assert_same(*(optimizer.state_dict() for optimizer in optimizers))
-
-
-def assert_same(left, right) -> None:
-    if isinstance(left, Tensor):
-        assert torch.equal(left, right)
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left:
-            assert_same(left[key], right[key])
-    elif isinstance(left, list):
-        for a, b in zip(left, right, strict=True):
-            assert_same(a, b)
-    else:
-        assert left == right
-
-
-def test_the_look_ahead_of_adam_is_its_equations() -> None:
-    module = network().double()
-    optimizer = torch.optim.Adam(module.parameters(), lr=3e-3)
-    first = [torch.zeros_like(p) for p in module.parameters()]
-    second = [torch.zeros_like(p) for p in module.parameters()]
-    for step in range(1, 4):
-        set_gradients_in_double(module, step)
-        found = candidates(optimizer, list(module.parameters()))
-        for number, parameter in enumerate(module.parameters()):
-            first[number] = 0.9 * first[number] + 0.1 * parameter.grad
-            second[number] = 0.999 * second[number] + 0.001 * parameter.grad.square()
-            size = (second[number] / (1 - 0.999**step)).sqrt() + 1e-8
-            expected = parameter.detach() - 3e-3 * first[number] / (1 - 0.9**step) / size
-            assert torch.allclose(found[number], expected, rtol=0, atol=1e-12)
-        optimizer.step()
-
-
-def set_gradients_in_double(module: nn.Module, seed: int) -> None:
-    draw = torch.Generator().manual_seed(seed)
-    for parameter in module.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
-
-
-def test_an_optimizer_that_fails_leaves_weights_and_state_as_they_were() -> None:
-    module = network()
-    optimizer = torch.optim.LBFGS(module.parameters())
-    before = [p.clone() for p in module.parameters()]
-    set_gradients(module, 0)
-    with pytest.raises(TypeError):
-        candidates(optimizer, list(module.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), before, strict=True))
-    assert not optimizer.state
-
-
 def change_of_the_first_task(strength: float) -> float:
     """Largest change of a probability that the first task's rows are answered with, over 150 steps on the second."""
     run = ToyRun([HypernetworkRegularizer(strength=strength)], Objective).train(STEPS + 1)
@@ -225,7 +136,7 @@ def test_a_large_strength_keeps_what_earlier_tasks_answer(model) -> None:
 
 
 def test_a_frozen_generator_that_grew_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract, "ToyModel", lambda spec: growing(spec, freeze_grown=True))
+    monkeypatch.setattr(toy_run, "ToyModel", lambda spec: growing(spec, freeze_grown=True))
     held, free = (ToyRun([HypernetworkRegularizer(strength=s)], Objective).train() for s in (3.0, 0.0))
     for name, weight in held.weights().items():
         assert torch.equal(weight, free.weights()[name]), name
@@ -263,7 +174,7 @@ def test_gradients_by_row_go_through_both_generators(monkeypatch: pytest.MonkeyP
         return RecurrentHypernetwork(spec=spec, target=target, chunk_size=20, hidden_size=4)
 
     for make in (chunked, fixed):
-        monkeypatch.setattr(contract, "ToyModel", make)
+        monkeypatch.setattr(toy_run, "ToyModel", make)
         run = ToyRun([], Objective).train(1)
         options = {"samples": None, "labels": "observed"}
         at_once, one_by_one = (

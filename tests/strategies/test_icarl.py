@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from clplat.objective import Objective
-from clplat.strategies.contract import CLASSES, ROWS, STEPS, ToyRun
-from clplat.strategies.icarl import exemplars, herded, iCaRL
+from clplat.strategies.exemplars import exemplars, herded
+from clplat.strategies.icarl import iCaRL
+from clplat.strategies.toy_run import CLASSES, ROWS, STEPS, ToyRun
 from clplat.streams.avalanche_stream import quiet
 
 

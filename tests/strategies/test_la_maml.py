@@ -7,8 +7,8 @@ import torch
 from torch.func import functional_call
 
 from clplat.objective import Objective
-from clplat.strategies.contract import BATCH, STEPS, ToyRun
 from clplat.strategies.la_maml import LaMAML, clipped
+from clplat.strategies.toy_run import BATCH, STEPS, ToyRun
 from clplat.strategies.world import World
 from clplat.streams.batch import Batch
 

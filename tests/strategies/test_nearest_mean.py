@@ -9,9 +9,9 @@ import torch
 
 from clplat.architectures.base import Output
 from clplat.objective import Objective
-from clplat.strategies.contract import CLASSES, ROWS, STEPS, ToyModel, ToyRun
 from clplat.strategies.nearest_mean import NearestMean
 from clplat.strategies.replay import ExperienceReplay
+from clplat.strategies.toy_run import CLASSES, ROWS, STEPS, ToyModel, ToyRun
 
 
 @torch.enable_grad()

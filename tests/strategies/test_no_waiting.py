@@ -8,11 +8,12 @@ from no_questions import NoQuestions
 
 from clplat.objective import Objective
 from clplat.strategies.base import Strategy
-from clplat.strategies.contract import STEPS, Kind, Make, ToyRun
+from clplat.strategies.contract import Make
 from clplat.strategies.distillation import LwF
 from clplat.strategies.fast_slow import FastSlow
 from clplat.strategies.path_integral import SI, RWalk
 from clplat.strategies.regularization import EWC, MAS
+from clplat.strategies.toy_run import STEPS, Kind, ToyRun
 from clplat.streams.batch import CURRENT, REPLAY, Batch
 
 PENALTIES: dict[str, Make] = {

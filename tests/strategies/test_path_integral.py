@@ -14,9 +14,9 @@ from clplat.checkpoint import Checkpoints
 from clplat.execution import execute
 from clplat.objective import Objective
 from clplat.strategies.base import Strategy
-from clplat.strategies.contract import STEPS, TASKS, ToyRun
-from clplat.strategies.fisher import flat_gradients, flat_parameters
 from clplat.strategies.path_integral import SI, RWalk
+from clplat.strategies.toy_run import STEPS, TASKS, ToyRun
+from clplat.strategies.weights import flat_gradients, flat_parameters
 
 
 def in_doubles(*strategies: Strategy, rate: float = 0.02) -> ToyRun:

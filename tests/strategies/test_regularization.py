@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from clplat.architectures.transformer import Transformer
 from clplat.objective import Objective
-from clplat.strategies.contract import ROWS, STEPS, ToyRun
-from clplat.strategies.fisher import fisher_diagonal, flat_parameters
+from clplat.strategies.fisher import fisher_diagonal
 from clplat.strategies.regularization import EWC, MAS, OnlineEWC
+from clplat.strategies.toy_run import ROWS, STEPS, ToyRun
+from clplat.strategies.weights import flat_parameters
 from clplat.streams.avalanche_stream import quiet
 from clplat.streams.base import Spec
 from clplat.streams.batch import IGNORE, Batch

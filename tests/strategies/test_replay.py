@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from clplat.objective import Objective
-from clplat.strategies.contract import BATCH, ROWS, STEPS, TASKS, ToyRun
 from clplat.strategies.distillation import DER, DERpp
 from clplat.strategies.replay import ExperienceReplay
+from clplat.strategies.toy_run import BATCH, ROWS, STEPS, TASKS, ToyRun
 from clplat.streams.batch import AUXILIARY, CURRENT, REPLAY
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from clplat.strategies.buffers import Buffer
-from clplat.strategies.contract import BATCH, STEPS, TASKS
+from clplat.strategies.toy_run import BATCH, STEPS, TASKS
 from clplat.strategies.world import World
 from clplat.streams.batch import Batch
 

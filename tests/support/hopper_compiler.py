@@ -1,11 +1,14 @@
-"""Compiles every `delta_memory` kernel for a Hopper GPU where there is none, and says what each would occupy.
+"""Compiles every kernel of an operation for a Hopper GPU where there is none, and says what each would occupy.
 
-    python tests/support/hopper_compiler.py
+    python tests/support/hopper_compiler.py                  # delta_memory
+    python tests/support/hopper_compiler.py topk_memory
 
 Run as a program of its own: Triton decides at import whether it compiles or interprets.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from triton import compile as compile_kernel
@@ -15,8 +18,14 @@ from triton.runtime.jit import JITFunction
 
 from clplat.kernels.delta_memory.launch import EndAdjoints, backward, forward
 from clplat.kernels.delta_memory.reference import MODES, Inputs, MemoryState
+from clplat.kernels.topk_memory import launch as topk
+from clplat.kernels.topk_memory.routing import counted
+from clplat.kernels.topk_memory.tuning import ALTERNATIVES, plan_for
 
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
+}  # fmt: skip
+SCALARS = {int: "i32", float: "fp32"}
 LAUNCH = ("num_warps", "num_stages")
 
 
@@ -29,10 +38,10 @@ def compiled_instead(kernel, *arguments, grid, warmup, **named) -> None:
         if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
             signature[parameter.name], constants[(place,)] = "constexpr", value
             continue
-        signature[parameter.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        signature[parameter.name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else SCALARS[type(value)]
         if isinstance(value, torch.Tensor) or value % 16 == 0:
             aligned[(place,)] = [["tt.divisibility", 16]]
-    options = {name: named[name] for name in LAUNCH}
+    options = {name: named[name] for name in LAUNCH if name in named}
     made = compile_kernel(
         ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32), options=options
     )
@@ -47,13 +56,31 @@ def compile_all(mode: str, *, width: int, momentum: bool, packed: bool) -> None:
     offset = torch.zeros(1, dtype=torch.int32)
     state = MemoryState(W, W if momentum else None, W, offset) if packed else MemoryState(W, W if momentum else None)
     how = {"mode": MODES.index(mode), "chunk": 64}
+    forward(inputs, state, bounds, keep=False, **how)
     *_, kept = forward(inputs, state, bounds, keep=True, **how)
     backward(inputs, state, bounds, kept, rows, EndAdjoints(W, W, W), **how)
 
 
-if __name__ == "__main__":
-    JITFunction.run = compiled_instead
+def compile_delta_memory() -> None:
     compile_all("exact", width=64, momentum=True, packed=False)
     compile_all("frozen", width=128, momentum=True, packed=True)
     compile_all("gdn", width=128, momentum=False, packed=False)
     compile_all("hebb", width=64, momentum=False, packed=False)
+
+
+def compile_topk_memory() -> None:
+    lists = next(plan for plan in ALTERNATIVES.values() if plan.search == "lists")
+    q, keys = torch.zeros(4096, 64, dtype=torch.bfloat16), torch.zeros(65_536, 64, dtype=torch.bfloat16)
+    indices, weights = torch.zeros(4096, 8, dtype=torch.int64), torch.zeros(4096, 8)
+    count, mask = torch.zeros(1, dtype=torch.int32), torch.zeros(65_536, dtype=torch.bool)
+    topk.forward(q, keys, keys, count, None, 8, 0.5)
+    topk.backward(q, keys, keys, indices, weights, q, weights, 0.5)
+    topk.searched(q, keys, count, mask, 8, lists)
+    wide = torch.zeros(256, 1024, dtype=torch.bfloat16)
+    topk.searched(wide, wide, None, None, 8, plan_for(256, 256, 1024, 8, torch.bfloat16))
+    counted(torch.zeros(4096, dtype=torch.int64), 64)
+
+
+if __name__ == "__main__":
+    JITFunction.run = compiled_instead
+    compile_topk_memory() if sys.argv[1:] == ["topk_memory"] else compile_delta_memory()

@@ -26,13 +26,33 @@ DIGITS: dict[str, Any] = {
     "tracking": {"enabled": False, "log_every": 5, "system_metrics": False},
 }
 
+PARITY: dict[str, Any] = {
+    "name": "parity",
+    "stream": {"class_path": "NParity", "init_args": {"last": 3, "train_rows": 640, "val_rows": 20, "test_rows": 20}},
+    "architecture": {"class_path": "LeakyRNN", "init_args": {"hidden_size": 16}},
+    "training": {
+        "budget": {"steps": 5},
+        "batch_size": 64,
+        "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.05}},
+    },
+} | {key: DIGITS[key] for key in ("checkpoint", "tracking")}
+
 REPLAY = {"class_path": "ExperienceReplay", "init_args": {"capacity": 40}}
 EWC = {"class_path": "OnlineEWC", "init_args": {"strength": 10.0}}
 
 
 def study(**changes: Any) -> dict[str, Any]:
     """The digits study with top-level keys, or keys written `a__b`, changed."""
-    data = copy.deepcopy(DIGITS)
+    return _changed(DIGITS, changes)
+
+
+def parity(**changes: Any) -> dict[str, Any]:
+    """The parity study, changed in the same way."""
+    return _changed(PARITY, changes)
+
+
+def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    data = copy.deepcopy(base)
     for key, value in changes.items():
         *path, last = key.split("__")
         place = data

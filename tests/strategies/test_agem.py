@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from projections import assert_no_gradient_is_made_up, gradient
 
 from clplat.objective import Objective
-from clplat.strategies.contract import ROWS, STEPS, TASKS, Kind, ToyRun, check_strategy
+from clplat.strategies.contract import check_strategy
 from clplat.strategies.projection import AGEM
+from clplat.strategies.toy_run import ROWS, STEPS, TASKS, Kind, ToyRun
 from clplat.strategies.world import World
 
 WHOLE = {"patterns_per_task": ROWS, "sample_size": ROWS}
@@ -22,10 +24,6 @@ WHOLE = {"patterns_per_task": ROWS, "sample_size": ROWS}
 @pytest.mark.parametrize("kind", ["classify", "language"])
 def test_agem_keeps_the_contract(kind: Kind) -> None:
     check_strategy(lambda: AGEM(patterns_per_task=4, sample_size=3), Objective, off={"sample_size": 0}, kind=kind)
-
-
-def gradient(run: ToyRun) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in run.architecture.parameters()])
 
 
 def at_second_task(direction: float) -> tuple[ToyRun, torch.Tensor, torch.Tensor]:
@@ -58,13 +56,7 @@ def test_a_gradient_that_agrees_with_the_memory_keeps_every_bit() -> None:
 
 def test_weights_that_got_no_gradient_get_none_by_projection() -> None:
     run, _, _ = at_second_task(-1.0)
-    first = next(run.architecture.parameters())
-    first.grad = None
-    run.strategies[0].gradient()
-    assert first.grad is None
-    run.architecture.zero_grad()
-    run.strategies[0].gradient()
-    assert all(parameter.grad is None for parameter in run.architecture.parameters())
+    assert_no_gradient_is_made_up(run)
 
 
 def test_frozen_weights_and_a_reference_of_zero_do_no_harm() -> None:

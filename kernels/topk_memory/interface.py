@@ -1,0 +1,101 @@
+"""`topk_read`: checks its arguments and gives them to the blocked PyTorch form or to the Triton kernels."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from clplat.kernels.delta_memory.assembler import fault_on_hopper
+from clplat.kernels.delta_memory.interface import interpreting
+from clplat.kernels.topk_memory.arguments import check
+from clplat.kernels.topk_memory.reference import TopkRead, read_blocked, read_whole
+
+Backend = Literal["auto", "torch", "triton", "reference"]
+LARGEST_K, LARGEST_WIDTH = 32, 1024
+
+
+def topk_read(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    valid: Tensor | int | None = None,
+    backend: Backend = "auto",
+) -> TopkRead:
+    """Reads the k slots whose keys fit each query best: the softmax of their scores over τ weighs their values.
+
+    q (…, D), keys (S, D), values (S, E): one memory for all queries; equal scores go to the lowest slot. `temperature`
+    is τ. `valid` says which slots exist: the first so many, as an integer or (then nothing waits for the device) as a
+    tensor of one, or (S,) bool; default all. `reference.py` defines the result, docs/topk_memory.md has the details.
+
+    `backend`: `auto` takes the Triton kernels on GPUs of compute capability 8.0 and higher and the blocked PyTorch form
+    elsewhere; `triton` never falls back; `reference` is the definition, with all scores in memory.
+    Raises ValueError for shapes, types and values that no form, or not the one asked for, supports.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        narrow = torch.get_autocast_dtype(q.device.type)
+        with torch.autocast(q.device.type, enabled=False):
+            return topk_read(
+                q.to(narrow), keys.to(narrow), values.to(narrow), k, temperature=temperature, valid=valid,
+                backend=backend,
+            )  # fmt: skip
+    check(q, keys, values, k, temperature, valid)
+    form = which_backend(q, keys, values, k, backend=backend)
+    count, mask = _count_and_mask(valid, keys)
+    rows = q.reshape(-1, q.shape[-1])
+    # Without a query there is nothing to launch.
+    if form == "triton" and len(rows):
+        from clplat.kernels.topk_memory.op import fused
+
+        found = fused(rows, keys, values, k, temperature, count, mask)
+    else:
+        function = read_whole if form == "reference" else read_blocked
+        found = function(rows, keys, values, k, temperature, count, mask)
+    output, indices, weights = (part.reshape(*q.shape[:-1], part.shape[1]) for part in found[:3])
+    return TopkRead(output, indices, weights, found.mass)
+
+
+def which_backend(q: Tensor, keys: Tensor, values: Tensor, k: int, *, backend: Backend = "auto") -> str:
+    """The form that `topk_read` takes for these tensors, for logs; raises ValueError as `topk_read` does."""
+    if backend not in ("auto", "torch", "triton", "reference"):
+        raise ValueError(f"backend: must be auto, torch, triton or reference, got {backend!r}")
+    if backend in ("torch", "reference"):
+        return backend
+    obstacle = _obstacle(q, keys, values, k)
+    if backend == "triton":
+        if obstacle:
+            raise ValueError(f"backend: triton is asked for, but {obstacle}")
+        return "triton"
+    return "torch" if obstacle or not q.is_cuda else "triton"
+
+
+def _obstacle(q: Tensor, keys: Tensor, values: Tensor, k: int) -> str:
+    """Why the kernels cannot compute these tensors; empty where they can."""
+    if not interpreting() and not q.is_cuda:
+        return f"the tensors are on {q.device.type}; the kernels need a GPU (or TRITON_INTERPRET=1, to test them)"
+    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    types = (torch.bfloat16, torch.float16, torch.float32)
+    if not q.dtype == keys.dtype == values.dtype or q.dtype not in types:
+        given = ", ".join(str(part.dtype) for part in (q, keys, values))
+        return f"q, keys, values are {given}; the kernels take one of {', '.join(map(str, types))}"
+    if max(q.shape[-1], values.shape[-1]) > LARGEST_WIDTH:
+        return f"keys are {q.shape[-1]} and values {values.shape[-1]} wide; the kernels go up to {LARGEST_WIDTH}"
+    if k > LARGEST_K:
+        return f"k is {k}; the kernels go up to {LARGEST_K}"
+    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9:
+        return fault_on_hopper()
+    return ""
+
+
+def _count_and_mask(valid: Tensor | int | None, keys: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The number of valid slots (1,) and which ones are (S,); None is all."""
+    if isinstance(valid, Tensor):
+        return (None, valid) if valid.dtype == torch.bool else (valid.reshape(1), None)
+    if valid is None or valid == len(keys):
+        return None, None
+    return torch.full((1,), valid, dtype=torch.int32, device=keys.device), None

@@ -1,0 +1,44 @@
+"""A model's trainable weights as one vector, P of them: read, moved, their gradients; and a model that is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def flat_parameters(architecture: nn.Module) -> Tensor:
+    """All trainable weights as one vector (P,), in float32 at least: one operation in place of one for each tensor."""
+    flat = torch.cat([p.flatten() for p in architecture.parameters() if p.requires_grad])
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+def flat_gradients(architecture: nn.Module) -> Tensor:
+    """The `.grad` of all trainable weights as one vector (P,) like `flat_parameters`, 0 where there is none."""
+    weights = [p for p in architecture.parameters() if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in weights])
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+@torch.no_grad()
+def move_weights(model: nn.Module, target: Tensor, share: Tensor | float) -> None:
+    """The trainable weights w of `model`, in place: w ← w + share ⊙ (target − w), `target` (P,)."""
+    flat = flat_parameters(model)
+    flat = flat + share * (target - flat)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    for weight, part in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
+        weight.copy_(part.view_as(weight))
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off and running statistics used, and every part's own mode back afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
