@@ -114,6 +114,7 @@ def topk_read(
 
     Exact; chunked over tokens. Fewer than k slots in use are mixed alone, and none gives 0. The weights are laid out
     over all slots and multiplied with the values, which needs no gather whose gradient would be added up in any order.
+    `kernels.topk_memory.topk_read` is the same read by kernels that hold no scores; this is the place to exchange them.
     """
     given, dtype = query_BTC.dtype, torch.promote_types(query_BTC.dtype, torch.float32)
     query_BTC, key_NC, value_NC = (part.to(dtype) for part in (query_BTC, key_NC, value_NC))
