@@ -23,12 +23,15 @@ State = Any
 @dataclass(kw_only=True)
 class Output:
     """Result of one forward: `logits` (B, C) or (B, T, V), auxiliary losses by name (scalars that are
-    added to the training loss), the carried `state`, and `hidden` activations where they were asked for."""
+    added to the training loss), the carried `state`, and `hidden` activations where they were asked for. `stash`:
+    what the model's `step_end` wants of this forward, detached tensors of B rows by name; those of the batches of one
+    optimizer step are joined."""
 
     logits: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
     state: State = None
     hidden: Tensor | None = None
+    stash: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

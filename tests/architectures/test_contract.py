@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,10 @@ from clplat.architectures.recurrent import GRU, LSTM, LeakyRNN
 from clplat.architectures.resnet import ResNet32
 from clplat.architectures.text_classifier import TextClassifier
 from clplat.architectures.transformer import Transformer
+from clplat.architectures.trc2.model import TRC2
+from clplat.architectures.trc2.options import ColumnOptions, HippocampusOptions, ThalamusOptions, WriteOptions
+from clplat.architectures.trc2_v1.model import TRC2V1
+from clplat.architectures.trc2_v1.options import V1Sizes, V1Switches
 from clplat.streams.base import Spec
 
 TEXT = Spec(kind="language", input_shape=(12,), num_outputs=23)
@@ -137,6 +143,58 @@ CONTRACTS |= {
             spec=spec, hidden_size=24, num_layers=1, expand=3, conv_width=2, mlp_size=40, tie_head=False
         ),
         spec=TEXT,
+    ),
+}
+
+SMALL = ColumnOptions(num_heads=4, inner_size=16, num_experts=4)
+FEW = HippocampusOptions(slots=12, k_read=3)
+OFTEN = WriteOptions(chunk=4, quota=6)
+
+
+def _trc2(spec: Spec, **options: Any) -> TRC2:
+    defaults = {"column": SMALL, "thalamus": ThalamusOptions(rank=16), "hippocampus": FEW, "write": OFTEN}
+    return TRC2(spec=spec, hidden_size=32, num_layers=3, **(defaults | options))
+
+
+CONTRACTS |= {
+    # The loops are opened by W_z, which begins at zero, and by what the first steps wrote.
+    "trc2": Contract(factory=_trc2, spec=TEXT, gradient_steps=5),
+    "trc2-other-switches": Contract(
+        factory=lambda spec: _trc2(
+            spec,
+            column=ColumnOptions(num_heads=2, heads_per_kv=2, feed_forward="dense", inner_size=32),
+            thalamus=ThalamusOptions(rank=16, surprise="pred", trn="across", modulation="gain", detach=True),
+            hippocampus=HippocampusOptions(slots=12, k_read=3, stored="projected", merge="residual", event_gate="hard"),
+            write=WriteOptions(chunk=4, quota=6, signal="nll", candidate="mean", eviction="fifo"),
+        ),
+        spec=TEXT,
+        gradient_steps=5,
+    ),
+    "trc2-no-loops": Contract(
+        factory=lambda spec: _trc2(
+            spec, thalamus=ThalamusOptions(enabled=False), hippocampus=HippocampusOptions(read=False), dropout=0.0
+        ),
+        spec=TEXT,
+    ),
+}
+
+TINY_V1 = V1Sizes(units=4, state_size=6, chunk=4, kernel=3, patterns=5, rank=4)
+ALL_OFF = V1Switches(**{field.name: False for field in fields(V1Switches)})
+
+CONTRACTS |= {
+    # Paths that begin at zero open one after another.
+    "trc2-v1": Contract(
+        factory=lambda spec: TRC2V1(spec=spec, hidden_size=32, num_layers=2, sizes=TINY_V1, dropout=0.2),
+        spec=TEXT,
+        gradient_steps=3,
+        isolates_documents=False,
+    ),
+    "trc2-v1-bare": Contract(
+        factory=lambda spec: TRC2V1(
+            spec=spec, hidden_size=32, num_layers=2, sizes=replace(TINY_V1, pooling="mean"), switches=ALL_OFF
+        ),
+        spec=TEXT,
+        isolates_documents=False,
     ),
 }
 
