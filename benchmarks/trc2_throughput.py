@@ -4,10 +4,10 @@
     python benchmarks/trc2_throughput.py --width 512 --layers 10
     python benchmarks/trc2_throughput.py --toy                 # the script itself, on a CPU, in a minute
 
-All arms run as users run them, through the platform, compiled, on the embedded text. The rival's experts are made as wide
-as it takes to have the active parameters of TRC² without loops; with loops TRC² has a few more. Repetitions alternate, and
-ratios are medians of the ratio within one. Replay is shown apart: rates count current tokens alone, so what its arm
-falls behind "TRC²" is what the replayed rows and their bookkeeping take.
+All arms run as users run them, through the platform, compiled, on the embedded text. The rival's experts are made as
+wide as it takes to have the active parameters of TRC² without loops; with loops TRC² has a few more. Repetitions
+alternate, and ratios are medians of the ratio within one. Replay is shown apart: rates count current tokens alone, so
+what its arm falls behind "TRC²" is what the replayed rows and their bookkeeping take.
 """
 
 from __future__ import annotations
