@@ -110,9 +110,6 @@ class Learner(LightningModule):
             self._step(self._loss(output, seen, parts))
         if self.architecture.memory_life != "sequence":
             self.carried = pytree.tree_map(self._kept, output.state)
-        if self.training_config.accumulate > 1:
-            kept = {name: self._kept(value) for name, value in output.stash.items()}
-            output = Output(logits=self._kept(output.logits), stash=kept)
         # What delayed writes may keep: the rows as they are, not this use's augmentation of them.
         self._finished.append((batch, output))
 
@@ -216,7 +213,7 @@ class Learner(LightningModule):
                 batch = reduce(Batch.joined, (part for part, _ in self._finished))
                 parts = [part for _, part in self._finished]
                 output = Output(
-                    logits=torch.cat([part.logits for part in parts]),
+                    logits=torch.cat([part.logits.detach() for part in parts]),
                     stash={name: torch.cat([part.stash[name] for part in parts]) for name in output.stash},
                 )
             outcome = StepOutcome(
