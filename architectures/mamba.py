@@ -175,13 +175,9 @@ class Mamba(Decoder):
             for _ in range(num_layers)
         )
         super().__init__(
-            spec=spec,
-            hidden_size=hidden_size,
-            blocks=blocks,
-            dropout=dropout,
-            document_mask=document_mask,
+            spec=spec, hidden_size=hidden_size, blocks=blocks, dropout=dropout, document_mask=document_mask,
             tie_head=tie_head,
-        )
+        )  # fmt: skip
         for block in self.blocks:
             block.attention.reset_dynamics()
 

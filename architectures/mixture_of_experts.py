@@ -41,7 +41,7 @@ class MixtureOfExperts(nn.Module):
         loss that keeps experts evenly used; 0.01 is that of Switch (Fedus et al. 2021, arXiv:2101.03961, §2.2).
         """
         super().__init__()
-        _check_options(num_experts, experts_per_token, shared_experts, balance)
+        _check_options(inner_size, num_experts, experts_per_token, shared_experts, balance)
         self.num_experts, self.experts_per_token = num_experts, experts_per_token
         self.renormalise, self.balance = renormalise, balance
         self.router = nn.Linear(hidden_size, num_experts, bias=False)
@@ -168,7 +168,11 @@ def _rows_of_each(chosen_Nk: Tensor, num_experts: int) -> Tensor:
     return flat.new_zeros(num_experts).scatter_add(0, flat, torch.ones_like(flat))
 
 
-def _check_options(num_experts: int, experts_per_token: int, shared_experts: int, balance: float) -> None:
+def _check_options(
+    inner_size: int, num_experts: int, experts_per_token: int, shared_experts: int, balance: float
+) -> None:
+    if inner_size < 1:
+        raise ValueError(f"inner_size: {inner_size} is below 1")
     if num_experts < 1:
         raise ValueError(f"num_experts: {num_experts} is below 1")
     if not 1 <= experts_per_token <= num_experts:

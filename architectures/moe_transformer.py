@@ -46,23 +46,15 @@ class MoETransformer(AttentionDecoder):
                 hidden_size=hidden_size,
                 attention=Attention(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_heads),
                 mlp=MixtureOfExperts(
-                    hidden_size=hidden_size,
-                    inner_size=inner_size,
-                    num_experts=num_experts,
-                    experts_per_token=experts_per_token,
-                    renormalise=renormalise,
-                    balance=balance,
+                    hidden_size=hidden_size, inner_size=inner_size, num_experts=num_experts,
+                    experts_per_token=experts_per_token, renormalise=renormalise, balance=balance,
                 ),
                 dropout=dropout,
             )
             for _ in range(num_layers)
-        )
+        )  # fmt: skip
         super().__init__(
-            spec=spec,
-            hidden_size=hidden_size,
-            blocks=blocks,
-            dropout=dropout,
-            document_mask=document_mask,
+            spec=spec, hidden_size=hidden_size, blocks=blocks, dropout=dropout, document_mask=document_mask,
             tie_head=tie_head,
-        )
+        )  # fmt: skip
         self.rotary_size, self.rope_base = hidden_size // num_heads, rope_base

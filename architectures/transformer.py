@@ -56,20 +56,13 @@ class Transformer(AttentionDecoder):
             raise ValueError(f"{name}.num_kv_heads: {num_kv_heads} does not divide num_heads ({num_heads})")
         blocks = (
             dense_block(
-                hidden_size=hidden_size,
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                mlp_ratio=mlp_ratio,
+                hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads, mlp_ratio=mlp_ratio,
                 dropout=dropout,
             )
             for _ in range(num_layers)
-        )
+        )  # fmt: skip
         super().__init__(
-            spec=spec,
-            hidden_size=hidden_size,
-            blocks=blocks,
-            dropout=dropout,
-            document_mask=document_mask,
+            spec=spec, hidden_size=hidden_size, blocks=blocks, dropout=dropout, document_mask=document_mask,
             tie_head=tie_head,
-        )
+        )  # fmt: skip
         self.rotary_size, self.rope_base = hidden_size // num_heads, rope_base

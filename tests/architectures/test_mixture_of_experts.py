@@ -175,6 +175,7 @@ def test_compiled_whole_it_gives_the_same_output_and_gradients() -> None:
     [
         ({"experts_per_token": 6}, "experts_per_token: 6 is not in 1..num_experts \\(5\\)"),
         ({"experts_per_token": 0}, "experts_per_token: 0 is not in"),
+        ({"inner_size": 0}, "inner_size: 0 is below 1"),
         ({"num_experts": 0}, "num_experts: 0 is below 1"),
         ({"shared_experts": -1}, "shared_experts: -1 is negative"),
         ({"balance": -0.1}, "balance: -0.1 is negative"),

@@ -122,6 +122,8 @@ def test_options_that_do_not_fit_are_refused_by_name(kind, options: dict, messag
         kind(**({"spec": TEXT, "hidden_size": 32, "num_experts": 4} | options))
 
 
-def test_a_rotary_size_that_makes_no_pairs_is_refused_by_name() -> None:
+def test_latent_and_rotary_sizes_that_do_not_fit_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="DeepSeekTransformer.rotary_size: 3 is not a positive even number"):
         build(DeepSeekTransformer, rotary_size=3)
+    with pytest.raises(ValueError, match="DeepSeekTransformer.latent_size: 0 is below 1"):
+        build(DeepSeekTransformer, latent_size=0)
