@@ -1,0 +1,64 @@
+"""What an associative memory computes, one token after the other: the definition.
+
+For token t, with a = exp(log_decay), η = exp(log_momentum), and for each layer ℓ of the memory M its weights W:
+
+    g_t = ∂ loss(M(k_t), target_t) / ∂W at W_src       the gradient (`network.py`)
+    S_t = η_t S_{t−1} − rate_t g_t                      the step; without momentum η = 0
+    W_t = a_t ⊙ W_{t−1} + S_t                           the memory; a weighs a layer's inputs, together or each
+    y_t = M_t(q_t)                                      what is read, this token's write included
+
+`gradient_at` says what W_src is: W as it was when the token's chunk began, W_{t−1}, or a_t ⊙ W_{t−1}. `target` is v_t,
+or M_src(v_t), which the inner gradient takes as given and the outer loss does not.
+
+Sources: Behrouz et al. 2024 (Titans, arXiv:2501.00663, Eq. 8-14) for the rule with momentum and decay, Sun et al. 2024
+(TTT, 2407.04620, Eq. 3-7) for gradients at a chunk's start.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clplat.architectures.associative_memory.network import Network
+from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens, chosen
+
+
+def token_loop(
+    network: Network, tokens: Tokens, state: MemoryState, begins_BT: Tensor | None = None
+) -> tuple[Tensor, MemoryState]:
+    """Answers (B, H, T, E) and the state behind the last token. Where `begins_BT`, a document begins with `state`."""
+    W, S, anchor, offset, answers, first = *state, [], state
+    for t in range(tokens.q.shape[2]):
+        token = tokens.part(t, t + 1)
+        if begins_BT is not None:
+            W, S, anchor, offset = _begun(begins_BT[:, t], first, MemoryState(W, S, anchor, offset))
+        if network.rule.anchored:
+            anchor = chosen(offset == 0, W, anchor)
+        new_W, new_S = _written(network, token, W, S, anchor)
+        here = torch.ones_like(offset, dtype=torch.bool) if token.counts is None else token.counts[:, 0]
+        W, S = chosen(here, new_W, W), chosen(here, new_S, S)
+        if network.rule.anchored:
+            offset = (offset + here.long()) % network.rule.chunk
+        answers.append(network.read(W, token.q))
+    if network.rule.anchored:
+        anchor = chosen(offset == 0, W, anchor)
+    return torch.cat(answers, 2), MemoryState(W, S, anchor, offset)
+
+
+def _begun(begins_B: Tensor, first: MemoryState, state: MemoryState) -> MemoryState:
+    parts = [chosen(begins_B, new, old) for new, old in zip(first[:3], state[:3])]
+    return MemoryState(*parts, torch.where(begins_B, first.offset, state.offset))
+
+
+def _written(network: Network, token: Tokens, W: Layers, S: Layers, anchor: Layers) -> tuple[Layers, Layers]:
+    """Weights and momentum with one token's write."""
+    decay = [gate[:, :, 0].exp().unsqueeze(-1) for gate in token.log_decay]
+    kept = tuple(a * w for a, w in zip(decay, W, strict=True)) if decay else W
+    source = {"chunk": anchor if network.rule.anchored else W, "token": W, "decayed": kept}[network.rule.gradient_at]
+    inputs, slopes = network.gradients(source, token.k, token.v, token.threshold)
+    steps = [-token.rate.unsqueeze(-1) * (x.mT @ slope) for x, slope in zip(inputs, slopes)]
+    if token.log_momentum is None:
+        return tuple(w + step for w, step in zip(kept, steps)), ()
+    momentum = token.log_momentum.exp().unsqueeze(-1)
+    S = tuple(momentum * s + step for s, step in zip(S, steps, strict=True))
+    return tuple(w + s for w, s in zip(kept, S)), S

@@ -1,0 +1,136 @@
+"""Rules of associative memories, problems for them, and solutions: answers, end states and all outer gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from clplat.architectures.associative_memory.layout import Documents, documents_of
+from clplat.architectures.associative_memory.memory import AssociativeMemory
+from clplat.architectures.associative_memory.rule import BiasOptions, MemoryRule, NetworkOptions
+from clplat.architectures.associative_memory.state import MemoryState, Tokens
+
+MLP = NetworkOptions(depth=2, expand=2)
+TTT = NetworkOptions(depth=2, expand=2, residual=True, norm=True)
+
+RULES = {
+    "hebb": MemoryRule(bias=BiasOptions(kind="dot"), retention="decay", chunk=4),
+    "frozen": MemoryRule(retention="decay", chunk=4),
+    "titans-matrix": MemoryRule(retention="decay", optimizer="momentum", chunk=4),
+    "exact": MemoryRule(gradient_at="token", optimizer="momentum", chunk=4),
+    "gdn": MemoryRule(gradient_at="decayed", retention="decay", chunk=4),
+    "gdn-channel": MemoryRule(gradient_at="decayed", retention="channel", optimizer="momentum", chunk=4),
+    "exact-channel": MemoryRule(gradient_at="token", retention="channel", chunk=4),
+    "titans-channel": MemoryRule(retention="channel", optimizer="momentum", chunk=4),
+    "ttt-linear": MemoryRule(memory=NetworkOptions(norm=True, residual=True), feature="identity", chunk=4),
+    "self-target": MemoryRule(target="self", retention="decay", chunk=4),
+    "lp": MemoryRule(bias=BiasOptions(kind="lp", power=3.0), retention="decay", chunk=4),
+    "huber": MemoryRule(bias=BiasOptions(kind="huber"), retention="channel", chunk=4),
+    "mlp-titans": MemoryRule(memory=MLP, retention="decay", optimizer="momentum", chunk=4),
+    "mlp-ttt": MemoryRule(memory=TTT, chunk=4),
+    "mlp-dot": MemoryRule(memory=MLP, bias=BiasOptions(kind="dot"), retention="decay", chunk=4),
+    "mlp-channel": MemoryRule(memory=MLP, retention="channel", optimizer="momentum", chunk=4),
+    "mlp-deep": MemoryRule(
+        memory=NetworkOptions(depth=3, expand=2, activation="silu", norm=True), bias=BiasOptions(kind="lp", power=1.5),
+        retention="decay", optimizer="momentum", chunk=4, target="self", feature="elu",
+    ),
+    "mlp-huber-each-token": MemoryRule(memory=MLP, bias=BiasOptions(kind="huber"), optimizer="momentum", chunk=1),
+}  # fmt: skip
+"""Every choice of every part, with each other part that it is computed together with."""
+
+ROWS, HEADS, WIDTH = 3, 2, 5
+
+
+def memory(rule: MemoryRule, *, width: int = WIDTH, learned_start: bool = True) -> AssociativeMemory:
+    """A memory in float64 whose trained start is no longer the one it is born with."""
+    torch.manual_seed(0)
+    made = AssociativeMemory(
+        rule=rule, num_heads=HEADS, key_size=width, value_size=width, learned_start=learned_start
+    ).double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return made
+
+
+def tokens(rule: MemoryRule, length: int, *, seed: int = 0, width: int = WIDTH) -> Tokens:
+    """Random keys, values, queries and the gates that the rule has, as leaves."""
+    draw = torch.Generator().manual_seed(seed)
+    shape = (ROWS, HEADS, length)
+
+    def normal(*more: int) -> Tensor:
+        return torch.randn(*shape, *more, generator=draw, dtype=torch.float64)
+
+    def uniform(low: float, high: float, *more: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, *more, generator=draw, dtype=torch.float64)
+
+    inputs = [inner for inner, _ in rule.widths(width, width)]
+    together = uniform(0.5, 1.0, 1).log()
+    decay = {
+        "none": (),
+        "decay": (together,) * len(inputs),
+        "channel": tuple(uniform(0.5, 1.0, wide).log() for wide in inputs),
+    }[rule.retention]
+    momentum = uniform(0.3, 0.9).log() if rule.optimizer == "momentum" else None
+    threshold = uniform(0.3, 1.0) if rule.bias.kind == "huber" else None
+    given = Tokens(normal(width), normal(width), normal(width), uniform(0.05, 0.3), decay, momentum, threshold)
+    return leaves(given)
+
+
+def leaves(given: Tokens) -> Tokens:
+    """The same numbers as tensors that gradients end at; gates that layers share stay shared."""
+    own = {id(part): part.detach().clone().requires_grad_() for part in _tensors(given)}
+    decay = tuple(own[id(gate)] for gate in given.log_decay)
+    q, k, v, rate, momentum, threshold = (None if part is None else own[id(part)] for part in (*given[:4], *given[5:7]))
+    return Tokens(q, k, v, rate, decay, momentum, threshold, given.counts)
+
+
+def _tensors(given: Tokens) -> list[Tensor]:
+    return [part for part in (*given[:4], *given.log_decay, *given[5:7]) if part is not None]
+
+
+def packed() -> Documents:
+    """Documents of rows of 11 tokens: lengths 5, 1, 5; 11; 3, 8."""
+    ids = torch.tensor([[0] * 5 + [1] + [2] * 5, [0] * 11, [7] * 3 + [2] * 8])
+    found = documents_of(ids)
+    assert found is not None
+    return found
+
+
+def solution(
+    made: AssociativeMemory,
+    given: Tokens,
+    solve: Callable[[], tuple[Tensor, MemoryState | None]],
+    start: MemoryState | None = None,
+) -> dict[str, Tensor]:
+    """Answers, end state and the gradients that a random outer loss of both sends to all inputs and parameters."""
+    answers, end = solve()
+    found = {"answers": answers}
+    if end is not None:
+        for name in ("weights", "momentum", "anchor"):
+            found |= {f"{name}.{layer}": part for layer, part in enumerate(getattr(end, name))}
+    draw = torch.Generator().manual_seed(7)
+    outer = sum((part * torch.randn(part.shape, generator=draw, dtype=part.dtype)).sum() for part in found.values())
+    named = dict(made.named_parameters())
+    named |= {f"token.{number}": part for number, part in enumerate(_tensors(given))}
+    if start is not None:
+        named |= {f"start.{n}": part for n, part in enumerate((*start.weights, *start.momentum, *start.anchor))}
+    gradients = torch.autograd.grad(outer, list(named.values()), allow_unused=True, materialize_grads=True)
+    found |= {f"gradient of {name}": gradient for name, gradient in zip(named, gradients, strict=True)}
+    if end is not None:
+        found["offset"] = end.offset
+    return {name: part.detach() for name, part in found.items()}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-10) -> None:
+    """Fails with every name that is further apart than `tolerance` of its largest number."""
+    assert found.keys() == expected.keys()
+    apart = {
+        name: float((found[name] - expected[name]).abs().max() / expected[name].abs().max().clamp(min=1.0))
+        for name in expected
+        if expected[name].numel()
+    }
+    wrong = {name: error for name, error in apart.items() if not error <= tolerance}
+    assert not wrong, f"differ: {wrong}"
