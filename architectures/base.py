@@ -91,6 +91,11 @@ class Architecture(nn.Module):
         only. Draws from no global random source and changes nothing."""
         return {}
 
+    def facts(self) -> Mapping[str, str]:
+        """Words about how the model computes that belong to the record as tags, `architecture.NAME`; asked for when
+        measurements are, so that what has run is known."""
+        return {}
+
     def flops_per_row(self) -> float:
         """Forward operations for one row (one sample, or one row of T tokens): 2 per weight and use."""
         dense = sum(p.numel() for p in self.parameters() if p.ndim >= 2)

@@ -1,4 +1,4 @@
-"""The parts a decoder is made of: rotary positions, grouped-query attention with a cache, SwiGLU.
+"""The parts a decoder is made of: rotary positions, grouped-query attention with a cache, short convolutions, SwiGLU.
 
 Shapes: B rows, T tokens, S tokens with those in the cache, H query heads, G key-value heads, D head size,
 C hidden size. Normalisation is `torch.nn.RMSNorm`.
@@ -70,6 +70,29 @@ def extend(past_BSGD: Tensor, new_BTGD: Tensor, positions: Tensor) -> Tensor:
     grown = torch.cat([past_BSGD.to(new_BTGD.dtype), new_BTGD], dim=1)
     rows = torch.arange(len(grown), device=grown.device).unsqueeze(1)
     return grown.index_put_((rows, positions), new_BTGD)
+
+
+def causal_convolution(
+    x_BTC: Tensor, weight_KC: Tensor, bias_C: Tensor | None, before_BKC: Tensor | None, document_BT: Tensor | None
+) -> Tensor:
+    """Each token and the K − 1 before it, weighed by channel; those of another document count as 0.
+
+    `before_BKC` are the K − 1 tokens before the first, None for none of them; `document_BT` numbers documents from 0.
+    """
+    width, tokens = len(weight_KC), x_BTC.shape[1]
+    padded = F.pad(x_BTC, (0, 0, width - 1, 0)) if before_BKC is None else torch.cat(
+        [before_BKC.to(x_BTC.dtype), x_BTC], dim=1
+    )  # fmt: skip
+    sums = torch.zeros_like(x_BTC) if bias_C is None else bias_C.to(x_BTC.dtype).expand_as(x_BTC)
+    for place, weight in enumerate(weight_KC.to(x_BTC.dtype)):
+        seen = padded[:, place : place + tokens]
+        if document_BT is not None:
+            age = width - 1 - place
+            # −1 is no document.
+            other = F.pad(document_BT, (age, 0), value=-1)[:, :tokens] != document_BT
+            seen = seen.masked_fill(other.unsqueeze(-1), 0.0)
+        sums = torch.addcmul(sums, seen, weight)
+    return sums
 
 
 class Attention(nn.Module):

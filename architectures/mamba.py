@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clplat.architectures.base import State
 from clplat.architectures.decoder import Block, Decoder, check_language
-from clplat.architectures.layers import SwiGLU
+from clplat.architectures.layers import SwiGLU, causal_convolution
 from clplat.architectures.selective_scan import selective_scan
 from clplat.streams.base import Spec
 
@@ -93,7 +93,7 @@ class SelectiveStateSpace(nn.Module):
         counts_BT: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """What the scan and the skip answer (B, T, D), and the state after; tokens that do not count change nothing."""
-        u_BTD = F.silu(self._convolved(inner_BTD, before, document_BT))
+        u_BTD = F.silu(causal_convolution(inner_BTD, self.conv_weight, self.conv_bias, before, document_BT))
         rank, b_BTN, c_BTN = self.select(u_BTD).split([self.step_rank, self.state_size, self.state_size], dim=-1)
         precise = torch.promote_types(inner_BTD.dtype, torch.float32)
         step_BTD = F.softplus(F.linear(rank, self.step.weight).to(precise) + self.step.bias.to(precise))
@@ -103,23 +103,6 @@ class SelectiveStateSpace(nn.Module):
         rate = -self.log_rate.to(precise).exp()
         mixed_BTD, last = selective_scan(u_BTD, step_BTD, rate, b_BTN, c_BTN, first_BNC=first, keep_BT=keep_BT)
         return (mixed_BTD + self.skip * u_BTD).to(inner_BTD.dtype), last
-
-    def _convolved(self, inner_BTD: Tensor, before: Tensor | None, document_BT: Tensor | None) -> Tensor:
-        """Each token and the K − 1 before it, weighed by channel; those of another document count as 0."""
-        width, tokens = len(self.conv_weight), inner_BTD.shape[1]
-        padded = F.pad(inner_BTD, (0, 0, width - 1, 0)) if before is None else torch.cat(
-            [before.to(inner_BTD.dtype), inner_BTD], dim=1
-        )  # fmt: skip
-        sums = self.conv_bias.to(inner_BTD.dtype).expand_as(inner_BTD)
-        for place, weight in enumerate(self.conv_weight.to(inner_BTD.dtype)):
-            seen = padded[:, place : place + tokens]
-            if document_BT is not None:
-                age = width - 1 - place
-                # Documents count from 0, so that −1 is none of them.
-                other = F.pad(document_BT, (age, 0), value=-1)[:, :tokens] != document_BT
-                seen = seen.masked_fill(other.unsqueeze(-1), 0.0)
-            sums = torch.addcmul(sums, seen, weight)
-        return sums
 
     def _taken_in(self, state: MixerState, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The convolution's inputs and the scan's state after the pending tokens that belong to a row."""

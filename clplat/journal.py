@@ -64,7 +64,7 @@ class Journal:
         self._append_once({"kind": "params", "values": {name: str(value) for name, value in values.items()}})
 
     def tags(self, values: Mapping[str, str]) -> None:
-        """Facts that stay the same."""
+        """Facts that stay the same; of those that change after all, the last value is kept."""
         self._append_once({"kind": "tags", "values": dict(values)})
 
     def dataset(self, name: str, digest: str, context: str) -> None:

@@ -132,6 +132,8 @@ class Run:
         if self.journal is not None:
             self.costs.measure_memory()
             self.journal.results(row, step, cells)
+            if facts := self.parts.architecture.facts():
+                self.journal.tags({f"architecture.{name}": value for name, value in facts.items()})
             self.journal.metrics(step, self.costs_now() | measured | {"task_position": float(row)})
             self.journal.flush()
         if row:

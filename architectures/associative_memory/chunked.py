@@ -75,7 +75,8 @@ def one_more(network: Network, token: Tokens, state: MemoryState) -> tuple[Tenso
 
 def chunk_step(network: Network, tokens: Tokens, W: Layers, S: Layers, anchor: Layers) -> tuple[Tensor, Layers, Layers]:
     """One chunk of L tokens: answers (B, H, L, E), weights and momentum behind it."""
-    spans = [_spans(tokens, layer) for layer in range(len(W))]
+    each = range(len(W)) if network.rule.retention == "channel" else [0]
+    spans = [_spans(tokens, layer) for layer in each] * (len(W) // len(each))
     if network.rule.gradient_at == "chunk":
         source = anchor if network.rule.anchored else W
         inputs, slopes = network.gradients(source, tokens.k, tokens.v, tokens.threshold)

@@ -52,9 +52,11 @@ class AssociativeMemory(nn.Module):
 
     @torch.no_grad()
     def reset_start(self) -> None:
-        """A matrix begins near zero, the layers of an MLP such that they keep the scale of what they read."""
+        """A matrix begins near zero; the layers of an MLP such that they keep the scale of what they read, and a matrix
+        under a norm too: the norm's slope grows as what it divides by shrinks."""
+        near_zero = self.rule.memory.depth == 1 and not self.rule.memory.norm
         for weight in self.first:
-            nn.init.normal_(weight, std=0.02 if self.rule.memory.depth == 1 else 1 / math.sqrt(weight.shape[1]))
+            nn.init.normal_(weight, std=0.02 if near_zero else 1 / math.sqrt(weight.shape[1]))
         if self.scale is not None and self.shift is not None:
             nn.init.ones_(self.scale)
             nn.init.zeros_(self.shift)

@@ -1,0 +1,144 @@
+"""Published memory layers by name: each is one choice of parts, `docs/memories.md` says with which sources.
+
+A layer of a `MemoryTransformer` is named in YAML as `{class_path: TitansLMM, init_args: {chunk: 16}}`, or by its name
+alone. It knows its options, and builds its module once the model tells the hidden size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import nn
+
+from clplat.architectures.associative_memory.mixer import MemoryMixer, ProjectionOptions
+from clplat.architectures.associative_memory.rule import BiasOptions, Feature, MemoryRule, NetworkOptions
+
+
+class LayerKind(ABC):
+    """Base of what may stand in a `MemoryTransformer`'s list of layers."""
+
+    @abstractmethod
+    def build(self, hidden_size: int) -> nn.Module:
+        """The mixing layer for a stream of that width."""
+
+
+class MemoryLayer(LayerKind):
+    """A memory of any parts, for combinations that nobody has named."""
+
+    def __init__(
+        self, *, rule: MemoryRule | None = None, projection: ProjectionOptions | None = None, num_heads: int = 4
+    ) -> None:
+        """`rule`: what is remembered and how. `projection`: what stands around. Each head has a memory of its own."""
+        self.rule = MemoryRule() if rule is None else rule
+        self.projection = ProjectionOptions() if projection is None else projection
+        self.num_heads = num_heads
+
+    def build(self, hidden_size: int) -> MemoryMixer:
+        """The layer; ValueError where heads do not divide the stream."""
+        try:
+            return MemoryMixer(
+                hidden_size=hidden_size, num_heads=self.num_heads, rule=self.rule, projection=self.projection
+            )
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}.{error}") from error
+
+
+class LinearAttention(MemoryLayer):
+    """Linear attention: values are added under positive keys, and answers divided by the sum of weights."""
+
+    paper = "Katharopoulos et al. 2020, arXiv:2006.16236"
+
+    def __init__(
+        self, *, num_heads: int = 4, feature: Feature = "elu", normaliser: bool = True, conv_width: int = 1,
+        chunk: int = 64,
+    ) -> None:  # fmt: skip
+        """`chunk` changes speed alone."""
+        super().__init__(
+            rule=MemoryRule(feature=feature, bias=BiasOptions(kind="dot"), chunk=chunk),
+            projection=ProjectionOptions(
+                conv_width=conv_width, learned_rate=False, normaliser=normaliser, output_gate="none",
+                learned_start=False,
+            ),
+            num_heads=num_heads,
+        )  # fmt: skip
+
+
+class DeltaNet(MemoryLayer):
+    """DeltaNet: each token moves the answer to its key towards its value, at the memory as it is before it."""
+
+    paper = "Yang et al. 2024, arXiv:2406.06484"
+
+    def __init__(self, *, num_heads: int = 4, conv_width: int = 4, chunk: int = 64) -> None:
+        """`chunk` changes speed alone."""
+        super().__init__(
+            rule=MemoryRule(gradient_at="token", chunk=chunk),
+            projection=ProjectionOptions(conv_width=conv_width, output_gate="none", learned_start=False),
+            num_heads=num_heads,
+        )
+
+
+class GatedDeltaNet(MemoryLayer):
+    """Gated DeltaNet: the memory decays, and the delta rule corrects what is left."""
+
+    paper = "Yang et al. 2024, arXiv:2412.06464"
+
+    def __init__(self, *, num_heads: int = 4, conv_width: int = 4, chunk: int = 64) -> None:
+        """`chunk` changes speed alone."""
+        super().__init__(
+            rule=MemoryRule(gradient_at="decayed", retention="decay", chunk=chunk),
+            projection=ProjectionOptions(conv_width=conv_width, learned_start=False),
+            num_heads=num_heads,
+        )
+
+
+class TTTLinear(MemoryLayer):
+    """TTT-Linear: x + LN(Wx), trained by gradients at the start of each chunk."""
+
+    paper = "Sun et al. 2024, arXiv:2407.04620"
+
+    def __init__(
+        self, *, num_heads: int = 4, conv_width: int = 4, chunk: int = 16, max_rate: float | None = None
+    ) -> None:
+        """`chunk` is the paper's mini-batch of 16 tokens. `max_rate`: see `ProjectionOptions`."""
+        super().__init__(
+            rule=MemoryRule(memory=NetworkOptions(residual=True, norm=True), chunk=chunk),
+            projection=ProjectionOptions(conv_width=conv_width, max_rate=max_rate),
+            num_heads=num_heads,
+        )
+
+
+class TTTMLP(MemoryLayer):
+    """TTT-MLP: x + LN of two layers with GELU, four times as wide inside."""
+
+    paper = "Sun et al. 2024, arXiv:2407.04620"
+
+    def __init__(
+        self, *, num_heads: int = 4, conv_width: int = 4, chunk: int = 16, max_rate: float | None = None,
+        expand: int = 4,
+    ) -> None:  # fmt: skip
+        """As in `TTTLinear`."""
+        super().__init__(
+            rule=MemoryRule(memory=NetworkOptions(depth=2, expand=expand, residual=True, norm=True), chunk=chunk),
+            projection=ProjectionOptions(conv_width=conv_width, max_rate=max_rate),
+            num_heads=num_heads,
+        )
+
+
+class TitansLMM(MemoryLayer):
+    """Titans' long-term memory: an MLP with momentum and forgetting, gradients at the start of each chunk."""
+
+    paper = "Behrouz et al. 2024, arXiv:2501.00663"
+
+    def __init__(
+        self, *, num_heads: int = 4, conv_width: int = 4, chunk: int = 16, depth: int = 2, expand: int = 4,
+        residual: bool = True, max_rate: float | None = None, damped: bool = True,
+    ) -> None:  # fmt: skip
+        """`depth` of the memory, 1 for a matrix. Chunk, expansion and residual are not in the paper."""
+        super().__init__(
+            rule=MemoryRule(
+                memory=NetworkOptions(depth=depth, expand=expand, activation="silu", residual=residual),
+                retention="decay", optimizer="momentum", chunk=chunk,
+            ),
+            projection=ProjectionOptions(conv_width=conv_width, max_rate=max_rate, damped=damped),
+            num_heads=num_heads,
+        )  # fmt: skip

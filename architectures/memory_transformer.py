@@ -1,0 +1,169 @@
+"""A decoder whose layers are test-time memories and attention, in the order of a list.
+
+    class_path: MemoryTransformer
+    init_args:
+      hidden_size: 256
+      layers: [TitansLMM, {class_path: AttentionLayer, init_args: {num_heads: 8}}]
+      repeat: 2
+
+The kinds of layers: `associative_memory/presets.py`; sources and what is inferred: docs/memories.md.
+
+Shapes: B rows, T tokens, S tokens in an attention layer's cache, C hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clplat.architectures.associative_memory.layout import Documents, documents_of
+from clplat.architectures.associative_memory.mixer import MemoryMixer, MixerState
+from clplat.architectures.associative_memory.presets import LayerKind, TitansLMM
+from clplat.architectures.base import State
+from clplat.architectures.decoder import Block, Decoder, check_language
+from clplat.architectures.layers import Attention, Cache, SwiGLU, causal_document_mask, rotary_angles
+from clplat.streams.base import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What layers are told of the tokens beside their activations."""
+
+    positions: Tensor
+    """(T,), or (B, T) where rows continue at places of their own."""
+    mask: Tensor | None
+    """For attention, (B, 1, T, S + T); None is the plain causal one."""
+    documents: Documents | None = None
+    lengths: Tensor | None = None
+    """(B,) tokens in the state; None in a full pass."""
+
+
+class AttentionLayer(LayerKind):
+    """Causal softmax attention with rotary positions, as in `Transformer`."""
+
+    def __init__(self, *, num_heads: int = 4, num_kv_heads: int | None = None, rope_base: float = 10_000.0) -> None:
+        """`num_kv_heads` defaults to `num_heads`."""
+        self.num_heads, self.num_kv_heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
+        self.rope_base = rope_base
+        if num_heads % self.num_kv_heads:
+            raise ValueError(f"AttentionLayer.num_kv_heads: {num_kv_heads} does not divide num_heads ({num_heads})")
+
+    def build(self, hidden_size: int) -> Attention:
+        """The layer; ValueError where a head cannot be turned in pairs."""
+        if hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"AttentionLayer.num_heads: hidden_size ({hidden_size}) is no multiple of 2 * {self.num_heads}"
+            )
+        return Attention(hidden_size=hidden_size, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
+
+
+class Mixer(nn.Module):
+    """One layer of the list, told by a `Reading` what it needs to know."""
+
+    def __init__(self, *, kind: LayerKind, hidden_size: int) -> None:
+        super().__init__()
+        self.attention = kind.build(hidden_size)
+        self.rope_base = kind.rope_base if isinstance(kind, AttentionLayer) else None
+
+    def forward(self, x_BTC: Tensor, reading: Reading) -> Tensor:
+        """A full pass."""
+        if isinstance(self.attention, Attention):
+            return self.attention(x_BTC, self._angles(reading), reading.mask)
+        return self.attention(x_BTC, reading.documents)
+
+    def continued(self, x_BTC: Tensor, state: State, reading: Reading) -> tuple[Tensor, State]:
+        """New tokens after those in the state."""
+        if isinstance(self.attention, Attention):
+            return self.attention.continued(x_BTC, state, self._angles(reading), reading.mask, reading.positions)
+        return self.attention.continued(x_BTC, state, reading.lengths)
+
+    def empty_state(self, batch_size: int) -> Cache | MixerState:
+        """The layer's own."""
+        return self.attention.empty_state(batch_size)
+
+    def mixing_flops(self, tokens: int) -> float:
+        """The layer's own."""
+        return self.attention.mixing_flops(tokens)
+
+    def _angles(self, reading: Reading) -> tuple[Tensor, Tensor]:
+        return rotary_angles(reading.positions, self.attention.head_size, self.rope_base)
+
+
+class MemoryTransformer(Decoder):
+    """Decoder-only language model of memory layers and attention: tokens (B, T) to logits (B, T, V)."""
+
+    paper = "Behrouz et al. 2024, arXiv:2501.00663; Sun et al. 2024, arXiv:2407.04620"
+    fidelity = "mechanism"
+
+    def __init__(
+        self,
+        *,
+        spec: Spec,
+        hidden_size: int = 256,
+        layers: Sequence[LayerKind] | None = None,
+        repeat: int = 1,
+        mlp_ratio: float = 8 / 3,
+        dropout: float = 0.0,
+        document_mask: bool = True,
+        tie_head: bool = True,
+    ) -> None:
+        """`layers` from the input to the output, `repeat` times over; None are four of TitansLMM. Each has a SwiGLU
+        behind it, whose inner size is `mlp_ratio` times the hidden size, rounded up to a multiple of 32.
+        `document_mask` begins every document of a row with an empty memory. The rest is as in `Transformer`."""
+        check_language(type(self), spec)
+        kinds = [TitansLMM()] * 4 if layers is None else list(layers)
+        if not kinds or repeat < 1:
+            name, value = ("layers", "an empty list") if not kinds else ("repeat", repeat)
+            raise ValueError(f"MemoryTransformer.{name}: must give at least one layer, got {value}")
+        blocks = (
+            Block(
+                hidden_size=hidden_size,
+                attention=Mixer(kind=kind, hidden_size=hidden_size),
+                mlp=SwiGLU(hidden_size=hidden_size, inner_size=32 * math.ceil(mlp_ratio * hidden_size / 32)),
+                dropout=dropout,
+            )
+            for kind in kinds * repeat
+        )
+        super().__init__(
+            spec=spec, hidden_size=hidden_size, blocks=blocks, dropout=dropout, document_mask=document_mask,
+            tie_head=tie_head,
+        )  # fmt: skip
+        for memory in self._memories():
+            memory.reset_dynamics()
+
+    def facts(self) -> Mapping[str, str]:
+        """What computed the memories' last pass, by layer's number where layers differ."""
+        forms = {str(n): block.attention.attention for n, block in enumerate(self.blocks)}
+        taken = {n: layer.memory.backend for n, layer in forms.items() if isinstance(layer, MemoryMixer)}
+        if len(set(taken.values())) == 1:
+            return {"memory_backend": next(iter(taken.values()))}
+        return {f"memory_backend.{n}": backend for n, backend in taken.items()}
+
+    def _memories(self) -> list[MemoryMixer]:
+        return [module for module in self.modules() if isinstance(module, MemoryMixer)]
+
+    def _context(self, tokens: Tensor, segment_ids: Tensor | None) -> tuple[Any, ...]:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        if segment_ids is None:
+            return (Reading(positions=positions, mask=None),)
+        documents = documents_of(segment_ids) if self._memories() else None
+        return (Reading(positions=positions, mask=causal_document_mask(segment_ids), documents=documents),)
+
+    def _continued_context(self, tokens: Tensor, state: State, lengths: Tensor) -> tuple[Any, ...]:
+        positions = lengths.unsqueeze(1) + torch.arange(tokens.shape[1], device=tokens.device)
+        # A cache is a pair; all caches are equally wide, and without one nobody looks at the mask.
+        width = next((held[0].shape[1] for held in state if len(held) == 2), 0)
+        columns = torch.arange(width + tokens.shape[1], device=tokens.device)
+        mask = (columns <= positions.unsqueeze(-1)).unsqueeze(1)
+        return (Reading(positions=positions, mask=mask, lengths=lengths),)
+
+    def _held(self, tokens: Tensor, state: State) -> Tensor:
+        if len(state[0]) == 2:
+            return torch.full_like(tokens[:, 0], state[0][0].shape[1])
+        _, _, pending, held = state[0]
+        return held + pending.shape[1]

@@ -1,0 +1,54 @@
+"""Models of test-time memories hold the contract of all architectures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from clplat.architectures.associative_memory.mixer import ProjectionOptions
+from clplat.architectures.associative_memory.presets import (
+    TTTMLP,
+    DeltaNet,
+    GatedDeltaNet,
+    LayerKind,
+    LinearAttention,
+    MemoryLayer,
+    TitansLMM,
+    TTTLinear,
+)
+from clplat.architectures.associative_memory.rule import BiasOptions, MemoryRule, NetworkOptions
+from clplat.architectures.contract import CHECKS
+from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransformer
+from clplat.architectures.probing import Contract
+from clplat.streams.base import Spec
+
+TEXT = Spec(kind="language", input_shape=(12,), num_outputs=23)
+CHANNELS = MemoryLayer(
+    rule=MemoryRule(
+        memory=NetworkOptions(depth=2, expand=2), bias=BiasOptions(kind="huber"), retention="channel",
+        optimizer="momentum", chunk=4,
+    ),
+    projection=ProjectionOptions(damped=True), num_heads=2,
+)  # fmt: skip
+
+LAYERS: dict[str, list[LayerKind]] = {
+    "linear-attention": [LinearAttention(num_heads=2, chunk=4)],
+    "delta-net": [DeltaNet(num_heads=2, chunk=4)],
+    "gated-delta-net": [GatedDeltaNet(num_heads=2, chunk=4)],
+    "ttt-linear": [TTTLinear(num_heads=2, chunk=4)],
+    "ttt-mlp-and-attention": [TTTMLP(num_heads=2, chunk=5, expand=2), AttentionLayer(num_heads=4, num_kv_heads=2)],
+    "titans": [TitansLMM(num_heads=2, chunk=4, expand=2)],
+    "titans-matrix-behind-attention": [AttentionLayer(), TitansLMM(chunk=4, depth=1, residual=False)],
+    "channels-and-huber": [CHANNELS],
+}
+
+
+def factory(layers: list[LayerKind]) -> Callable[[Spec], MemoryTransformer]:
+    return lambda spec: MemoryTransformer(spec=spec, hidden_size=16, layers=layers, mlp_ratio=2.0, dropout=0.2)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", LAYERS)
+def test_contract(name: str, check: Callable[[Contract], None]) -> None:
+    check(Contract(factory=factory(LAYERS[name]), spec=TEXT))

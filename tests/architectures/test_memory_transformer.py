@@ -1,0 +1,179 @@
+"""A decoder of memory layers: documents, decoding in parts, stability, options, costs and the record's words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from studies import run_folder, study
+from torch.utils.flop_counter import FlopCounterMode
+
+from clplat.architectures.associative_memory.mixer import MemoryMixer, ProjectionOptions
+from clplat.architectures.associative_memory.presets import (
+    TTTMLP,
+    DeltaNet,
+    GatedDeltaNet,
+    LayerKind,
+    LinearAttention,
+    MemoryLayer,
+    TitansLMM,
+    TTTLinear,
+)
+from clplat.architectures.associative_memory.state import Tokens
+from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransformer
+from clplat.architectures.mlp import MLP
+from clplat.components import Component, build, checked
+from clplat.errors import ConfigError
+from clplat.execution import execute
+from clplat.journal import read
+from clplat.streams.base import Spec
+from clplat.streams.batch import Batch
+
+TEXT = Spec(kind="language", input_shape=(16,), num_outputs=23)
+KINDS: list[LayerKind] = [
+    LinearAttention(chunk=4), DeltaNet(chunk=4), GatedDeltaNet(chunk=4), TTTLinear(chunk=4), TTTMLP(chunk=4, expand=2),
+    TitansLMM(chunk=4, expand=2), AttentionLayer(num_heads=2),
+]  # fmt: skip
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: type(kind).__name__)
+
+
+def model(*layers: LayerKind, **options: Any) -> MemoryTransformer:
+    torch.manual_seed(0)
+    return MemoryTransformer(spec=TEXT, hidden_size=16, layers=layers, mlp_ratio=2.0, **options).double().eval()
+
+
+def tokens(rows: int = 2, length: int = 16) -> torch.Tensor:
+    return torch.randint(23, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def batch_of(rows: torch.Tensor, segments: torch.Tensor | None = None) -> Batch:
+    return Batch(inputs=rows, targets=rows, task=torch.zeros(len(rows), dtype=torch.long), segment_ids=segments)
+
+
+@every_kind
+def test_a_packed_document_is_read_as_if_it_stood_alone(kind: LayerKind) -> None:
+    if isinstance(kind, AttentionLayer):
+        kind = MemoryLayer(num_heads=2)  # positions of packed documents are attention's own matter
+    made, packed = model(kind, kind), tokens()
+    segments = torch.tensor([[0] * 5 + [1] + [2] * 10, [4] * 9 + [3] * 7])
+    read = made(batch_of(packed, segments)).logits
+    for row, start, stop in [(0, 0, 5), (0, 5, 6), (0, 6, 16), (1, 0, 9), (1, 9, 16)]:
+        alone = made(batch_of(packed[row : row + 1, start:stop])).logits[0]
+        torch.testing.assert_close(read[row, start:stop], alone, rtol=0, atol=1e-11)
+
+
+@every_kind
+def test_a_row_read_in_parts_with_carried_state_equals_one_pass(kind: LayerKind) -> None:
+    made, row = model(kind, TitansLMM(chunk=3, expand=2), kind), tokens()
+    state, parts = made.init_state(2), []
+    for part in row.split([5, 1, 1, 9], dim=1):
+        output = made(batch_of(part), state)
+        state = output.state
+        parts.append(output.logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), made(batch_of(row)).logits, rtol=0, atol=1e-10)
+
+
+def test_a_state_does_not_grow_with_what_was_read() -> None:
+    made, sizes = model(TitansLMM(chunk=3), DeltaNet()), []
+    state, lengths = made.init_state(2), torch.zeros(2, dtype=torch.long)
+    for token in tokens(length=7).split(1, dim=1):
+        _, state = made.decode(token, state, lengths)
+        lengths = lengths + 1
+        sizes.append(sum(part.numel() for part in torch.utils._pytree.tree_leaves(state)))
+    assert len(set(sizes)) == 1
+
+
+@every_kind
+def test_a_key_that_repeats_for_a_thousand_tokens_does_not_blow_the_memory_up(kind: LayerKind) -> None:
+    if isinstance(kind, LinearAttention | AttentionLayer):
+        kind = MemoryLayer()
+    assert isinstance(kind, MemoryLayer)
+    torch.manual_seed(0)
+    mixer = kind.build(32)
+    assert isinstance(mixer, MemoryMixer)
+    with torch.no_grad():
+        x = torch.randn(1, 1, 32).expand(1, 1000, 32)
+        given = mixer._tokens(x, mixer.qkv(x), None, None)
+        largest = given._replace(rate=torch.full_like(given.rate, mixer.max_rate))
+        if mixer.options.damped and given.log_momentum is not None:
+            largest = largest._replace(rate=mixer.max_rate * -given.log_momentum.expm1())
+        answers, state = mixer.memory(largest)
+    assert answers.isfinite().all()
+    assert answers[:, :, -1].norm() < 10 * (given.v[:, :, -1].norm() + given.k[:, :, -1].norm())
+    assert max(float(part.abs().max()) for part in state.weights) < 10
+
+
+def test_an_evaluation_with_the_memories_silenced_answers_otherwise() -> None:
+    made, row = model(TitansLMM(chunk=4)), tokens()
+    with torch.inference_mode():
+        usual = made(batch_of(row)).logits
+        memory = made.blocks[0].attention.attention.memory
+        plain = memory.forward
+        memory.forward = lambda given, state=None: plain(
+            Tokens(*given[:3], torch.zeros_like(given.rate), *given[4:]), state
+        )
+        silent = made(batch_of(row)).logits
+    assert (usual - silent).abs().max() > 1e-6
+
+
+def test_the_list_is_repeated_and_its_layers_are_those_of_the_configuration() -> None:
+    titans = {"class_path": "TitansLMM", "init_args": {"chunk": 4, "depth": 1}}
+    options = {"hidden_size": 16, "layers": ["DeltaNet", titans, "AttentionLayer"], "repeat": 2}
+    made = build(
+        checked(Component(class_path="MemoryTransformer", init_args=options), "architecture", "architecture"),
+        "architecture", "architecture", {"spec": TEXT},
+    )  # fmt: skip
+    layers = [block.attention.attention for block in made.blocks]
+    assert [type(layer).__name__ for layer in layers] == ["MemoryMixer", "MemoryMixer", "Attention"] * 2
+    assert layers[0].rule == layers[3].rule == DeltaNet().rule
+    assert layers[1].rule == layers[4].rule == TitansLMM(chunk=4, depth=1).rule
+    assert layers[0].qkv.weight is not layers[3].qkv.weight
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="MemoryTransformer.layers: must give at least one"):
+        model()
+    with pytest.raises(ValueError, match="MemoryTransformer.repeat: must give at least one layer, got 0"):
+        model(DeltaNet(), repeat=0)
+    with pytest.raises(ValueError, match="TitansLMM.num_heads: 5 does not divide hidden_size"):
+        model(TitansLMM(num_heads=5))
+    with pytest.raises(ValueError, match="AttentionLayer.num_heads: hidden_size .16. is no multiple"):
+        model(AttentionLayer(num_heads=16))
+    with pytest.raises(ValueError, match="projection.normaliser: needs learned_start: false"):
+        ProjectionOptions(normaliser=True)
+    with pytest.raises(ValueError, match="projection.decay_start: must lie between"):
+        ProjectionOptions(decay_start=1.0)
+    wrong = {"layers": [{"class_path": "TitansLMM", "init_args": {"chunks": 4}}]}
+    with pytest.raises(ConfigError, match="layers.0: TitansLMM has no option 'chunks'; did you mean 'chunk'"):
+        checked(Component(class_path="MemoryTransformer", init_args=wrong), "architecture", "architecture")
+
+
+def test_the_record_is_told_what_computed_the_memories() -> None:
+    made = model(DeltaNet(), AttentionLayer(), TitansLMM())
+    assert made.facts() == {"memory_backend": "none yet"}
+    made(batch_of(tokens()))
+    assert made.facts() == {"memory_backend.0": "delta_memory torch", "memory_backend.2": "chunked PyTorch"}
+    alike = model(DeltaNet(), GatedDeltaNet())
+    alike(batch_of(tokens()))
+    assert alike.facts() == {"memory_backend": "delta_memory torch"}
+
+
+@pytest.mark.parametrize(
+    "kind", [TTTMLP(chunk=4), TitansLMM(chunk=4), TTTLinear(chunk=4)], ids=lambda k: type(k).__name__
+)
+def test_flops_are_those_that_torch_counts_within_a_tenth(kind: LayerKind) -> None:
+    torch.manual_seed(0)
+    made = MemoryTransformer(spec=TEXT, hidden_size=64, layers=[kind], mlp_ratio=2.0)
+    with FlopCounterMode(display=False) as counter:
+        made(batch_of(tokens(rows=1)))
+    assert made.flops_per_row() == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_a_run_writes_an_architectures_words_down_as_tags_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MLP, "facts", lambda self: {"memory_backend": "by hand"})
+    folder = run_folder(tmp_path, study(training__budget={"steps": 1}))
+    assert execute(folder).status == "FINISHED"
+    told = [entry["values"] for entry in read(folder) if entry["kind"] == "tags"]
+    assert told.count({"architecture.memory_backend": "by hand"}) == 1
