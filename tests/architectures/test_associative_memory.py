@@ -15,6 +15,7 @@ from associative_memories import (
     tokens,
 )  # fmt: skip
 
+from clplat.architectures.associative_memory import memory as memory_module
 from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.network import loss
 from clplat.architectures.associative_memory.state import MemoryState, Tokens
@@ -161,3 +162,23 @@ def test_without_steps_and_forgetting_it_stays_as_it_began(name: str) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
     expected = made._network().read(first, made._checked(given).q)
     torch.testing.assert_close(answers, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["hebb", "frozen", "titans-matrix", "exact", "gdn"])
+def test_calls_that_a_gpu_gives_to_the_kernels_are_the_token_loop_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU packed rows and open chunks go to `delta_memory` as well; here its PyTorch form answers for it."""
+    rule = RULES[name]
+    made, given, documents = memory(rule), tokens(rule, 11), packed()
+    monkeypatch.setattr(memory_module, "which_backend", lambda *tensors, chunk: "triton")
+    expected = solution(made, given, lambda: (made.by_definition(given, documents=documents)[0], None))
+    assert_same(solution(made, given, lambda: (made.read_documents(given, documents), None)), expected)
+    with torch.no_grad():
+        counts = torch.arange(6) < torch.tensor([6, 1, 3]).unsqueeze(1)
+        start = made(tokens(rule, 6, seed=1)._replace(counts=counts))[1]
+    assert_same(
+        solution(made, given, lambda: made(given, start)),
+        solution(made, given, lambda: made.by_definition(given, start)),
+    )
+    assert made.backend == "delta_memory triton"
