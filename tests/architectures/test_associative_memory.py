@@ -110,7 +110,9 @@ def test_tokens_that_do_not_count_change_nothing(name: str) -> None:
     for row, length in enumerate([9, 2, 6]):
         _, alone = made(given.part(0, length))
         for other in (end, defined):
-            for found, expected in zip((*other.weights, *other.momentum), (*alone.weights, *alone.momentum)):
+            for found, expected in zip(
+                (*other.weights, *other.momentum, *other.anchor), (*alone.weights, *alone.momentum, *alone.anchor)
+            ):
                 torch.testing.assert_close(found[row], expected[row], rtol=0, atol=1e-12)
             assert other.offset[row] == alone.offset[row]
 
