@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from studies import run_folder, study
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,6 +31,7 @@ from clplat.execution import execute
 from clplat.journal import read
 from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
+from clplat.study_file import expand, load_study
 
 TEXT = Spec(kind="language", input_shape=(16,), num_outputs=23)
 KINDS: list[LayerKind] = [
@@ -168,6 +170,20 @@ def test_flops_are_those_that_torch_counts_within_a_tenth(kind: LayerKind) -> No
     with FlopCounterMode(display=False) as counter:
         made(batch_of(tokens(rows=1)))
     assert made.flops_per_row() == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_the_pages_example_and_all_variants_of_the_shipped_study_can_be_built() -> None:
+    page = Path(__file__).parents[2] / "docs" / "memories.md"
+    example = yaml.safe_load(page.read_text().split("```yaml")[1].split("```")[0])["architecture"]
+    chosen = [
+        Component(**example),
+        *(run.architecture for run in expand(load_study("memories_text", [("seeds", "[0]")]))),
+    ]
+    assert len(chosen) == 9
+    for component in chosen:
+        made = build(checked(component, "architecture", "a"), "architecture", "a", {"spec": TEXT})
+        assert made(batch_of(tokens())).logits.shape == (2, 16, 23)
+        assert len(made.blocks) == 2 * (3 if made.embedding.embedding_dim == 256 else 1)
 
 
 def test_a_run_writes_an_architectures_words_down_as_tags_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
