@@ -15,32 +15,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clplat.architectures.associative_memory.layout import Documents, documents_of
-from clplat.architectures.associative_memory.mixer import MemoryMixer, MixerState
+from clplat.architectures.associative_memory.layout import documents_of
+from clplat.architectures.associative_memory.mixer import MemoryMixer
 from clplat.architectures.associative_memory.presets import LayerKind, TitansLMM
+from clplat.architectures.associative_memory.reading import Reading
 from clplat.architectures.base import State
 from clplat.architectures.decoder import Block, Decoder, check_language
-from clplat.architectures.layers import Attention, Cache, SwiGLU, causal_document_mask, rotary_angles
+from clplat.architectures.layers import Angles, Attention, Cache, SwiGLU, causal_document_mask, rotary_angles
 from clplat.streams.base import Spec
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reading:
-    """What layers are told of the tokens beside their activations."""
-
-    positions: Tensor
-    """(T,), or (B, T) where rows continue at places of their own."""
-    mask: Tensor | None
-    """For attention, (B, 1, T, S + T); None is the plain causal one."""
-    documents: Documents | None = None
-    lengths: Tensor | None = None
-    """(B,) tokens in the state; None in a full pass."""
 
 
 class AttentionLayer(LayerKind):
@@ -53,44 +40,43 @@ class AttentionLayer(LayerKind):
         if num_heads % self.num_kv_heads:
             raise ValueError(f"AttentionLayer.num_kv_heads: {num_kv_heads} does not divide num_heads ({num_heads})")
 
-    def build(self, hidden_size: int) -> Attention:
+    def build(self, hidden_size: int) -> RotaryAttention:
         """The layer; ValueError where a head cannot be turned in pairs."""
         if hidden_size % (2 * self.num_heads):
             raise ValueError(
                 f"AttentionLayer.num_heads: hidden_size ({hidden_size}) is no multiple of 2 * {self.num_heads}"
             )
-        return Attention(hidden_size=hidden_size, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads)
+        return RotaryAttention(
+            hidden_size=hidden_size, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, rope_base=self.rope_base
+        )
 
 
-class Mixer(nn.Module):
-    """One layer of the list, told by a `Reading` what it needs to know."""
+class RotaryAttention(nn.Module):
+    """`layers.Attention` as a layer of the list: it makes its angles and takes its mask from a `Reading`."""
 
-    def __init__(self, *, kind: LayerKind, hidden_size: int) -> None:
+    def __init__(self, *, hidden_size: int, num_heads: int, num_kv_heads: int, rope_base: float) -> None:
         super().__init__()
-        self.attention = kind.build(hidden_size)
-        self.rope_base = kind.rope_base if isinstance(kind, AttentionLayer) else None
+        self.rope_base = rope_base
+        self.attention = Attention(hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
 
     def forward(self, x_BTC: Tensor, reading: Reading) -> Tensor:
         """A full pass."""
-        if isinstance(self.attention, Attention):
-            return self.attention(x_BTC, self._angles(reading), reading.mask)
-        return self.attention(x_BTC, reading.documents)
+        return self.attention(x_BTC, self._angles(reading), reading.mask)
 
-    def continued(self, x_BTC: Tensor, state: State, reading: Reading) -> tuple[Tensor, State]:
-        """New tokens after those in the state."""
-        if isinstance(self.attention, Attention):
-            return self.attention.continued(x_BTC, state, self._angles(reading), reading.mask, reading.positions)
-        return self.attention.continued(x_BTC, state, reading.lengths)
+    def continued(self, x_BTC: Tensor, cache: Cache, reading: Reading) -> tuple[Tensor, Cache]:
+        """New tokens after those in the cache."""
+        assert reading.mask is not None
+        return self.attention.continued(x_BTC, cache, self._angles(reading), reading.mask, reading.positions)
 
-    def empty_state(self, batch_size: int) -> Cache | MixerState:
-        """The layer's own."""
+    def empty_state(self, batch_size: int) -> Cache:
+        """A cache of no tokens."""
         return self.attention.empty_state(batch_size)
 
     def mixing_flops(self, tokens: int) -> float:
-        """The layer's own."""
+        """As `Attention`."""
         return self.attention.mixing_flops(tokens)
 
-    def _angles(self, reading: Reading) -> tuple[Tensor, Tensor]:
+    def _angles(self, reading: Reading) -> Angles:
         return rotary_angles(reading.positions, self.attention.head_size, self.rope_base)
 
 
@@ -123,7 +109,7 @@ class MemoryTransformer(Decoder):
         blocks = (
             Block(
                 hidden_size=hidden_size,
-                attention=Mixer(kind=kind, hidden_size=hidden_size),
+                attention=kind.build(hidden_size),
                 mlp=SwiGLU(hidden_size=hidden_size, inner_size=32 * math.ceil(mlp_ratio * hidden_size / 32)),
                 dropout=dropout,
             )
@@ -138,8 +124,8 @@ class MemoryTransformer(Decoder):
 
     def facts(self) -> Mapping[str, str]:
         """What computed the memories' last pass, by layer's number where layers differ."""
-        forms = {str(n): block.attention.attention for n, block in enumerate(self.blocks)}
-        taken = {n: layer.memory.backend for n, layer in forms.items() if isinstance(layer, MemoryMixer)}
+        layers = {n: block.attention for n, block in enumerate(self.blocks)}
+        taken = {n: layer.memory.backend for n, layer in layers.items() if isinstance(layer, MemoryMixer)}
         if len(set(taken.values())) == 1:
             return {"memory_backend": next(iter(taken.values()))}
         return {f"memory_backend.{n}": backend for n, backend in taken.items()}
@@ -148,11 +134,12 @@ class MemoryTransformer(Decoder):
         return [module for module in self.modules() if isinstance(module, MemoryMixer)]
 
     def _context(self, tokens: Tensor, segment_ids: Tensor | None) -> tuple[Any, ...]:
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        if segment_ids is None:
-            return (Reading(positions=positions, mask=None),)
-        documents = documents_of(segment_ids) if self._memories() else None
-        return (Reading(positions=positions, mask=causal_document_mask(segment_ids), documents=documents),)
+        positions, before = torch.arange(tokens.shape[1], device=tokens.device), torch.zeros_like(tokens[:, 0])
+        mask = documents = None
+        if segment_ids is not None:
+            mask = causal_document_mask(segment_ids)
+            documents = documents_of(segment_ids) if self._memories() else None
+        return (Reading(positions=positions, mask=mask, documents=documents, lengths=before),)
 
     def _continued_context(self, tokens: Tensor, state: State, lengths: Tensor) -> tuple[Any, ...]:
         positions = lengths.unsqueeze(1) + torch.arange(tokens.shape[1], device=tokens.device)
@@ -160,7 +147,7 @@ class MemoryTransformer(Decoder):
         width = next((held[0].shape[1] for held in state if len(held) == 2), 0)
         columns = torch.arange(width + tokens.shape[1], device=tokens.device)
         mask = (columns <= positions.unsqueeze(-1)).unsqueeze(1)
-        return (Reading(positions=positions, mask=mask, lengths=lengths),)
+        return (Reading(positions=positions, mask=mask, documents=None, lengths=lengths),)
 
     def _held(self, tokens: Tensor, state: State) -> Tensor:
         if len(state[0]) == 2:

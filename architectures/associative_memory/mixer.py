@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from clplat.architectures.associative_memory.layout import Documents
 from clplat.architectures.associative_memory.memory import AssociativeMemory
+from clplat.architectures.associative_memory.reading import Reading
 from clplat.architectures.associative_memory.rule import MemoryRule
 from clplat.architectures.associative_memory.state import MemoryState, Tokens
 from clplat.architectures.layers import causal_convolution
@@ -100,17 +101,18 @@ class MemoryMixer(nn.Module):
             self.gates.bias.copy_(torch.cat(list(self.starts.values())))
         self.memory.reset_start()
 
-    def forward(self, x_BTC: Tensor, documents: Documents | None) -> Tensor:
-        """A full pass over rows, packed with `documents` or each of one text."""
+    def forward(self, x_BTC: Tensor, reading: Reading) -> Tensor:
+        """A full pass over rows, packed with documents or each of one text."""
+        documents = reading.documents
         tokens = self._tokens(x_BTC, self.qkv(x_BTC), None, documents)
         answers = self.memory(tokens)[0] if documents is None else self.memory.read_documents(tokens, documents)
         return self._given_out(x_BTC, answers)
 
-    def continued(self, x_BTC: Tensor, state: MixerState, lengths: Tensor) -> tuple[Tensor, MixerState]:
-        """New tokens after the `lengths` (B,) tokens of each row that `state` holds."""
-        before, memory = self._taken_in(state, lengths)
+    def continued(self, x_BTC: Tensor, state: MixerState, reading: Reading) -> tuple[Tensor, MixerState]:
+        """New tokens after the `reading.lengths` (B,) tokens of each row that `state` holds."""
+        before, memory = self._taken_in(state, reading.lengths)
         answers, _ = self.memory(self._tokens(x_BTC, self.qkv(x_BTC), before, None), memory)
-        return self._given_out(x_BTC, answers), (before, tuple(memory), x_BTC, lengths)
+        return self._given_out(x_BTC, answers), (before, tuple(memory), x_BTC, reading.lengths)
 
     def empty_state(self, batch_size: int) -> MixerState:
         """The state before any token, with nothing pending."""

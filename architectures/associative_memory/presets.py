@@ -19,7 +19,8 @@ class LayerKind(ABC):
 
     @abstractmethod
     def build(self, hidden_size: int) -> nn.Module:
-        """The mixing layer for a stream of that width."""
+        """The mixing layer for a stream of that width: `forward(x_BTC, reading)`, and what else `decoder.py` asks of
+        one, with a `Reading` as the only context."""
 
 
 class MemoryLayer(LayerKind):

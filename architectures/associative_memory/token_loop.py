@@ -46,8 +46,12 @@ def token_loop(
 
 
 def _begun(begins_B: Tensor, first: MemoryState, state: MemoryState) -> MemoryState:
-    parts = [chosen(begins_B, new, old) for new, old in zip(first[:3], state[:3])]
-    return MemoryState(*parts, torch.where(begins_B, first.offset, state.offset))
+    return MemoryState(
+        chosen(begins_B, first.weights, state.weights),
+        chosen(begins_B, first.momentum, state.momentum),
+        chosen(begins_B, first.anchor, state.anchor),
+        torch.where(begins_B, first.offset, state.offset),
+    )
 
 
 def _written(network: Network, token: Tokens, W: Layers, S: Layers, anchor: Layers) -> tuple[Layers, Layers]:

@@ -110,7 +110,7 @@ def test_an_evaluation_with_the_memories_silenced_answers_otherwise() -> None:
     made, row = model(TitansLMM(chunk=4)), tokens()
     with torch.inference_mode():
         usual = made(batch_of(row)).logits
-        memory = made.blocks[0].attention.attention.memory
+        memory = made.blocks[0].attention.memory
         plain = memory.forward
         memory.forward = lambda given, state=None: plain(
             Tokens(*given[:3], torch.zeros_like(given.rate), *given[4:]), state
@@ -126,8 +126,8 @@ def test_the_list_is_repeated_and_its_layers_are_those_of_the_configuration() ->
         checked(Component(class_path="MemoryTransformer", init_args=options), "architecture", "architecture"),
         "architecture", "architecture", {"spec": TEXT},
     )  # fmt: skip
-    layers = [block.attention.attention for block in made.blocks]
-    assert [type(layer).__name__ for layer in layers] == ["MemoryMixer", "MemoryMixer", "Attention"] * 2
+    layers = [block.attention for block in made.blocks]
+    assert [type(layer).__name__ for layer in layers] == ["MemoryMixer", "MemoryMixer", "RotaryAttention"] * 2
     assert layers[0].rule == layers[3].rule == DeltaNet().rule
     assert layers[1].rule == layers[4].rule == TitansLMM(chunk=4, depth=1).rule
     assert layers[0].qkv.weight is not layers[3].qkv.weight
