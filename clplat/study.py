@@ -69,7 +69,8 @@ def preflight(runs: Sequence[RunConfig]) -> list[dict[str, Any]]:
         streams[key] = streams.get(key) or prepared_stream(run)
         held[key] = held.get(key) or read_tasks(run, streams[key])
         try:
-            parts = assemble(run, World(), streams[key])
+            # As the first of all its processes: what several cannot do is said here too.
+            parts = assemble(run, World(size=run.training.devices), streams[key])
             check_early_ends(run, parts.hooks.select_tasks(parts.stream.tasks))
             try_out(parts)
         except ConfigError as error:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from clplat.architectures.base import StepOutcome
-from clplat.strategies.base import Context, Fidelity, Strategy
+from clplat.strategies.base import Context, Fidelity, Fixed, Strategy
 from clplat.strategies.buffers import Buffer, Policy, stored_fields
 from clplat.streams.base import Data, Task
 from clplat.streams.batch import CURRENT, REPLAY, Batch
@@ -158,6 +158,7 @@ class GDumb(_Rehearsal):
     """
 
     restarts: ClassVar[bool] = True
+    fixed: ClassVar[Fixed] = "everything"
     paper = "Prabhu et al. 2020, GDumb (ECCV)"
     fidelity: ClassVar[Fidelity] = "mechanism"
 
