@@ -17,6 +17,7 @@ from rich.console import Console
 
 from clplat.config import RunConfig, difference, load_run, parse, plain, save
 from clplat.errors import ConfigError
+from clplat.machine import check_room
 from clplat.plan import check_data, check_plan
 from clplat.study import Study, carry_out, lay_out_runs, run_study, settled
 from clplat.study_file import check_unchanged, expand, load_study, run_folders, set_key
@@ -85,6 +86,7 @@ def _resume_one(folder: Path, console: Console) -> Study:
         check_unchanged(folder.parent, [folder])
         check_data(folder.parent)
     config = load_run(folder / "config.yaml")
+    check_room(config.training)
     outcomes = launch([folder], workers=1, threads=config.training.threads, console=console)
     if of_study and config.tracking.enabled:
         settle_study(folder.parent)

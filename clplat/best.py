@@ -32,6 +32,8 @@ def study(name: str, overrides: Sequence[tuple[str, str]] = ()) -> StudyConfig:
         raise ConfigError(f"--best: nothing is called {name!r}{nearest(name, known)}")
     file, entry = known[name]
     whole = load_study(file, overrides)
+    if entry.variant not in whole.variants:
+        raise ConfigError(f"--variants: --best {name} runs the variant {entry.variant!r}, which it leaves out")
     alone = {entry.variant: whole.variants[entry.variant]}
     return dataclasses.replace(whole, name=name, variants=alone, baseline=None, known_good={name: entry})
 

@@ -65,6 +65,12 @@ def check_early_ends(config: RunConfig, tasks: Sequence[Task]) -> None:
                 f"training.budget.until: the validation set of {task.name!r} has no metric {missing[0]!r}"
                 f"{nearest(missing[0], known)}"
             )
+        for name, threshold in thresholds.items():
+            if not known[name].reachable(threshold):
+                raise ConfigError(
+                    f"training.budget.until: {name} {threshold:g} would never be reached, the best there can be is "
+                    f"{known[name].best:g}; give a share, not per cent"
+                )
 
 
 def task_loader(run: Run, task: Task) -> TaskLoader:

@@ -30,15 +30,15 @@ from clplat.study_results import load_study_results
     [
         (
             {"strategies": {"replay": {"class_path": "ExperienceReplay", "init_args": {"capacity": 10**6}}}},
-            r"variant digits: strategies\.replay: .*capacity.*1000000",
+            r"^strategies\.replay: .*capacity.*1000000",
         ),
         (
             {"stream": {"class_path": "StdlibText"}},
-            r"variant digits: architecture: MLP is not causal.*Transformer",
+            r"^architecture: MLP is not causal.*Transformer",
         ),
         (
             {"training__compile": "reduce-overhead", "training__accumulate": 2},
-            r"variant digits: training\.compile: reduce-overhead needs accumulate 1",
+            r"^training\.compile: reduce-overhead needs accumulate 1",
         ),
         (
             {"training__accelerator": "gpu"} if not torch.cuda.is_available() else {"training__devices": 99},
@@ -172,7 +172,7 @@ def test_a_model_that_cannot_read_the_stream_is_refused_before_anything_is_writt
         "    def forward(self, batch, state=None, return_hidden=None):\n"
         "        return Output(logits=self.layer(batch.inputs))\n"
     )
-    with pytest.raises(ConfigError, match=r"variant digits: architecture: Narrow cannot answer rows \(2, 1, 8, 8\)"):
+    with pytest.raises(ConfigError, match=r"^architecture: Narrow cannot answer rows \(2, 1, 8, 8\)"):
         clplat.run(study(architecture={"class_path": "narrow.Narrow"}), quiet=True)
     assert not (tmp_path / "runs").exists()
 
