@@ -59,7 +59,7 @@ def preflight(runs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     Returns what each of the study's streams holds, as the first seed has it.
     """
     from clplat.assembly import assemble, prepared_stream
-    from clplat.fitting import check_early_ends
+    from clplat.early_end import check_early_ends
     from clplat.strategies.world import World
 
     streams: dict[str, Stream] = {}
