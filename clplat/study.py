@@ -40,6 +40,11 @@ class Study:
     """What MLflow has not got, in a sentence; empty when it has all."""
 
     @property
+    def status(self) -> str:
+        """FINISHED when every run did, else how the first other one ended: FAILED, KILLED or BUSY."""
+        return next((outcome.status for outcome in self.outcomes if outcome.status != "FINISHED"), "FINISHED")
+
+    @property
     def code(self) -> int:
         """Exit code: 0 when every run finished, else the first other one."""
         return next((outcome.code for outcome in self.outcomes if outcome.code), 0)

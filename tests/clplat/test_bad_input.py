@@ -14,7 +14,7 @@ from studies import REPLAY, run_folder, study
 import clplat
 from clplat.api import resume
 from clplat.checkpoint import Checkpoints
-from clplat.errors import ConfigError, StorageError
+from clplat.errors import ConfigError, StorageError, StudyFailedError
 from clplat.execution import execute
 from clplat.journal import last_status, read
 from clplat.learner import Learner
@@ -122,9 +122,25 @@ def test_a_failing_component_fails_its_run_alone_and_leaves_its_traceback(
     data = study(variants={"naive": {}, "broken": {"strategies": {"b": {"class_path": "mine.Broken"}}}})
     done = clplat.run(data, quiet=True)
     assert [outcome.status for outcome in done.outcomes] == ["FINISHED", "FAILED"]
-    assert done.code == 1
+    assert done.code == 1 and done.status == "FAILED"
     assert "RuntimeError: no idea" in done.outcomes[1].reason
     assert "task_end" in (done.folder / "broken-s0" / "error.txt").read_text()
+
+
+def test_a_study_of_which_every_run_failed_is_an_error_in_python(tmp_path: Path) -> None:
+    data = study(training__optimizer={"class_path": "SGD", "init_args": {"lr": 1e30}}, seeds=[0, 1])
+    with pytest.raises(
+        StudyFailedError, match=r"runs/digits-.*: every run failed; digits-s0: .*lower training\.optimizer"
+    ):
+        clplat.run(data | {"launcher": {"workers": 1}}, quiet=True)
+
+
+def test_a_penalty_that_is_too_strong_is_named_when_the_loss_diverges(tmp_path: Path) -> None:
+    strong = {"hold": {"class_path": "OnlineEWC", "init_args": {"strength": 1e30}}}
+    outcome = execute(run_folder(tmp_path, study(strategies=strong)))
+    assert (
+        outcome.status == "FAILED" and "lower the strength of strategies.hold or training.optimizer" in outcome.reason
+    )
 
 
 def test_a_changed_scientific_key_on_resume_is_refused_with_the_difference_and_a_free_one_is_not(
@@ -234,7 +250,7 @@ def test_the_journal_of_a_failed_run_is_standard_json_and_ends_with_its_status(
         ({"training__workers": -2}, r"training\.workers: must be at least 0, got -2"),
         ({"training__warmup": 7}, r"training\.warmup: .*at most 1"),
         ({"launcher": {"workers": -3}}, r"launcher\.workers: must be at least 1"),
-        ({"name": "../evil"}, r"name: use letters"),
+        ({"name": "../evil"}, r"name: use up to 100 letters"),
         (
             {"training__optimizer": {"class_path": "SGD", "init_args": {"lr": -1}}},
             r"optimizer.*learning rate",
