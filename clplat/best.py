@@ -44,7 +44,7 @@ def listed() -> Table:
         Column("name", no_wrap=True), "here", "published", "source", "min",
         title="known-good settings: clplat run --best NAME",
         caption="Final score in %; minutes of one seed. here: mean ± standard deviation over seeds "
-        "(docs/results/images.md), – where not all seeds were run yet. RECALLED: the published number was not read in "
+        "(docs/results/images.md), – where none was run yet. RECALLED: the published number was not read in "
         "its source.",
     )  # fmt: skip
     for name, (_, entry) in catalogue().items():
