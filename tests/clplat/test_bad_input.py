@@ -14,7 +14,7 @@ from studies import REPLAY, run_folder, study
 import clplat
 from clplat.api import resume
 from clplat.checkpoint import Checkpoints
-from clplat.errors import ConfigError, StorageError, StudyFailedError
+from clplat.errors import ConfigError, StorageError
 from clplat.execution import execute
 from clplat.journal import last_status, read
 from clplat.learner import Learner
@@ -125,14 +125,6 @@ def test_a_failing_component_fails_its_run_alone_and_leaves_its_traceback(
     assert done.code == 1 and done.status == "FAILED"
     assert "RuntimeError: no idea" in done.outcomes[1].reason
     assert "task_end" in (done.folder / "broken-s0" / "error.txt").read_text()
-
-
-def test_a_study_of_which_every_run_failed_is_an_error_in_python(tmp_path: Path) -> None:
-    data = study(training__optimizer={"class_path": "SGD", "init_args": {"lr": 1e30}}, seeds=[0, 1])
-    with pytest.raises(
-        StudyFailedError, match=r"runs/digits-.*: every run failed; digits-s0: .*lower training\.optimizer"
-    ):
-        clplat.run(data | {"launcher": {"workers": 1}}, quiet=True)
 
 
 def test_a_penalty_that_is_too_strong_is_named_when_the_loss_diverges(tmp_path: Path) -> None:
