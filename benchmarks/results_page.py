@@ -1,6 +1,6 @@
 """The tables and figures of a results page, out of MLflow alone, as Markdown.
 
-    python -P benchmarks/results_page.py STUDY docs/results/NAME.md [--uri URI]
+    python benchmarks/results_page.py STUDY docs/results/NAME.md [--uri URI]
 
 Prints the page's generated part between two marker lines into the file, and puts its figures into a folder beside it;
 what stands outside the markers is written by hand and kept.

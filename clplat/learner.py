@@ -291,4 +291,5 @@ class Learner(LightningModule):
         """Refuse to go on, and so to save, when a weight is not a number."""
         sums = torch.stack([p.detach().float().sum() for p in self.architecture.parameters()])
         if not bool(torch.isfinite(sums).all()):
-            raise NotFiniteError(f"a weight became infinite or NaN by step {self.global_steps}")
+            penalties = [name for name, _ in self.hooks.with_penalty]
+            raise NotFiniteError(f"a weight became infinite or NaN by step {self.global_steps}", penalties)

@@ -25,7 +25,7 @@ Curriculum = Literal["single_head", "multi_head", "sliding"]
 class TrainedHeads(Classify):
     """`accuracy` and `loss` over all heads that a task trains, and `newest_accuracy`, that of its own head alone."""
 
-    metrics = Classify.metrics | {"newest_accuracy": Metric(higher_is_better=True)}
+    metrics = Classify.metrics | {"newest_accuracy": Metric(higher_is_better=True, best=1.0)}
 
     def __init__(self, *, newest: int) -> None:
         """`newest`: the place of the task's own head."""
