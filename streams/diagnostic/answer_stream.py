@@ -98,14 +98,13 @@ class _AnswerStream(Stream):
             raise ValueError(f"multiples: different whole numbers from 2 upwards, got {list(multiples)}")
         self.multiples, self.seed = list(multiples), seed
         self.rows = {"train": train_rows, "val": val_rows, "test": test_rows}
-        self.overlaps: dict[str, int] = {}
 
     def draw(self, index: int, length: int, rows: int, chance: torch.Generator, *, training: bool) -> Drawn:
         """`rows` rows of `length` tokens that ask what the task number `index` asks."""
         raise TypeError(f"{type(self).__name__} must define draw")
 
-    def few_rows(self, index: int) -> bool:
-        """Whether the task has so few possible rows that those of different sets may be the same."""
+    def one_row(self, index: int) -> bool:
+        """Whether the task has a single row of each length, which all its sets of this length then consist of."""
         return False
 
     def prepare(self) -> None:
@@ -118,9 +117,7 @@ class _AnswerStream(Stream):
         ]
 
     def facts(self) -> Mapping[str, object]:
-        """The vocabulary, and how many training rows are nevertheless rows that are scored, where any are."""
-        repeated = {f"{name}.repeated_rows": count for name, count in self.overlaps.items() if count}
-        return {"vocab_size": self.vocab_size} | repeated
+        return {"vocab_size": self.vocab_size}
 
     def _task(self, index: int) -> Task:
         name, length = self.names[index], self.lengths[index]
@@ -138,20 +135,20 @@ class _AnswerStream(Stream):
         return EvalSet(name=name, data=AnsweredRows(rows, task=index), scorer=Answers(stale=self.stale))
 
     def _rows(self, index: int, part: str, length: int, apart_from: Sequence[Drawn] = ()) -> Drawn:
-        """One set of a task; a space too small to keep it apart is refused, or noted where it is known to be small."""
+        """One set of a task, without rows of others; where there are too few rows for that, it is refused."""
         name, training = self.names[index], part == "train"
         chance = source(type(self).__name__, name, part, length, self.seed if training else "fixed")
-        taken = torch.cat([marks(other.inputs) for other in apart_from]) if apart_from else torch.empty(0).long()
+        others = [] if self.one_row(index) else apart_from
+        taken = torch.cat([torch.empty(0, dtype=torch.long), *(marks(other.inputs) for other in others)])
         rows, same = apart(
             lambda count, draw: self.draw(index, length, count, draw, training=training),
             self.rows[part.split("-")[0]], chance, taken,
         )  # fmt: skip
-        if same and not self.few_rows(index):
+        if same:
             raise ValueError(
                 f"{part}_rows: {name} has too few different rows of {length} tokens to keep its sets apart ({same} of "
                 f"{len(rows.inputs)} are in another set); ask for longer rows, a larger vocabulary, or fewer test_rows"
             )
-        self.overlaps[f"{name}.{part}"] = same
         return rows
 
 
