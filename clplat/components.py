@@ -199,18 +199,22 @@ def _plain(value: Any) -> Any:
 def build(component: Component, wing: str, key: str, supplied: Mapping[str, Any] | None = None) -> Any:
     """An instance of the component; `supplied` are arguments that the platform passes where they are declared."""
     found = resolve(component.class_path, wing, key)
-    options = _options(found, wing)
-    extra = {name: value for name, value in (supplied or {}).items() if name in options}
-    given = _given(component, found, wing)
-    parser = _parser(found, wing)
+    extra = {name: value for name, value in (supplied or {}).items() if name in _options(found, wing)}
+    given = arguments(component, wing, key)
     try:
-        built = parser.instantiate(parser.parse_object(given))
-    except Exception as error:  # noqa: BLE001 - as in `checked`
-        raise ConfigError(f"{key}.init_args{reason(error)}") from error
-    try:
-        return found(**extra, **vars(built))
+        return found(**extra, **given)
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise ConfigError(f"{key}: {error}") from error
+
+
+def arguments(component: Component, wing: str, key: str) -> dict[str, Any]:
+    """The component's options as its constructor takes them, with the components among them built."""
+    found = resolve(component.class_path, wing, key)
+    parser = _parser(found, wing)
+    try:
+        return vars(parser.instantiate(parser.parse_object(_given(component, found, wing))))
+    except Exception as error:  # noqa: BLE001 - as in `checked`
+        raise ConfigError(f"{key}.init_args{reason(error)}") from error
 
 
 def _parser(found: type, wing: str) -> Any:
