@@ -4,7 +4,7 @@ project page).
     python benchmarks/trc2_sizes.py
 
 Models are built on the `meta` device: nothing is allocated, and it takes a second. Active parameters are those that one
-token passes through, of TRC² without its critics; operations are those of a forward pass for one token of 1024 in a row.
+token passes through, of TRC² without its critics; operations are those of a forward pass for each of 1024 tokens.
 """
 
 from __future__ import annotations

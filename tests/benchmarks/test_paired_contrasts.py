@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib.util
 import sys
 from pathlib import Path
 
+import pytest
 from records import cells
 from studies import study
 
@@ -16,11 +17,13 @@ from clplat.study_file import expand, load_study, run_folders
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "paired_contrasts.py"
 
 
-def printed(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-P", str(SCRIPT), *arguments], capture_output=True, text=True, timeout=120)
-
-
-def test_less_forgetting_and_higher_scores_count_as_better_in_seeds_that_both_have_finished() -> None:
+def test_less_forgetting_and_higher_scores_count_as_better_in_seeds_that_both_have_finished(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("paired_contrasts", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
     config = load_study(study(variants={"er": {}, "mine": {}}, seeds=[0, 1, 2], folder="runs"))
     folder = lay_out(config, expand(config))
     for run in run_folders(folder):
@@ -31,9 +34,9 @@ def test_less_forgetting_and_higher_scores_count_as_better_in_seeds_that_both_ha
             journal.results(row, 10 * row, cells(scores, ["first", "second"]))
         journal.status("FAILED" if run.name == "mine-s2" else "FINISHED")
         journal.flush()
-    done = printed(str(folder), "mine:er")
-    assert done.returncode == 0, done.stderr
-    head, _, row = (line.strip("| ").split(" | ") for line in done.stdout.splitlines())
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(folder), "mine:er"])
+    script.main()
+    head, _, row = (line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines())
     found = dict(zip(head[-5:], row[-5:]))
     assert row[0] == "mine − er"
     assert found["cumulative forgetting"] == "-0.125 ± 1.588, 1/2"
@@ -41,6 +44,7 @@ def test_less_forgetting_and_higher_scores_count_as_better_in_seeds_that_both_ha
     assert found["learning score"] == "0.000 ± 0.000, 0/2"
     # On a straight line to the end of the stream, half of what is lost at its end; both windows begin at step 10.
     assert found["cumulative forgetting curve"] == found["cumulative forgetting curve first"] == "-0.062 ± 0.794, 1/2"
-    wrong = printed(str(folder), "mine:err")
-    assert wrong.returncode == 1 and "has no runs of 'err', did you mean 'er'" in wrong.stderr.replace(";", ",")
-    assert printed(str(folder), "mine").returncode == 1
+    for pair, said in {"mine:err": "has no runs of 'err'.*did you mean 'er'", "mine": "a colon between"}.items():
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(folder), pair])
+        with pytest.raises(SystemExit, match=said):
+            script.main()
