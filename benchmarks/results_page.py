@@ -22,7 +22,10 @@ from clplat.study_results import RunRecord, StudyResults, load_study_results
 from clplat.tracking import client
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
-SCORES = ("final_score", "learning_score", "final_forgetting", "cumulative_forgetting", "cumulative_forgetting_curve")
+SCORES = (
+    "final_score", "learning_score", "final_forgetting", "cumulative_forgetting", "cumulative_forgetting_curve",
+    "cumulative_forgetting_curve_first",
+)  # fmt: skip
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -18,7 +18,7 @@ from clplat.interruption import Interruption
 from clplat.loop import Run
 from clplat.machine import check_room, cores
 from clplat.progress import Silent
-from clplat.streams.base import Budget
+from clplat.streams.base import Budget, Task
 from clplat.study import of_variant, worker_count
 from clplat.study_file import expand
 
@@ -52,10 +52,19 @@ def estimate(study: StudyConfig, console: Console) -> Table:
     return table
 
 
+class _Trial(Run):
+    """A run whose tasks take one step each while it is `short`, also those whose budget another one is given (Joint)."""
+
+    short = False
+
+    def budget(self, task: Task) -> Budget:
+        return Budget(steps=1) if self.short else super().budget(task)
+
+
 def _try(config: RunConfig, folder: Path) -> tuple[int, int, float, float, float, int]:
     """Tasks, steps, seconds a step, seconds an evaluation, seconds in all, peak bytes."""
     quiet = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_seconds=1e9))
-    run = Run(quiet, folder, journal=None, interruption=Interruption(), progress=Silent())
+    run = _Trial(quiet, folder, journal=None, interruption=Interruption(), progress=Silent())
     start = time.perf_counter()
     run.parts.evaluator.cells([])
     evaluation = time.perf_counter() - start
@@ -65,10 +74,12 @@ def _try(config: RunConfig, folder: Path) -> tuple[int, int, float, float, float
         run.parts.learner.batches = 0
         run.parts.hooks.task_start(task)
         wanted = task_loader(run, task).stop // config.training.accumulate
-        fit(run, dataclasses.replace(task, budget=Budget(steps=1)))
+        run.short = True
+        fit(run, task)
         before, warm = run.costs.training_seconds, run.parts.learner.global_steps
         run.parts.learner.batches = 0
-        fit(run, dataclasses.replace(task, budget=Budget(steps=1)))
+        fit(run, task)
+        run.short = False
         steps += wanted
         seconds += (run.costs.training_seconds - before) / (run.parts.learner.global_steps - warm) * wanted
         start = time.perf_counter()
