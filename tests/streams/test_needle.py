@@ -11,7 +11,8 @@ from clplat.streams.batch import IGNORE
 from clplat.streams.diagnostic.needle import ASK, FIRST, NEEDLE, SingleNeedle
 
 SMALL: dict[str, Any] = {
-    "lengths": [32], "keys": 8, "values": 16, "filler_tokens": 5, "train_rows": 1500, "val_rows": 50, "test_rows": 200,
+    "lengths": [32], "num_keys": 8, "num_values": 16, "filler_tokens": 5, "train_rows": 1500,
+    "val_rows": 50, "test_rows": 200,
 }  # fmt: skip
 KEYS, VALUES = range(FIRST, FIRST + 8), range(FIRST + 8, FIRST + 24)
 
@@ -97,8 +98,8 @@ def test_scored_rows_are_cut_from_text_that_training_rows_are_not() -> None:
 def test_no_row_is_in_two_sets_and_the_seed_draws_the_training_rows_alone() -> None:
     small = {
         "lengths": [7],
-        "keys": 2,
-        "values": 2,
+        "num_keys": 2,
+        "num_values": 2,
         "filler_tokens": 2,
         "train_rows": 300,
         "test_rows": 8,
@@ -117,8 +118,8 @@ def test_no_row_is_in_two_sets_and_the_seed_draws_the_training_rows_alone() -> N
     [
         ({"lengths": [5]}, "lengths: different numbers above the 5 tokens of needles and question"),
         ({"lengths": [32, 32]}, "lengths: different numbers"),
-        ({"keys": 2, "distractors": 2}, "keys: at least 3, got 2"),
-        ({"values": 1}, "values: at least 2, got 1"),
+        ({"num_keys": 2, "distractors": 2}, "num_keys: at least 3, got 2"),
+        ({"num_values": 1}, "num_values: at least 2, got 1"),
         ({"value_length": 0}, "value_length: at least 1"),
         ({"distractors": -1}, "distractors: at least 0"),
         ({"filler_tokens": 0}, "filler_tokens: at least 1"),
