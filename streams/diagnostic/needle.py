@@ -35,8 +35,8 @@ class SingleNeedle(_AnswerStream):
         lengths: Sequence[int] = (128,),
         filler: Literal["repeat", "noise", "text"] = "noise",
         filler_tokens: int = 64,
-        keys: int = 64,
-        values: int = 64,
+        num_keys: int = 64,
+        num_values: int = 64,
         value_length: int = 1,
         distractors: int = 0,
         multiples: Sequence[int] = (2, 4, 8),
@@ -46,17 +46,20 @@ class SingleNeedle(_AnswerStream):
         seed: int = 0,
     ) -> None:
         """A task for each of `lengths`. `filler`: the same `filler_tokens` over and over, that many at random, or
-        Python's language reference as bytes. The answer is the `value_length` tokens, each one of `values`, behind the
-        key in its needle; `distractors` more needles have other keys. `multiples`: further test sets of rows so many
-        times as long, scored as probes.
+        Python's language reference as bytes. The answer is the `value_length` tokens, each one of `num_values`, behind
+        the key in its needle; `distractors` more needles have other keys. `multiples`: further test sets of rows so
+        many times as long, scored as probes.
         """
         super().__init__(multiples=multiples, train_rows=train_rows, val_rows=val_rows, test_rows=test_rows, seed=seed)
-        least = {"filler_tokens": (filler_tokens, 1), "keys": (keys, distractors + 1), "values": (values, 2),
-                 "value_length": (value_length, 1), "distractors": (distractors, 0)}  # fmt: skip
+        least = {
+            "filler_tokens": (filler_tokens, 1), "num_keys": (num_keys, distractors + 1), "num_values": (num_values, 2),
+            "value_length": (value_length, 1), "distractors": (distractors, 0),
+        }  # fmt: skip
         for name, (given, needed) in least.items():
             if given < needed:
                 raise ValueError(f"{name}: at least {needed}, got {given}")
-        self.keys, self.values, self.value_length, self.distractors = keys, values, value_length, distractors
+        self.num_keys, self.num_values = num_keys, num_values
+        self.value_length, self.distractors = value_length, distractors
         self.needle, self.question = 2 + value_length, 1 + value_length
         fixed = self.question + (distractors + 1) * self.needle
         if not lengths or min(lengths) <= fixed or len(set(lengths)) < len(lengths):
@@ -65,13 +68,14 @@ class SingleNeedle(_AnswerStream):
                 f"{list(lengths)}"
             )
         self.filler, self.filler_tokens = filler, TEXT_BYTES if filler == "text" else filler_tokens
-        self.vocab_size = FIRST + keys + values + self.filler_tokens
+        self.vocab_size = FIRST + num_keys + num_values + self.filler_tokens
         self.lengths, self.names = list(lengths), [f"needle-{length}" for length in lengths]
 
     def draw(self, index: int, length: int, rows: int, chance: torch.Generator, *, training: bool) -> Drawn:
         count, body = self.distractors + 1, length - self.question
-        keys = FIRST + distinct(rows, count, out_of=self.keys, draw=chance)
-        values = torch.randint(self.values, (rows, count, self.value_length), generator=chance) + FIRST + self.keys
+        keys = FIRST + distinct(rows, count, out_of=self.num_keys, draw=chance)
+        values = torch.randint(self.num_values, (rows, count, self.value_length), generator=chance)
+        values += FIRST + self.num_keys
         needles = torch.cat([torch.full((rows, count, 1), NEEDLE), keys.unsqueeze(2), values], dim=2)
         # A needle stands before any filler token or behind the last, each place as likely; ties stand side by side.
         before = torch.randint(body - count * self.needle + 1, (rows, count), generator=chance).sort(1).values
@@ -90,7 +94,7 @@ class SingleNeedle(_AnswerStream):
 
     def _filler(self, rows: int, count: int, chance: torch.Generator, *, training: bool) -> Tensor:
         """Filler tokens (rows, count)."""
-        first = FIRST + self.keys + self.values
+        first = FIRST + self.num_keys + self.num_values
         if self.filler == "noise":
             return torch.randint(self.filler_tokens, (rows, count), generator=chance) + first
         if self.filler == "repeat":
