@@ -92,8 +92,8 @@ class _LayerDGD(Optimizer):
                 kept = self.state[p]
                 if "inputs" not in kept:
                     raise RuntimeError(
-                        "DGD: a layer has a gradient, and no forward pass of it in training mode was seen; something else "
-                        "uses its weight, so give it to `others` (exclude)"
+                        "DGD: a layer has a gradient, and no forward pass of it in training mode was seen; something "
+                        "else uses its weight, so give it to `others` (exclude)"
                     )
                 moment = kept.pop("inputs") * (group["erase"] / kept.pop("rows"))
                 _descend(p, moment, group["lr"], group["form"])
