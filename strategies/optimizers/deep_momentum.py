@@ -39,9 +39,9 @@ class DeepMomentum(Optimizer):
         seed: int = 0,
     ) -> None:
         """`momentum` is α, and draws m back to where it began. `hidden_size` rows of B, drawn with `seed`; A begins
-        at 0. `objective`: ½ ‖m(u) + u‖² averaged over rows, whose memory gives descent, or ⟨m(u), 1⟩ as printed, whose memory
-        pushes all outputs down whatever u is. `normalise` divides u by its root mean square before the memory, and
-        multiplies what comes out by it. `output` is σ. `weight_decay` is decoupled, lr · weight_decay · W."""
+        at 0. `objective`: ½ ‖m(u) + u‖² averaged over rows, whose memory gives descent, or ⟨m(u), 1⟩ as printed, whose
+        memory pushes all outputs down whatever u is. `normalise` divides u by its root mean square before the memory,
+        and multiplies what comes out by it. `output` is σ. `weight_decay` is decoupled, lr · weight_decay · W."""
         check_numbers(lr=lr, memory_lr=memory_lr, weight_decay=weight_decay)
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum: must be from 0 to 1, got {momentum}")

@@ -51,8 +51,6 @@ class DGD(Joined):
         named = NamedWeights.given(params)
         if named.module is None:
             raise ValueError("params: DGD reads the inputs of layers; build it with DGD.for_module(module, ...)")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise ValueError("DGD: each process sees the inputs of its own rows alone; set training.devices: 1")
         layers = {id(one.weight): one for one in named.module.modules() if isinstance(one, nn.Linear)}
         apart = [name for name, p in named if p.ndim == 2 and id(p) not in layers]
         matrices, rest = shared_out(named, others, [*exclude, *apart], "DGD")
@@ -92,10 +90,10 @@ class _LayerDGD(Optimizer):
                 kept = self.state[p]
                 if "inputs" not in kept:
                     raise RuntimeError(
-                        "DGD: a layer has a gradient, and no forward pass of it in training mode was seen; something else "
-                        "uses its weight, so give it to `others` (exclude)"
+                        "DGD: a layer has a gradient, and no forward pass of it in training mode was seen; something "
+                        "else uses its weight, so give it to `others` (exclude)"
                     )
-                moment = kept.pop("inputs") * (group["erase"] / kept.pop("rows"))
+                moment = _over_processes(kept.pop("inputs") * (group["erase"] / kept.pop("rows")))
                 _descend(p, moment, group["lr"], group["form"])
         return loss
 
@@ -112,6 +110,14 @@ def _descend(weight: Tensor, moment: Tensor, lr: float, form: Form) -> None:
     factor, _ = torch.linalg.cholesky_ex(system.to(torch.promote_types(system.dtype, torch.float32)))
     aim = (weight - lr * weight.grad).mT.to(factor.dtype)
     weight.copy_(torch.cholesky_solve(aim, factor).mT)
+
+
+def _over_processes(moment: Tensor) -> Tensor:
+    """The mean over all processes that train together, as their gradients are means."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(moment)
+        moment /= torch.distributed.get_world_size()
+    return moment
 
 
 def _recorder(
