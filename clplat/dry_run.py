@@ -46,7 +46,7 @@ def estimate(study: StudyConfig, console: Console) -> Table:
 
 
 class _Trial(Run):
-    """A run whose tasks take one step each while it is `short`, also those whose budget another one is given (Joint)."""
+    """A run whose tasks take one step each while it is `short`, those too whose budgets one arm is given (Joint)."""
 
     short = False
 
