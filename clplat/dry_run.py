@@ -53,7 +53,7 @@ def estimate(study: StudyConfig, console: Console) -> Table:
 
 
 class _Trial(Run):
-    """A run whose tasks take one step each while it is `short`, also those whose budget goes to another one (Joint)."""
+    """A run whose tasks take one step each while it is `short`, those too whose budgets one arm is given (Joint)."""
 
     short = False
 
