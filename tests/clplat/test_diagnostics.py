@@ -68,15 +68,10 @@ def test_a_tiny_transformer_learns_recall_of_four_pairs() -> None:
     data = SMALL_STUDY | {"strategies": {}}
     stream = {"pairs": [4], "rewritten": [0], "lengths": [16], "multiples": [], "power": 1.0, "train_rows": 10_000}
     data |= {"stream": {"class_path": "MQAR", "init_args": SMALL_STUDY["stream"]["init_args"] | stream}}
-    network = {"hidden_size": 32, "num_layers": 2, "num_heads": 1, "tie_head": False}
+    network = {"hidden_size": 32, "num_layers": 2, "num_heads": 1, "tie_head": False, "initial_std": 0.06}
     data |= {"architecture": {"class_path": "Transformer", "init_args": network}}
     parts = assemble(expand(load_study(data))[0], World())
     task, model = parts.stream.tasks[0], parts.architecture
-    with torch.no_grad():
-        # At this width the usual initial weights leave attention flat, and finding recall takes thousands of steps.
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     chance = torch.Generator().manual_seed(0)
     for _ in range(150):
