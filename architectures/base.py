@@ -6,6 +6,7 @@ and its own options as keyword arguments, and defines `forward`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -104,6 +105,20 @@ class Architecture(nn.Module):
     def active_parameters(self) -> int:
         """Parameters that one row passes through; below the total for routed models."""
         return sum(p.numel() for p in self.parameters())
+
+
+def as_in_task(architecture: Architecture, tasks: Sequence[Task]) -> Architecture:
+    """A copy as it is once all of `tasks` have started, so that growth is known before anything is trained.
+
+    The model itself where no task changes it. The global random source is left as it was.
+    """
+    if type(architecture).task_start is Architecture.task_start:
+        return architecture
+    later = copy.deepcopy(architecture)
+    with torch.random.fork_rng(devices=[]):
+        for task in tasks:
+            later.task_start(task)
+    return later
 
 
 @runtime_checkable

@@ -80,6 +80,7 @@ class Decoder(Architecture, ABC):
         dropout: float,
         document_mask: bool,
         tie_head: bool,
+        initial_std: float = 0.02,
     ) -> None:
         """`blocks` may be a generator, so that weights are drawn from the input to the output."""
         super().__init__()
@@ -89,15 +90,15 @@ class Decoder(Architecture, ABC):
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(hidden_size, eps=1e-6)
         self.own_head = None if tie_head else nn.Linear(hidden_size, spec.num_outputs, bias=False)
-        self._initialise()
+        self._initialise(initial_std)
 
-    def _initialise(self) -> None:
-        """Normal 0.02, and less for layers that add to the residual stream, so that its scale does not grow with
-        depth (Radford et al. 2019, GPT-2)."""
+    def _initialise(self, std: float) -> None:
+        """Normal with deviation `std`, and less for layers that add to the residual stream, so that its scale does not
+        grow with depth (Radford et al. 2019, GPT-2)."""
         for name, weight in self.named_parameters():
             if weight.ndim >= 2:
                 scale = 1 / math.sqrt(2 * len(self.blocks)) if name.endswith(ADDED) else 1.0
-                nn.init.normal_(weight, std=0.02 * scale)
+                nn.init.normal_(weight, std=std * scale)
 
     def forward(self, batch: Batch, state: State = None, return_hidden: str | None = None) -> Output:
         """Logits (B, T, V); `hidden` (B, T, C) is the input of the head.

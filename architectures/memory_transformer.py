@@ -97,6 +97,7 @@ class MemoryTransformer(Decoder):
         dropout: float = 0.0,
         document_mask: bool = True,
         tie_head: bool = True,
+        initial_std: float = 0.02,
     ) -> None:
         """`layers` from the input to the output, `repeat` times over; None are four of TitansLMM. Each has a SwiGLU
         behind it, whose inner size is `mlp_ratio` times the hidden size, rounded up to a multiple of 32.
@@ -117,7 +118,7 @@ class MemoryTransformer(Decoder):
         )
         super().__init__(
             spec=spec, hidden_size=hidden_size, blocks=blocks, dropout=dropout, document_mask=document_mask,
-            tie_head=tie_head,
+            tie_head=tie_head, initial_std=initial_std,
         )  # fmt: skip
         for memory in self._memories():
             memory.reset_dynamics()

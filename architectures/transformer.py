@@ -42,11 +42,13 @@ class Transformer(AttentionDecoder):
         rope_base: float = 10_000.0,
         document_mask: bool = True,
         tie_head: bool = True,
+        initial_std: float = 0.02,
     ) -> None:
         """`num_kv_heads` defaults to `num_heads` (no sharing). `mlp_ratio` is inner over hidden size, rounded up to
         a multiple of 32; 8/3 gives SwiGLU's three matrices the weights of an ungated layer of ratio 4. `dropout`
         acts on the embedding and on what each layer adds. `document_mask` keeps the documents of one row from
         seeing each other, where the stream marks them. `tie_head` uses the embedding as the head's weights.
+        `initial_std` is the deviation of the initial weights; the usual 0.02 leaves narrow models' attention flat.
         """
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_language(type(self), spec)
@@ -63,6 +65,6 @@ class Transformer(AttentionDecoder):
         )  # fmt: skip
         super().__init__(
             spec=spec, hidden_size=hidden_size, blocks=blocks, dropout=dropout, document_mask=document_mask,
-            tie_head=tie_head,
+            tie_head=tie_head, initial_std=initial_std,
         )  # fmt: skip
         self.rotary_size, self.rope_base = hidden_size // num_heads, rope_base

@@ -1,6 +1,6 @@
 """The tables and figures of a results page, out of MLflow alone, as Markdown.
 
-    python -P benchmarks/results_page.py STUDY docs/results/NAME.md [--uri URI]
+    python benchmarks/results_page.py STUDY docs/results/NAME.md [--uri URI]
 
 Prints the page's generated part between two marker lines into the file, and puts its figures into a folder beside it;
 what stands outside the markers is written by hand and kept.
@@ -22,7 +22,10 @@ from clplat.study_results import RunRecord, StudyResults, load_study_results
 from clplat.tracking import client
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
-SCORES = ("final_score", "learning_score", "final_forgetting", "cumulative_forgetting", "cumulative_forgetting_curve")
+SCORES = (
+    "final_score", "learning_score", "final_forgetting", "cumulative_forgetting", "cumulative_forgetting_curve",
+    "cumulative_forgetting_curve_first",
+)  # fmt: skip
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -1,9 +1,10 @@
-"""Parameters of the models that TRC² is compared with, beside the published numbers (arXiv:2602.22479, project page).
+"""Parameters of TRC² and of the models that it is compared with, beside the published numbers (arXiv:2602.22479,
+project page).
 
     python benchmarks/trc2_sizes.py
 
 Models are built on the `meta` device: nothing is allocated, and it takes a second. Active parameters are those that one
-token passes through; operations are those of a forward pass for one token in a row of 1024.
+token passes through, of TRC² without its critics; operations are those of a forward pass for each of 1024 tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from clplat.architectures.mamba import Mamba
 from clplat.architectures.mixture_of_experts import expert_size
 from clplat.architectures.moe_transformer import MoETransformer
 from clplat.architectures.transformer import Transformer
+from clplat.architectures.trc2.model import TRC2
 from clplat.streams.base import Spec
 
 TEXT = Spec(kind="language", input_shape=(1024,), num_outputs=50_304)
@@ -52,6 +54,7 @@ def sizes() -> list[Size]:
     mamba = [(512, 28, 151), (768, 18, 202), (1024, 12, 245)]
     fed = [{"state_size": 128, "mlp_size": expert_size(width)} for width, *_ in mamba]
     dense = [(512, 28, 144), (768, 20, 228), (1024, 16, 321)]
+    columns = [(256, 24, 149), (512, 10, 254), (768, 4, 226), (768, 8, 408), (1024, 6, 560)]
     return [
         *several("Transformer", Transformer, dense, 3 * [{"num_heads": 8, "mlp_ratio": 4.0}]),
         *several("MoE", MoETransformer, [(512, 16, 345), (768, 10, 441), (1024, 6, 493)], 3 * [{"num_heads": 8}]),
@@ -60,6 +63,7 @@ def sizes() -> list[Size]:
         *several(
             "DeepSeek", DeepSeekTransformer, [(512, 14, 338), (768, 6, 308), (1024, 6, 545)], 3 * [{"num_heads": 8}]
         ),
+        *several("TRC²", TRC2, columns, 5 * [{}]),
     ]
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from clplat.config import RunConfig, difference, load_run, parse, plain, save
-from clplat.errors import ConfigError
+from clplat.errors import ConfigError, StudyFailedError
+from clplat.machine import check_room
 from clplat.plan import check_data, check_plan
 from clplat.study import Study, carry_out, lay_out_runs, run_study, settled
 from clplat.study_file import check_unchanged, expand, load_study, run_folders, set_key
@@ -32,10 +33,15 @@ Config = str | Path | Mapping[str, Any]
 def run(config: Config, overrides: Mapping[str, Any] | None = None, *, quiet: bool = False) -> Study:
     """Carry out a study (a file, a shipped name, or plain data), with dotted keys overridden.
 
-    Returns the study with its folder and outcomes; raises `ConfigError` before anything is trained.
+    Returns the study with its folder, its `status` and an outcome for each run. Raises `ConfigError` before anything is
+    trained, and `StudyFailedError` when not one run came to its end and all failed.
     """
     pairs = [(key, json.dumps(value)) for key, value in (overrides or {}).items()]
-    return run_study(load_study(config, pairs), Console(quiet=quiet, highlight=False))
+    study = run_study(load_study(config, pairs), Console(quiet=quiet, highlight=False))
+    if all(outcome.status == "FAILED" for outcome in study.outcomes):
+        first = study.outcomes[0]
+        raise StudyFailedError(f"{study.folder}: every run failed; {first.folder.name}: {first.reason}")
+    return study
 
 
 def resume(target: str | Path, overrides: Sequence[tuple[str, str]] = (), console: Console | None = None) -> Study:
@@ -85,6 +91,7 @@ def _resume_one(folder: Path, console: Console) -> Study:
         check_unchanged(folder.parent, [folder])
         check_data(folder.parent)
     config = load_run(folder / "config.yaml")
+    check_room(config.training)
     outcomes = launch([folder], workers=1, threads=config.training.threads, console=console)
     if of_study and config.tracking.enabled:
         settle_study(folder.parent)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from clplat.architectures.base import Architecture, device_of
+from clplat.architectures.base import Architecture, as_in_task, device_of
 from clplat.components import build
 from clplat.config import Precision, RunConfig
 from clplat.errors import ConfigError
@@ -51,6 +51,7 @@ def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> P
     objective = Objective(stream.spec, stream.tasks).to(device)
     architecture.to(device)
     context = _context(config, stream, architecture, objective, world, optimizer=lambda: learner.optimizer())
+    _refuse_growth(config, hooks, architecture, stream)
     hooks.setup(context)
     check_probes(hooks.controllers, stream.tasks)
     if config.training.accumulate > 1 and hooks.step_owner is not None:
@@ -71,6 +72,35 @@ def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> P
         stream=stream, architecture=architecture, hooks=hooks, learner=learner, evaluator=evaluator,
         context=context, world=world, device=device,
     )  # fmt: skip
+
+
+def _refuse_growth(config: RunConfig, hooks: Hooks, architecture: Architecture, stream: Stream) -> None:
+    """Refuse a model that grows from the first task to the second where something needs it to keep its shape."""
+    needs = {f"strategies.{name}": strategy.fixed for name, strategy in hooks.strategies.items()}
+    if config.training.optimizer_state == "keep":
+        needs["training.optimizer_state"] = "trained"
+    if set(needs.values()) <= {"nothing"}:
+        return
+    first, second = (as_in_task(architecture, stream.tasks[:number]) for number in (1, 2))
+    grown = {
+        "trained": _trained_shapes(first) != _trained_shapes(second),
+        "everything": _shapes(architecture) != _shapes(second),
+    }
+    for key, fixed in needs.items():
+        if grown.get(fixed):
+            way_out = "use reset" if key == "training.optimizer_state" else "leave the strategy out"
+            raise ConfigError(
+                f"{key}: needs a model that keeps its shape, and {type(architecture).__name__} grows from task to "
+                f"task; use one that does not grow, or {way_out}"
+            )
+
+
+def _trained_shapes(architecture: Architecture) -> list[torch.Size]:
+    return [p.shape for p in architecture.parameters() if p.requires_grad]
+
+
+def _shapes(architecture: Architecture) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in architecture.state_dict().items()}
 
 
 def prepared_stream(config: RunConfig) -> Stream:

@@ -32,6 +32,8 @@ def study(name: str, overrides: Sequence[tuple[str, str]] = ()) -> StudyConfig:
         raise ConfigError(f"--best: nothing is called {name!r}{nearest(name, known)}")
     file, entry = known[name]
     whole = load_study(file, overrides)
+    if entry.variant not in whole.variants:
+        raise ConfigError(f"--variants: --best {name} runs the variant {entry.variant!r}, which it leaves out")
     alone = {entry.variant: whole.variants[entry.variant]}
     return dataclasses.replace(whole, name=name, variants=alone, baseline=None, known_good={name: entry})
 
@@ -42,7 +44,7 @@ def listed() -> Table:
         Column("name", no_wrap=True), "here", "published", "source", "min",
         title="known-good settings: clplat run --best NAME",
         caption="Final score in %; minutes of one seed. here: mean ± standard deviation over seeds "
-        "(docs/results/images.md), – where not all seeds were run yet. RECALLED: the published number was not read in "
+        "(docs/results/images.md), – where none was run yet. RECALLED: the published number was not read in "
         "its source.",
     )  # fmt: skip
     for name, (_, entry) in catalogue().items():

@@ -71,17 +71,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "run" and options.config is None and not options.best:
         root.error("run: which CONFIG? `clplat list studies` names those that are shipped")
     overrides = dotted(rest, root, allowed=options.command in ("run", "resume", "show"))
-    from clplat.errors import ClplatError
+    from clplat.errors import ClplatError, Interrupted
+    from clplat.interruption import exit_code, stopping_at_once
 
     try:
-        code = perform(options, overrides)
+        with stopping_at_once():
+            code = perform(options, overrides)
     except ClplatError as error:
         if options.traceback:
             raise
         print(f"clplat {options.command}: {error}", file=sys.stderr)
         code = 1
-    except KeyboardInterrupt:
-        code = 130
+    except Interrupted as stop:
+        print(f"clplat {options.command}: stopped by {stop.signal_name}", file=sys.stderr)
+        code = exit_code(stop.signal_name)
     except BrokenPipeError:
         # The reader of our output left (as with `| head`); Python must not complain again when it closes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -204,10 +207,12 @@ def _conclude(study: object, console: Console) -> int:
 def _serve(options: argparse.Namespace) -> int:
     import subprocess
 
+    from clplat.errors import Interrupted
+
     command = [sys.executable, "-P", "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(options.port)]
     try:
         return subprocess.call([*command, "--backend-store-uri", options.uri])
-    except KeyboardInterrupt:
+    except Interrupted:
         return 0
 
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import ast
 import copy
-import dataclasses
 import importlib
 import importlib.util
 import inspect
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clplat.errors import ConfigError, nearest
+from clplat.option_errors import reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +158,7 @@ def checked(component: Component, wing: str, key: str) -> Component:
     try:
         parsed = parser.parse_object(copy.deepcopy(given))
     except Exception as error:  # noqa: BLE001 - jsonargparse raises several unrelated types for bad input
-        raise ConfigError(f"{key}.init_args{_reason(error, given, parser)}") from error
+        raise ConfigError(f"{key}.init_args{reason(error, given, parser)}") from error
     return Component(class_path=f"{found.__module__}.{found.__qualname__}", init_args=_plain(parsed))
 
 
@@ -200,18 +199,22 @@ def _plain(value: Any) -> Any:
 def build(component: Component, wing: str, key: str, supplied: Mapping[str, Any] | None = None) -> Any:
     """An instance of the component; `supplied` are arguments that the platform passes where they are declared."""
     found = resolve(component.class_path, wing, key)
-    options = _options(found, wing)
-    extra = {name: value for name, value in (supplied or {}).items() if name in options}
-    given = _given(component, found, wing)
-    parser = _parser(found, wing)
+    extra = {name: value for name, value in (supplied or {}).items() if name in _options(found, wing)}
+    given = arguments(component, wing, key)
     try:
-        built = parser.instantiate(parser.parse_object(given))
-    except Exception as error:  # noqa: BLE001 - as in `checked`
-        raise ConfigError(f"{key}.init_args{_reason(error)}") from error
-    try:
-        return found(**extra, **vars(built))
+        return found(**extra, **given)
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise ConfigError(f"{key}: {error}") from error
+
+
+def arguments(component: Component, wing: str, key: str) -> dict[str, Any]:
+    """The component's options as its constructor takes them, with the components among them built."""
+    found = resolve(component.class_path, wing, key)
+    parser = _parser(found, wing)
+    try:
+        return vars(parser.instantiate(parser.parse_object(_given(component, found, wing))))
+    except Exception as error:  # noqa: BLE001 - as in `checked`
+        raise ConfigError(f"{key}.init_args{reason(error)}") from error
 
 
 def _parser(found: type, wing: str) -> Any:
@@ -225,70 +228,3 @@ def _parser(found: type, wing: str) -> Any:
 def _options(found: type, wing: str) -> dict[str, inspect.Parameter]:
     signature = inspect.signature(found.__init__)  # type: ignore[misc]
     return {name: option for name, option in signature.parameters.items() if name != "self"}
-
-
-def _reason(error: Exception, given: Mapping[str, Any] | None = None, parser: Any = None) -> str:
-    """jsonargparse's message as `.key.inner_key: expected …`, on one line and without its Python types' dress."""
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    text = re.sub(r"<class '([\w.]+)'>|\btyping\.", lambda m: m[1] or "", text)
-    place = ""
-    while match := re.match(_LAYERS, text):
-        if match["key"]:
-            name = match["key"]
-            place += f".{name}" + (_failing_item(parser, given, name) if given and not place else "")
-        elif match["name"] and not _is_dataclass(match["name"]):
-            place += ".init_args"
-        text = match["inner"] or match["rest"] or match["first"]
-    return f"{place}: {_said_plainly(text)}"
-
-
-_LAYERS = (
-    r'Parser key "(?P<key>[\w.]+)": (?P<inner>.*)'
-    r"|Problem with given class_path '(?P<name>[\w.]+)': (?P<rest>Parser key .*)"
-    r"|Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (?!Expected|Not a valid)"
-    r"(?P<first>.*) - Expected a NoneType Given value type: .*"
-)
-"""What jsonargparse wraps around a reason: where it stands, a class to choose, and `or nothing` as another choice."""
-
-
-def _failing_item(parser: Any, given: Mapping[str, Any], name: str) -> str:
-    """`.1` where the second item is the one of a list that is refused; empty where the value is no list of mappings."""
-    items = given.get(name)
-    for number, item in enumerate(items if isinstance(items, list) else []):
-        try:
-            parser.parse_object(copy.deepcopy({**given, name: [item]}))
-        except Exception:  # noqa: BLE001 - as in `checked`
-            return f".{number}"
-    return ""
-
-
-def _is_dataclass(path: str) -> bool:
-    module, _, name = path.rpartition(".")
-    return dataclasses.is_dataclass(getattr(importlib.import_module(module), name))
-
-
-def _said_plainly(text: str) -> str:
-    if match := re.search(r"class_path '([\w.]+)': Option '(\w+)' is not accepted", text):
-        module, _, name = match[1].rpartition(".")
-        known = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-        return f"{name} has no option {match[2]!r}{nearest(match[2], known)}"
-    if match := re.search(r": Option '(\w+)' is not accepted\. Got value: Namespace\(class_path='[\w.]+\.(\w+)'", text):
-        return f"{match[2]} has no option {match[1]!r}"
-    if match := re.fullmatch(r"Group '([\w.]+)' does not accept option '(\w+)'", text):
-        return f"{match[1]} has no option {match[2]!r}"
-    if match := re.match(r"Problem with given class_path '([\w.]+)': (.*)", text):
-        return f"class_path {match[1]!r} cannot be used ({match[2]})"
-    if match := re.search(r"Subtypes: \[(.*?)\] Errors: .*Given value: (.*)", text):
-        kinds = [kind for kind in re.split(r", (?![^\[]*\])", match[1]) if kind != "NoneType"]
-        return f"expected {' or '.join(map(_kind, kinds))}, got {match[2]}"
-    if match := re.match(r"Expected an? (.*?)\. Got value: (.*)", text):
-        return f"expected {_kind(match[1])}, got {match[2]}"
-    return text
-
-
-def _kind(annotation: str) -> str:
-    """A type as a person says it."""
-    choices = re.fullmatch(r"Literal\[(.*)\]", annotation)
-    words = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
-    words |= {"list": "a list", "dict": "a mapping"}
-    return choices[1].replace(", ", " or ") if choices else words.get(annotation, annotation)

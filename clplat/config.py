@@ -211,7 +211,8 @@ def _said(errors: list[Any]) -> str:
     reasons = [_WANTED.get(e["type"].partition("_")[0]) or re.sub("^Value error, |^Input ", "", e["msg"])
                for e in (tried if is_choice else [first])]  # fmt: skip
     said = " or ".join([reasons[0], *(reason.removeprefix("should be ") for reason in reasons[1:])])
-    return f"{place}: {said}" + ("" if first["type"] == "value_error" else f", got {first['input']!r}")
+    meant = nearest(str(first["input"]), re.findall(r"'([^']*)'", str([e.get("ctx") for e in errors])), listed=False)
+    return f"{place}: {said}" + ("" if first["type"] == "value_error" else f", got {first['input']!r}{meant}")
 
 
 def _check_keys(cls: type, data: Any, path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -15,9 +16,10 @@ from clplat.errors import ConfigError
 from clplat.fitting import fit, task_loader
 from clplat.interruption import Interruption
 from clplat.loop import Run
+from clplat.machine import check_room, cores
 from clplat.progress import Silent
-from clplat.streams.base import Budget
-from clplat.study import worker_count
+from clplat.streams.base import Budget, Task
+from clplat.study import of_variant, worker_count
 from clplat.study_file import expand
 
 
@@ -25,13 +27,14 @@ def estimate(study: StudyConfig, console: Console) -> Table:
     """Time and memory of every variant, measured on two batches a task and one evaluation."""
     runs = expand(study)
     table = Table("variant", "tasks", "steps", "ms/step", "eval s", "minutes", "peak MiB", title="dry run")
-    total = 0.0
+    total, load = 0.0, os.getloadavg()[0]
     for run in {run.variant: run for run in runs}.values():
+        check_room(run.training)
         with console.status(f"trying {run.variant}"), tempfile.TemporaryDirectory() as scratch:
             try:
                 row = _try(run, Path(scratch))
             except ConfigError as error:
-                raise ConfigError(f"variant {run.variant}: {error}") from error
+                raise ConfigError(f"{of_variant(run)}{error}") from error
         total += row[4] * len(study.seeds)
         table.add_row(
             run.variant, str(row[0]), str(row[1]), f"{row[2] * 1e3:.1f}", f"{row[3]:.2f}", f"{row[4] / 60:.1f}",
@@ -42,13 +45,26 @@ def estimate(study: StudyConfig, console: Console) -> Table:
         f"{len(runs)} runs, {workers} side by side: about {total / workers / 60:.1f} minutes, plus start-up. "
         "Memory is this process's peak so far."
     )
+    if load > 0.5:
+        table.caption += (
+            f" Measured while other work kept {load:.1f} of {cores()} cores busy: on an idle machine it takes less."
+        )
     return table
+
+
+class _Trial(Run):
+    """A run whose tasks take one step each while it is `short`, those too whose budgets one arm is given (Joint)."""
+
+    short = False
+
+    def budget(self, task: Task) -> Budget:
+        return Budget(steps=1) if self.short else super().budget(task)
 
 
 def _try(config: RunConfig, folder: Path) -> tuple[int, int, float, float, float, int]:
     """Tasks, steps, seconds a step, seconds an evaluation, seconds in all, peak bytes."""
     quiet = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_seconds=1e9))
-    run = Run(quiet, folder, journal=None, interruption=Interruption(), progress=Silent())
+    run = _Trial(quiet, folder, journal=None, interruption=Interruption(), progress=Silent())
     start = time.perf_counter()
     run.parts.evaluator.cells([])
     evaluation = time.perf_counter() - start
@@ -58,10 +74,12 @@ def _try(config: RunConfig, folder: Path) -> tuple[int, int, float, float, float
         run.parts.learner.batches = 0
         run.parts.hooks.task_start(task)
         wanted = task_loader(run, task).stop // config.training.accumulate
-        fit(run, dataclasses.replace(task, budget=Budget(steps=1)))
+        run.short = True
+        fit(run, task)
         before, warm = run.costs.training_seconds, run.parts.learner.global_steps
         run.parts.learner.batches = 0
-        fit(run, dataclasses.replace(task, budget=Budget(steps=1)))
+        fit(run, task)
+        run.short = False
         steps += wanted
         seconds += (run.costs.training_seconds - before) / (run.parts.learner.global_steps - warm) * wanted
         start = time.perf_counter()

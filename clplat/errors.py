@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class ClplatError(Exception):
@@ -17,11 +17,18 @@ class ConfigError(ClplatError):
 class NotFiniteError(ClplatError):
     """A loss or a weight became NaN or infinite; the last good checkpoint is untouched."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, penalties: Sequence[str] = ()) -> None:
+        """`penalties`: the strategies whose penalties were part of the loss, any of which may be too strong."""
+        held = " and ".join(f"strategies.{name}" for name in penalties)
         super().__init__(
-            f"{what}. What was saved before is untouched; lower training.optimizer.init_args.lr, or set "
-            "training.clip_norm."
+            f"{what}. What was saved before is untouched; "
+            + (f"lower the strength of {held} or " if held else "lower ")
+            + "training.optimizer.init_args.lr, or set training.clip_norm."
         )
+
+
+class StudyFailedError(ClplatError):
+    """Not one run of a study finished: each failed."""
 
 
 class RunBusyError(ClplatError):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import sys
 import traceback
@@ -153,8 +152,10 @@ def _outcome_of_group(folder: Path, code: int) -> Outcome:
 def main() -> int:
     """Entry point of one process of a run."""
     outcome = execute(Path(sys.argv[1]))
-    if outcome.status == "FAILED":
-        print(json.dumps({"failed": outcome.reason}), file=sys.stderr)
+    # What rank zero has written down, the process that started all of us reads and says; under torchrun nobody does.
+    rank = int(os.environ.get("RANK", "0"))
+    if outcome.status == "FAILED" and (rank or "TORCHELASTIC_RUN_ID" in os.environ):
+        print(f"{outcome.folder.name}, process {rank}: FAILED. {outcome.reason}", file=sys.stderr)
     return outcome.code
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,7 @@ from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from clplat.config import RunConfig, TrainingConfig
-from clplat.errors import ConfigError, nearest
+from clplat.config import TrainingConfig
 from clplat.loaders import RowOrder, TaskLoader
 from clplat.observing import observe
 from clplat.precision import of_trainer
@@ -44,28 +43,6 @@ def fit(run: Run, task: Task) -> None:
         steps.ended()  # stopped between the last step and the end: what it had not logged yet
     learner.watch = None
     learner.task_done()
-
-
-def check_early_ends(config: RunConfig, tasks: Sequence[Task]) -> None:
-    """Refuse an early end of a task that would never come."""
-    for task in tasks:
-        thresholds = (task.budget or config.training.budget).thresholds(task.headline)
-        if thresholds and config.evaluation.every is None:
-            raise ConfigError(
-                "training.budget.until: is looked at where tasks are scored inside tasks; set evaluation.every to the "
-                "optimizer steps between two looks"
-            )
-        if thresholds and task.val is None:
-            raise ConfigError(
-                f"training.budget.until: task {task.name!r} has no validation set to reach a threshold on; give the "
-                "stream one (val_fraction or the like), or leave `until` out"
-            )
-        known = task.val.scorer.metrics if task.val is not None else {}
-        if missing := [name for name in thresholds if name not in known]:
-            raise ConfigError(
-                f"training.budget.until: the validation set of {task.name!r} has no metric {missing[0]!r}"
-                f"{nearest(missing[0], known)}"
-            )
 
 
 def task_loader(run: Run, task: Task) -> TaskLoader:

@@ -28,6 +28,9 @@ class Hooks:
         self.objective = self._at_most_one("objective")
         self.step_owner = self._at_most_one("step")
         self.predictor = self._at_most_one("predict")
+        self.data_owner = self._at_most_one("train_data")
+        self.budget_owner = self._at_most_one("budget_tasks")
+        self._refuse_idle_hooks()
         self.controllers = {name: s for name, s in self.strategies.items() if isinstance(s, Controller)}
 
     def _having(self, hook: str) -> list[Strategy]:
@@ -40,6 +43,17 @@ class Hooks:
                 f"strategies: {' and '.join(owners)} both define `{hook}`; only one strategy of a run may"
             )
         return self.strategies[owners[0]] if owners else None
+
+    def _refuse_idle_hooks(self) -> None:
+        """Whoever owns the step computes loss and gradient itself: another strategy's part in them would be no part."""
+        owner = next((name for name, strategy in self.strategies.items() if strategy is self.step_owner), None)
+        for name, strategy in self.strategies.items() if owner is not None else ():
+            idle = [hook for hook in ("objective", "penalty", "gradient") if strategy.overrides(hook)]
+            if name != owner and idle:
+                raise ConfigError(
+                    f"strategies.{name}: its {' and '.join(idle)} would never be called, because strategies.{owner} "
+                    f"({type(self.step_owner).__name__}) owns the optimizer step; leave one of the two out"
+                )
 
     def setup(self, context: Context) -> None:
         """Give every strategy its context; their objections become configuration errors that name them."""
@@ -57,12 +71,10 @@ class Hooks:
         return tasks
 
     def train_data(self, task: Task, past: Sequence[Task]) -> Data:
-        owner = self._at_most_one("train_data")
-        return owner.train_data(task, past) if owner else task.train
+        return self.data_owner.train_data(task, past) if self.data_owner else task.train
 
     def budget_tasks(self, task: Task) -> Sequence[Task]:
-        owner = self._at_most_one("budget_tasks")
-        return owner.budget_tasks(task) if owner else (task,)
+        return self.budget_owner.budget_tasks(task) if self.budget_owner else (task,)
 
     def task_start(self, task: Task) -> None:
         for strategy in self._having("task_start"):

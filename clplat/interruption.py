@@ -53,6 +53,27 @@ class Interruption:
         self.requested = signal.Signals(number).name
 
 
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """While inside, a request to stop raises `Interrupted` where it is met: for work that has nothing to save.
+
+    Whoever has something to save listens for itself meanwhile. A second request ends the process.
+    """
+
+    def asked(number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        for kind in SIGNALS:
+            signal.signal(kind, lambda *_: os._exit(exit_code(name)))
+        raise Interrupted(name)
+
+    before = {number: signal.signal(number, asked) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def exit_code(signal_name: str) -> int:
     """The code with which a process that was asked to stop ends."""
     return EXIT_INTERRUPT if signal_name == "SIGINT" else EXIT_REQUEUE

@@ -18,6 +18,7 @@ class KnownGood:
     tolerance: float = 2.0
     """Points by which a mean may differ from the published number and still reproduce it."""
     measured: str = ""
-    """Mean ± standard deviation over seeds that the results page has; empty until it was measured."""
+    """Mean ± standard deviation over seeds that the results page has, with the number of seeds where some are missing;
+    empty until one was measured."""
     minutes: float
     """What one seed takes on the machine that the study's first line names."""

@@ -50,7 +50,7 @@ def _one_by_one(folders: Sequence[Path], board: Board) -> list[Outcome]:
             continue
         bar = board.opened(folder.name)
         outcomes.append(execute_safely(folder, bar))
-        board.closed(bar)
+        board.closed(bar, outcomes[-1].status)
         announce(board, outcomes[-1])
     return outcomes
 
@@ -142,7 +142,7 @@ class _Pool:
     def _ended(self, worker: _Worker, outcome: Outcome) -> None:
         assert worker.folder is not None and worker.bar is not None
         self._outcomes[worker.folder] = outcome
-        self._board.closed(worker.bar)
+        self._board.closed(worker.bar, outcome.status)
         announce(self._board, outcome)
 
     def _lost(self, worker: _Worker) -> None:

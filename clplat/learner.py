@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from clplat.architectures.base import Architecture, Output, State, StepOutcome
 from clplat.compilation import answerer, compiled
-from clplat.components import resolve
+from clplat.components import arguments, resolve
 from clplat.config import TrainingConfig
 from clplat.errors import ConfigError, NotFiniteError
 from clplat.hooks import Hooks
@@ -242,15 +242,20 @@ class Learner(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The configured optimizer; a class with `for_module` is built from the module, not from a list."""
-        component = self.training_config.optimizer
-        found = resolve(component.class_path, "optimizer", "training.optimizer")
-        if hasattr(found, "for_module"):
-            return found.for_module(self.architecture, **component.init_args)
-        trainable = [p for p in self.architecture.parameters() if p.requires_grad]
+        component, key = self.training_config.optimizer, "training.optimizer"
+        found = resolve(component.class_path, "optimizer", key)
         try:
-            return found(trainable, **component.init_args)
+            if not hasattr(found, "for_module"):
+                return found([p for p in self.architecture.parameters() if p.requires_grad], **component.init_args)
+            optimizer = found.for_module(self.architecture, **arguments(component, "optimizer", key))
         except (ValueError, TypeError) as error:
-            raise ConfigError(f"training.optimizer.init_args: {error}") from error
+            raise ConfigError(f"{key}.init_args: {error}") from error
+        if getattr(optimizer, "unfinished", "drop") == "carry" and self.training_config.optimizer_state == "reset":
+            raise ConfigError(
+                f"training.optimizer_state: reset would drop what {found.__name__} has gathered in periods that a task "
+                "leaves unfinished; use keep, or accept it with unfinished: drop"
+            )
+        return optimizer
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device, non_blocking=True)
@@ -291,4 +296,5 @@ class Learner(LightningModule):
         """Refuse to go on, and so to save, when a weight is not a number."""
         sums = torch.stack([p.detach().float().sum() for p in self.architecture.parameters()])
         if not bool(torch.isfinite(sums).all()):
-            raise NotFiniteError(f"a weight became infinite or NaN by step {self.global_steps}")
+            penalties = [name for name, _ in self.hooks.with_penalty]
+            raise NotFiniteError(f"a weight became infinite or NaN by step {self.global_steps}", penalties)

@@ -17,8 +17,9 @@ from clplat.assembly import Parts, assemble, load_weights
 from clplat.checkpoint import Checkpoints, write
 from clplat.config import RunConfig, difference, parse, plain
 from clplat.costs import Costs
+from clplat.early_end import check_early_ends
 from clplat.errors import ConfigError, Interrupted
-from clplat.fitting import check_early_ends, fit
+from clplat.fitting import fit
 from clplat.interruption import Interruption
 from clplat.journal import Journal
 from clplat.metrics import summary

@@ -28,5 +28,6 @@ class LossMeans:
         means = dict(zip(self.names, self._values.tolist(), strict=True))
         for name, value in means.items():
             if not math.isfinite(value):
-                raise NotFiniteError(f"{name}: became {value} by step {self.step}")
+                penalties = [each.removeprefix("penalty_") for each in means if each.startswith("penalty_")]
+                raise NotFiniteError(f"{name}: became {value} by step {self.step}", penalties)
         return means

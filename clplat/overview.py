@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from clplat.components import WINGS, catalogue
 from clplat.errors import ConfigError, nearest
+from clplat.machine import cores
 from clplat.study_file import shipped_folder
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def examined() -> tuple[Table, bool]:
         except metadata.PackageNotFoundError:
             healthy = healthy and package == "triton" and sys.platform != "linux"
             table.add_row(package, "[red]missing[/red]: pip install " + package)
-    table.add_row("cores", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()))
+    table.add_row("cores", str(cores()))
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     table.add_row("GPUs", ", ".join(gpus) or "none; everything runs on the CPU")
     table.add_row("Triton kernels", _triton(bool(gpus)))

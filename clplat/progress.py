@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -41,6 +43,7 @@ class Board:
             console=console,
             transient=True,
         )
+        self._runs, self._closed = runs, 0
         self._study: TaskID | None = None
         if runs > 1:
             self._study = self._bars.add_task("study", total=runs, note="runs")
@@ -56,9 +59,16 @@ class Board:
         """The bar of a run that starts now."""
         return RunBar(self._bars, self._bars.add_task(name, total=None, note=""), name)
 
-    def closed(self, bar: RunBar) -> None:
-        """A run has ended."""
+    def closed(self, bar: RunBar, status: str) -> None:
+        """A run has ended. Where no bars are seen, as in a file, one that finished is a line on the error output."""
         self._bars.remove_task(bar.id)
+        self._closed += 1
+        console = self._bars.console
+        if status == "FINISHED" and not console.is_terminal and not console.quiet:
+            seconds = time.monotonic() - bar.begun
+            print(
+                f"{bar.name}: finished in {seconds:.0f} s, {self._closed} of {self._runs}", file=sys.stderr, flush=True
+            )
         if self._study is not None:
             self._bars.advance(self._study)
 
@@ -71,12 +81,13 @@ class RunBar:
     """The bar of one run."""
 
     def __init__(self, bars: Bars, identity: TaskID, name: str) -> None:
-        self._bars, self.id, self._name, self._forgetting = bars, identity, name, ""
+        self._bars, self.id, self.name, self._forgetting = bars, identity, name, ""
+        self.begun = time.monotonic()
 
     def step(self, task: str, done: int, total: int, loss: float | None) -> None:
         note = f"loss {loss:.3f}" if loss is not None else ""
         self._bars.update(
-            self.id, description=f"{self._name} · {task}", completed=done, total=total, note=note + self._forgetting
+            self.id, description=f"{self.name} · {task}", completed=done, total=total, note=note + self._forgetting
         )
 
     def boundary(self, row: int, summary: Mapping[str, float]) -> None:

@@ -38,6 +38,7 @@ COSTS = {
     "cost/training_flops": ("FLOPs", lambda v: f"{v:.1e}"),
     "cost/peak_memory_bytes": ("peak MiB", lambda v: f"{v / 2**20:.0f}"),
     "cost/parameters": ("parameters", lambda v: f"{v:,.0f}"),
+    "cost/active_parameters": ("active", lambda v: f"{v:,.0f}"),
 }
 
 TERMINAL = ("final_score", "final_forgetting", "cumulative_forgetting")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
-from clplat.config import RunConfig, StudyConfig, plain, save
+from clplat.config import RunConfig, StudyConfig, load_run, plain, save
 from clplat.errors import ConfigError
 from clplat.execution import Outcome
 from clplat.launch import launch
+from clplat.machine import check_room, cores
 from clplat.plan import first_seed, read_tasks, write_plan
 from clplat.study_file import check_unchanged, expand, load_study, run_folders
 
@@ -40,6 +40,11 @@ class Study:
     """What MLflow has not got, in a sentence; empty when it has all."""
 
     @property
+    def status(self) -> str:
+        """FINISHED when every run did, else how the first other one ended: FAILED, KILLED or BUSY."""
+        return next((outcome.status for outcome in self.outcomes if outcome.status != "FINISHED"), "FINISHED")
+
+    @property
     def code(self) -> int:
         """Exit code: 0 when every run finished, else the first other one."""
         return next((outcome.code for outcome in self.outcomes if outcome.code), 0)
@@ -59,22 +64,29 @@ def preflight(runs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     Returns what each of the study's streams holds, as the first seed has it.
     """
     from clplat.assembly import assemble, prepared_stream
-    from clplat.fitting import check_early_ends
+    from clplat.early_end import check_early_ends
     from clplat.strategies.world import World
 
     streams: dict[str, Stream] = {}
     held: dict[str, dict[str, Any]] = {}
     for run in first_seed(runs):
+        check_room(run.training)
         key = json.dumps(plain(run.stream), sort_keys=True)
         streams[key] = streams.get(key) or prepared_stream(run)
         held[key] = held.get(key) or read_tasks(run, streams[key])
         try:
-            parts = assemble(run, World(), streams[key])
+            # As the first of all its processes: what several cannot do is said here too.
+            parts = assemble(run, World(size=run.training.devices), streams[key])
             check_early_ends(run, parts.hooks.select_tasks(parts.stream.tasks))
             try_out(parts)
         except ConfigError as error:
-            raise ConfigError(f"variant {run.variant}: {error}") from error
+            raise ConfigError(f"{of_variant(run)}{error}") from error
     return list(held.values())
+
+
+def of_variant(run: RunConfig) -> str:
+    """Which of the study's variants an error is about; nothing where it has none."""
+    return "" if run.variant == run.study else f"variant {run.variant}: "
 
 
 def try_out(parts: Parts) -> None:
@@ -137,6 +149,8 @@ def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
 
     folders = run_folders(folder)
     open_runs = [run for run in folders if last_status(run) != "FINISHED"]
+    for run in open_runs:
+        check_room(load_run(run / "config.yaml").training)
     check_unchanged(folder, open_runs)
     if study.tracking.enabled:
         start_study(folder)
@@ -156,8 +170,7 @@ def worker_count(study: StudyConfig, runs: int) -> int:
     import torch
 
     on_gpu = study.training.accelerator != "cpu" and torch.cuda.is_available()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    room = torch.cuda.device_count() if on_gpu else cores // study.training.threads
+    room = torch.cuda.device_count() if on_gpu else cores() // study.training.threads
     return max(1, min(room // study.training.devices, runs))
 
 

@@ -14,6 +14,7 @@ import yaml
 from clplat.components import checked
 from clplat.config import Experiment, RunConfig, StudyConfig, difference, load_run, parse, parse_yaml, plain
 from clplat.errors import ConfigError, nearest
+from clplat.ranges import check_least, check_numbers
 from clplat.streams.base import BUDGET_UNITS
 
 
@@ -54,28 +55,44 @@ def load_study(config: str | Path | Mapping[str, Any], overrides: Sequence[tuple
         raise ConfigError(f"{config}: a study is a mapping with the keys name, stream, architecture, …")
     for key, text in overrides:
         try:
-            set_key(data, key, parse_yaml(text))
+            _override(data, key, parse_yaml(text))
         except yaml.YAMLError as error:
             raise ConfigError(f"--{key}: {text!r} is not valid YAML") from error
     study = parse(StudyConfig, data)
-    for number in ("batch_size", "accumulate", "threads", "devices"):
-        if getattr(study.training, number) < 1:
-            raise ConfigError(f"training.{number}: must be at least 1, got {getattr(study.training, number)}")
-    for key, value, lowest in (
-        ("training.workers", study.training.workers, 0),
-        ("training.warmup", study.training.warmup, 0),
-        ("launcher.workers", 1 if study.launcher.workers == "auto" else study.launcher.workers, 1),
-        ("evaluation.batch_size", study.evaluation.batch_size, 1),
-        ("evaluation.max_rows", 1 if study.evaluation.max_rows is None else study.evaluation.max_rows, 1),
-        ("tracking.log_every", study.tracking.log_every, 1),
-        ("seeds", min(study.seeds, default=0), 0),
-    ):
-        if value < lowest:
-            raise ConfigError(f"{key}: must be at least {lowest}, got {value}")
-    if study.training.warmup > 1:
-        raise ConfigError(f"training.warmup: is a share of the schedule's span, at most 1; got {study.training.warmup}")
-    if not re.fullmatch(r"\w[\w.+-]*", study.name):
-        raise ConfigError(f"name: use letters, digits, '_', '-', '+' and '.'; got {study.name!r}")
+    check_numbers(study)
+    check_least("launcher.workers", None if study.launcher.workers == "auto" else study.launcher.workers, 1)
+    check_least("seeds", min(study.seeds, default=0), 0)
+    _check_names(study)
+    return study
+
+
+def _override(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key, or choose among variants: `variants a,b` keeps those alone, `variants.a null` leaves one out."""
+    variants = data.get("variants") or {}
+    if key == "variants" and isinstance(value, str | list):
+        _keep_variants(data, value.split(",") if isinstance(value, str) else value)
+    elif value is None and (name := key.removeprefix("variants.")) in variants and name != key:
+        _keep_variants(data, [one for one in variants if one != name])
+    else:
+        set_key(data, key, value)
+
+
+def _keep_variants(data: dict[str, Any], names: Sequence[str]) -> None:
+    """Keep some variants alone; what refers to the others goes with them."""
+    variants, known_good = data.get("variants") or {}, data.get("known_good") or {}
+    for name in names:
+        if name not in variants:
+            raise ConfigError(f"--variants: no variant is called {name!r}{nearest(str(name), variants)}")
+    data["variants"] = {name: variants[name] for name in names}
+    data["known_good"] = {name: entry for name, entry in known_good.items() if entry.get("variant") in names}
+    if data.get("baseline") not in names:
+        data["baseline"] = None
+
+
+def _check_names(study: StudyConfig) -> None:
+    """Refuse names that cannot be those of folders, and references to variants that are not there."""
+    if not re.fullmatch(r"\w[\w.+-]{0,99}", study.name):
+        raise ConfigError(f"name: use up to 100 letters, digits, '_', '-', '+' and '.'; got {study.name!r}")
     if not study.seeds or len(set(study.seeds)) != len(study.seeds):
         raise ConfigError(f"seeds: give at least one, each once; got {study.seeds}")
     for name, known in study.known_good.items():
@@ -84,7 +101,6 @@ def load_study(config: str | Path | Mapping[str, Any], overrides: Sequence[tuple
                               f"{nearest(known.variant, study.variants)}")  # fmt: skip
     if study.baseline is not None and study.baseline not in study.variants:
         raise ConfigError(f"baseline: no variant is called {study.baseline!r}{nearest(study.baseline, study.variants)}")
-    return study
 
 
 def set_key(data: dict[str, Any], key: str, value: Any) -> None:
@@ -108,12 +124,15 @@ def expand(study: StudyConfig) -> list[RunConfig]:
     shared = {f.name: plain(getattr(study, f.name)) for f in dataclasses.fields(Experiment)}
     runs = []
     for variant, changes in (study.variants or {study.name: {}}).items():
-        if not re.fullmatch(r"[\w.+-]+", variant):
-            raise ConfigError(f"variants.{variant}: use letters, digits, '_', '-', '+' and '.' in a variant's name")
+        if not re.fullmatch(r"[\w.+-]{1,100}", variant):
+            raise ConfigError(
+                f"variants.{variant}: use up to 100 letters, digits, '_', '-', '+' and '.' in a variant's name"
+            )
         key = f"variants.{variant}." if study.variants else ""
         try:
             merged = merge(shared, changes or {})
             run = parse(RunConfig, merged | {"study": study.name, "variant": variant, "seed": study.seeds[0]})
+            check_numbers(run)
             run = _with_checked_components(run)
         except ConfigError as error:
             # What all variants share was not written under one of them.

@@ -18,6 +18,9 @@ from clplat.strategies.world import World
 from clplat.streams.base import Data, Spec, Task
 from clplat.streams.batch import Batch
 
+Fixed = Literal["nothing", "trained", "everything"]
+"""What of a model must keep its shape from task to task: its trained weights, or all that its state holds."""
+
 Fidelity = Literal["exact", "mechanism", "interpretation", "standard"]
 """How close a component is to its paper; standard where there is no paper to follow."""
 
@@ -59,7 +62,7 @@ class Strategy:
     Class attributes: `knobs`, the numeric attributes that a controller may set while the run goes on;
     `reference`, True for arms that see more data than a continual learner may (joint, cumulative);
     `replays`, True where rows of earlier tasks are stored; `restarts`, True where every task begins from the initial
-    weights; `paper`; `fidelity` to it.
+    weights; `fixed`, what of the model must not grow from task to task; `paper`; `fidelity` to it.
     `context` is there from `setup` on.
     """
 
@@ -67,6 +70,7 @@ class Strategy:
     reference: ClassVar[bool] = False
     replays: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
+    fixed: ClassVar[Fixed] = "nothing"
     paper: ClassVar[str] = ""
     fidelity: ClassVar[Fidelity] = "standard"
     context: Context

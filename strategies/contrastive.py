@@ -48,6 +48,7 @@ class SCR(ExperienceReplay):
 
     def setup(self, context: Context) -> None:
         super().setup(context)
+        self.refuse_fewer_rows_than_classes(self.buffer.capacity)
         self.nearest = NearestMean(context, self.buffer, "SCR")
 
     def batch(self, batch: Batch) -> Batch:

@@ -83,7 +83,7 @@ class FastSlow(QuadraticPenalty, ExperienceReplay):
         self.fisher_samples, self.fisher_batch_size = fisher_samples, fisher_batch_size
 
     def setup(self, context: Context) -> None:
-        self.capacity = rows_of_all_classes(context, self.per_class)
+        self.capacity = rows_of_all_classes(context, self.per_class, option="FastSlow.memory_per_class")
         super().setup(context)
         self.nearest = NearestMean(context, self.buffer, "FastSlow")
         self.distiller.setup(context)

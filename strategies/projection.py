@@ -28,6 +28,10 @@ class _EpisodicMemory(Strategy):
     def setup(self, context: Context) -> None:
         super().setup(context)
         self.refuse_unequal_shares("patterns_per_task")
+        most = max(len(task.train) for task in context.tasks)
+        if self.patterns_per_task > most:
+            raise ValueError(f"{type(self).__name__}.patterns_per_task: {self.patterns_per_task} rows, more than any "
+                             f"task has to train on ({most}); lower it, or use Cumulative")  # fmt: skip
         # Larger than will ever be needed, so that the reservoir keeps whatever it is offered, in order.
         rows = sum(min(self.patterns_per_task, len(task.train)) for task in context.tasks)
         self.memory = Buffer(capacity=rows, policy="reservoir", generator=context.generator, world=context.world)

@@ -33,7 +33,7 @@ class PrototypeAnswers(_Rehearsal):
         self.per_class, self.ended = per_class, 0
 
     def setup(self, context: Context) -> None:
-        self.capacity = rows_of_all_classes(context, self.per_class)
+        self.capacity = rows_of_all_classes(context, self.per_class, option="PrototypeAnswers.per_class")
         super().setup(context)
         self.nearest = NearestMean(context, self.buffer, "PrototypeAnswers")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clplat.architectures.base import Output
-from clplat.strategies.base import Context
+from clplat.strategies.base import Context, Fixed
 from clplat.strategies.weights import flat_parameters
 from clplat.streams.batch import Batch
 
@@ -21,6 +21,7 @@ class QuadraticPenalty:
     until there is something to hold; `kept` names all tensors that are saved.
     """
 
+    fixed: ClassVar[Fixed] = "trained"
     factor: ClassVar[float] = 1.0
     kept: ClassVar[tuple[str, ...]] = ("importance", "anchor")
     context: Context

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clplat.architectures.base import StepOutcome
-from clplat.strategies.base import Context, Fidelity, Strategy
+from clplat.strategies.base import Context, Fidelity, Fixed, Strategy
 from clplat.strategies.buffers import SLOT, Buffer, Policy, stored_fields
 from clplat.strategies.ring_reservoir import RingReservoir
 from clplat.streams.base import Data, Task
@@ -34,6 +34,8 @@ class _Rehearsal(Strategy):
 
     def _new_buffer(self) -> Buffer:
         context, rows = self.context, self._capacity_in_rows(self.row_bytes())
+        if self.policy not in ("reservoir", "ring_reservoir"):
+            self.refuse_fewer_rows_than_classes(rows)
         if self.policy == "ring_reservoir":
             return RingReservoir(
                 capacity=rows, ring_share=self.ring_share, generator=context.generator, world=context.world,
@@ -42,6 +44,14 @@ class _Rehearsal(Strategy):
         return Buffer(
             capacity=rows, policy=self.policy, generator=context.generator, world=context.world, tracks=self.tracks
         )
+
+    def refuse_fewer_rows_than_classes(self, rows: int) -> None:
+        """Refuse a budget in which some class (of text: some task) would have no row at all."""
+        tasks = self.context.tasks
+        groups = len({unit for task in tasks for unit in task.classes or (-1 - task.index,)})
+        if rows < groups:
+            raise ValueError(f"{type(self).__name__}.{'capacity' if self.capacity else 'capacity_bytes'}: {rows} rows "
+                             f"for {groups} classes would leave some with none; give at least {groups}")  # fmt: skip
 
     def row_bytes(self) -> int:
         """Bytes that the buffer takes for one row."""
@@ -88,10 +98,14 @@ class _Rehearsal(Strategy):
         return rows
 
 
-def rows_of_all_classes(context: Context, per_class: int) -> int:
-    """Room for so many rows of every class of the stream, as far as there are rows."""
+def rows_of_all_classes(context: Context, per_class: int, *, option: str) -> int:
+    """Room for so many rows of every class of the stream; refuses, as `option`, more than there are to train on."""
     classes = {unit for task in context.tasks for unit in task.classes or ()}
-    return min(per_class * max(1, len(classes)), sum(len(task.train) for task in context.tasks))
+    rows, available = per_class * max(1, len(classes)), sum(len(task.train) for task in context.tasks)
+    if rows > available:
+        raise ValueError(f"{option}: {per_class} rows of {len(classes)} classes are more than the stream's {available} "
+                         "training rows; lower it")  # fmt: skip
+    return rows
 
 
 class ExperienceReplay(_Rehearsal):
@@ -154,6 +168,11 @@ class ExperienceReplay(_Rehearsal):
 
     def setup(self, context: Context) -> None:
         super().setup(context)
+        sizes = [len(task.train) for task in context.tasks]
+        rows = min(context.batch_size, max(sizes))
+        if self.ratio * rows > sum(sizes):
+            raise ValueError(f"{type(self).__name__}.ratio: {self.ratio:g} rows for each of {rows} current ones are "
+                             f"more a step than the stream's {sum(sizes)} training rows; lower it")  # fmt: skip
         self.fresh: list[Batch] = []
 
     def batch(self, batch: Batch) -> Batch:
@@ -239,6 +258,7 @@ class GDumb(_Rehearsal):
     """
 
     restarts: ClassVar[bool] = True
+    fixed: ClassVar[Fixed] = "everything"
     paper = "Prabhu et al. 2020, GDumb (ECCV)"
     fidelity: ClassVar[Fidelity] = "mechanism"
 

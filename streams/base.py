@@ -110,10 +110,17 @@ class JoinedData:
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A number that a scorer reports, with the direction in which it is good."""
+    """A number that a scorer reports, with the direction in which it is good, and the best that it can be."""
 
     higher_is_better: bool
     unit: str = ""
+    best: float | None = None
+
+    def reachable(self, threshold: float) -> bool:
+        """Whether a value as good as `threshold` is possible at all."""
+        if self.best is None:
+            return True
+        return threshold <= self.best if self.higher_is_better else threshold >= self.best
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,7 @@ class Episodic(Scorer):
     episodes: it covers the draw of episodes, not that of classes or of training runs.
     """
 
-    metrics = {"accuracy": Metric(higher_is_better=True), "half_width": Metric(higher_is_better=False)}
+    metrics = {"accuracy": Metric(higher_is_better=True, best=1.0), "half_width": Metric(higher_is_better=False)}
     whole = True
 
     def __init__(self, shape: EpisodeShape, *, episodes: int = 600, seed: int = 0) -> None:

@@ -119,9 +119,10 @@ class FewShotStream(Stream):
         wanted = self.base_classes + self.num_tasks * self.ways
         strange = [label for label in order if pool.groups[label] in apart] if apart else usable[wanted:]
         if len(usable) < wanted or len(strange) < self.novel_classes:
+            there = f"{len(usable)} and {len(strange)} in their groups" if apart else f"{len(usable)} in all"
             raise ValueError(
                 f"base_classes, num_tasks, ways, novel_classes: {wanted} classes are to be trained and "
-                f"{self.novel_classes} kept apart, but the groups have {len(usable)} and then {len(strange)}"
+                f"{self.novel_classes} kept apart, but there are {there}; lower one of the four"
             )
         return usable[:wanted], strange[: self.novel_classes]
 

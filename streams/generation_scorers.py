@@ -15,7 +15,7 @@ from clplat.streams.tokens import TokenCache
 class ExactMatch(Scorer):
     """Share of prompts whose greedy continuation ends in the right answer: the text behind the last marker."""
 
-    metrics = {"exact_match": Metric(higher_is_better=True)}
+    metrics = {"exact_match": Metric(higher_is_better=True, best=1.0)}
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ class LabelLikelihood(Scorer):
     """
 
     metrics = {
-        "accuracy": Metric(higher_is_better=True),
+        "accuracy": Metric(higher_is_better=True, best=1.0),
         "answer_loss": Metric(higher_is_better=False, unit="nats"),
     }
 

@@ -69,7 +69,7 @@ class Classify(Scorer):
     with several questions, those that it is asked count."""
 
     metrics = {
-        "accuracy": Metric(higher_is_better=True),
+        "accuracy": Metric(higher_is_better=True, best=1.0),
         "loss": Metric(higher_is_better=False, unit="nats"),
     }
 

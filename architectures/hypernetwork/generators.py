@@ -153,3 +153,10 @@ class _Stage(nn.Module):
             self.recurrent = drawn(4, units, below + units)
         self.bias = drawn(4, units)
         self.outward = drawn(chunk_size, units)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse, by name, a size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: must be at least 1, got {size}")

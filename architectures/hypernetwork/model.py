@@ -14,8 +14,14 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clplat.architectures.base import Architecture, Output, State
-from clplat.architectures.hypernetwork.generators import ChunkedGenerator, Generator, Order, RecurrentGenerator
-from clplat.architectures.hypernetwork.target import Target, segments
+from clplat.architectures.hypernetwork.generators import (
+    ChunkedGenerator,
+    Generator,
+    Order,
+    RecurrentGenerator,
+    check_sizes,
+)
+from clplat.architectures.hypernetwork.target import Target, check_chunk, segments
 from clplat.streams.base import Spec, Task
 from clplat.streams.batch import Batch
 
@@ -211,9 +217,10 @@ class ChunkedHypernetwork(_Hypernetwork):
         generated at once. `hidden_sizes` of the generator default to [32, 64]; empty for a linear one. A new task's
         embedding is drawn anew, or begins as the one before it (`previous`)."""
         sizes = [32, 64] if hidden_sizes is None else hidden_sizes
-        _check_sizes(chunk_size=chunk_size, task_embedding=task_embedding, chunk_embedding=chunk_embedding,
+        check_sizes(chunk_size=chunk_size, task_embedding=task_embedding, chunk_embedding=chunk_embedding,
                      hidden_sizes=min(sizes, default=1))  # fmt: skip
         emptied = _target(target, spec)
+        check_chunk(chunk_size, emptied.num_weights)
         generator = ChunkedGenerator(
             num_weights=emptied.num_weights, chunk_size=chunk_size, task_embedding=task_embedding,
             chunk_embedding=chunk_embedding, hidden_sizes=sizes,
@@ -252,12 +259,13 @@ class RecurrentHypernetwork(_Hypernetwork):
         read the old ones and are not read by them; `freeze_grown` then leaves the old units, chunk embeddings and the
         output's bias as they are, so that earlier tasks keep their weights bit for bit. Without it they go on learning,
         and a regularizer has to hold earlier tasks."""
-        _check_sizes(chunk_size=chunk_size, task_embedding=task_embedding, chunk_embedding=chunk_embedding,
+        check_sizes(chunk_size=chunk_size, task_embedding=task_embedding, chunk_embedding=chunk_embedding,
                      hidden_size=hidden_size)  # fmt: skip
         if grow_by < 0:
             raise ValueError(f"grow_by: must not be negative, got {grow_by}")
         self_frozen = grow_by > 0 and freeze_grown
         emptied = _target(target, spec)
+        check_chunk(chunk_size, emptied.num_weights)
         generator = RecurrentGenerator(
             num_weights=emptied.num_weights, chunk_size=chunk_size, task_embedding=task_embedding,
             chunk_embedding=chunk_embedding, hidden_size=hidden_size, order=order, recurrent=recurrent,
@@ -285,10 +293,8 @@ def _target(target: Callable[[Spec], Architecture], spec: Spec) -> Target:
     if spec.kind != "classify":
         raise ValueError("target: hypernetworks classify; this stream is a language, whose models carry state")
     # By keyword, which is how components take it.
-    return Target(target(spec=spec))  # type: ignore[call-arg]
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: must be at least 1, got {size}")
+    model = target(spec=spec)  # type: ignore[call-arg]
+    if isinstance(model, _Hypernetwork):
+        raise ValueError(f"target: {type(model).__name__} generates weights itself; name the network that answers, "
+                         "for example MLP")  # fmt: skip
+    return Target(model)

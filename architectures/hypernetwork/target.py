@@ -108,3 +108,10 @@ def segments(lengths: Sequence[int], chunk_size: int) -> list[tuple[int, int, in
             found.append((tensor, chunk, size))
             position += size
     return found
+
+
+def check_chunk(chunk_size: int, num_weights: int) -> None:
+    """Refuse a chunk of which most would be thrown away; up to the default of 1000 that costs nothing."""
+    if chunk_size > max(2 * num_weights, 1000):
+        raise ValueError(f"chunk_size: {chunk_size} is more than twice the target's {num_weights} weights; "
+                         f"{num_weights} generate them all at once")  # fmt: skip

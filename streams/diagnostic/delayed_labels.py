@@ -5,7 +5,6 @@ Source: Khajehabdollahi et al. 2024 (arXiv:2309.12927) and its published code; d
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from clplat.streams.base import EvalSet, Metric, Spec, Stream, Task
 from clplat.streams.batch import IGNORE
 from clplat.streams.diagnostic.bit_rows import PAD, BitRows, Labels, delayed_match, parity
+from clplat.streams.diagnostic.sources import source
 from clplat.streams.scorers import Classify, Sums
 
 LABELS: dict[str, Labels] = {"parity": parity, "match": delayed_match}
@@ -25,7 +25,7 @@ Curriculum = Literal["single_head", "multi_head", "sliding"]
 class TrainedHeads(Classify):
     """`accuracy` and `loss` over all heads that a task trains, and `newest_accuracy`, that of its own head alone."""
 
-    metrics = Classify.metrics | {"newest_accuracy": Metric(higher_is_better=True)}
+    metrics = Classify.metrics | {"newest_accuracy": Metric(higher_is_better=True, best=1.0)}
 
     def __init__(self, *, newest: int) -> None:
         """`newest`: the place of the task's own head."""
@@ -114,7 +114,7 @@ class _DelayedLabels(Stream):
     def _data(self, index: int, part: str, asked: list[int]) -> BitRows:
         """One set of the task; rows that are scored are sorted by length, so that a batch of them is trimmed well."""
         number, count, training = self.numbers[index], self.rows[part], part == "train"
-        draw = _generator(part, number, self.seed if training else "fixed")
+        draw = source(part, number, self.seed if training else "fixed")
         lengths = torch.randint(number + 2, 4 * number + 3, (count,), generator=draw)
         share = torch.rand(count, 1, generator=draw) if training and not self.fair else 0.5
         bits = (torch.rand(count, 4 * number + 2, generator=draw) < share).to(torch.uint8)
@@ -124,12 +124,6 @@ class _DelayedLabels(Stream):
             questions=asked if one_head else [n if n in asked else None for n in self.numbers],
             width=self.spec.input_shape[0], one_length=training, one_head=one_head,
         )  # fmt: skip
-
-
-def _generator(*names: str | int) -> torch.Generator:
-    """A source of its own for each set: no row of one is a row of another by the same draws."""
-    value = hashlib.sha256(":".join(map(str, names)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(value[:8]) >> 1)
 
 
 class NParity(_DelayedLabels):

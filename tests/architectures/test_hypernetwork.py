@@ -226,6 +226,9 @@ def test_a_new_embedding_may_begin_as_the_one_before_it() -> None:
     ("make", "options", "message"),
     [
         (chunked, {"chunk_size": 0}, "chunk_size"),
+        (chunked, {"chunk_size": 10**9}, "chunk_size: 1000000000 is more than twice the target's 381 weights"),
+        (lstm, {"chunk_size": 10**9}, "chunk_size: 1000000000 is more than twice the target's 381 weights"),
+        (chunked, {"target": lambda spec: chunked(spec)}, "target: ChunkedHypernetwork generates weights itself"),
         (chunked, {"hidden_sizes": [8, 0]}, "hidden_sizes"),
         (chunked, {"task_embedding": 0}, "task_embedding"),
         (lstm, {"hidden_size": 0}, "hidden_size"),

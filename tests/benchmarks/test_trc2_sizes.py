@@ -1,4 +1,4 @@
-"""The rivals of TRC² have the published sizes, as far as those tell what was built."""
+"""TRC² and its rivals have the published sizes, as far as those tell what was built."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "trc2_sizes.py"
-ALLOWED = {"MoE": 0.005, "Transformer": 0.01, "DeepSeek": 0.01, "Mamba, SwiGLU, N = 128": 0.015}
+ALLOWED = {"MoE": 0.005, "Transformer": 0.01, "DeepSeek": 0.01, "Mamba, SwiGLU, N = 128": 0.015, "TRC²": 0.005}
 """Largest relative difference. Of Mamba no form was found that fits all three sizes more closely."""
 
 
@@ -27,7 +27,7 @@ def script() -> ModuleType:
 @pytest.mark.parametrize("label", ALLOWED)
 def test_sizes_are_the_published_ones(script: ModuleType, label: str) -> None:
     chosen = [size for size in script.sizes() if size.label == label]
-    assert len(chosen) == 3
+    assert len(chosen) == (5 if label == "TRC²" else 3)
     for size in chosen:
         total = sum(p.numel() for p in size.built().parameters()) / 1e6
         assert total == pytest.approx(size.published, rel=ALLOWED[label]), f"{size.hidden_size}/{size.num_layers}"

@@ -30,15 +30,15 @@ from clplat.study_results import load_study_results
     [
         (
             {"strategies": {"replay": {"class_path": "ExperienceReplay", "init_args": {"capacity": 10**6}}}},
-            r"variant digits: strategies\.replay: .*capacity.*1000000",
+            r"^strategies\.replay: .*capacity.*1000000",
         ),
         (
             {"stream": {"class_path": "StdlibText"}},
-            r"variant digits: architecture: MLP is not causal.*Transformer",
+            r"^architecture: MLP is not causal.*Transformer",
         ),
         (
             {"training__compile": "reduce-overhead", "training__accumulate": 2},
-            r"variant digits: training\.compile: reduce-overhead needs accumulate 1",
+            r"^training\.compile: reduce-overhead needs accumulate 1",
         ),
         (
             {"training__accelerator": "gpu"} if not torch.cuda.is_available() else {"training__devices": 99},
@@ -122,9 +122,17 @@ def test_a_failing_component_fails_its_run_alone_and_leaves_its_traceback(
     data = study(variants={"naive": {}, "broken": {"strategies": {"b": {"class_path": "mine.Broken"}}}})
     done = clplat.run(data, quiet=True)
     assert [outcome.status for outcome in done.outcomes] == ["FINISHED", "FAILED"]
-    assert done.code == 1
+    assert done.code == 1 and done.status == "FAILED"
     assert "RuntimeError: no idea" in done.outcomes[1].reason
     assert "task_end" in (done.folder / "broken-s0" / "error.txt").read_text()
+
+
+def test_a_penalty_that_is_too_strong_is_named_when_the_loss_diverges(tmp_path: Path) -> None:
+    strong = {"hold": {"class_path": "OnlineEWC", "init_args": {"strength": 1e30}}}
+    outcome = execute(run_folder(tmp_path, study(strategies=strong)))
+    assert (
+        outcome.status == "FAILED" and "lower the strength of strategies.hold or training.optimizer" in outcome.reason
+    )
 
 
 def test_a_changed_scientific_key_on_resume_is_refused_with_the_difference_and_a_free_one_is_not(
@@ -172,7 +180,7 @@ def test_a_model_that_cannot_read_the_stream_is_refused_before_anything_is_writt
         "    def forward(self, batch, state=None, return_hidden=None):\n"
         "        return Output(logits=self.layer(batch.inputs))\n"
     )
-    with pytest.raises(ConfigError, match=r"variant digits: architecture: Narrow cannot answer rows \(2, 1, 8, 8\)"):
+    with pytest.raises(ConfigError, match=r"^architecture: Narrow cannot answer rows \(2, 1, 8, 8\)"):
         clplat.run(study(architecture={"class_path": "narrow.Narrow"}), quiet=True)
     assert not (tmp_path / "runs").exists()
 
@@ -234,7 +242,7 @@ def test_the_journal_of_a_failed_run_is_standard_json_and_ends_with_its_status(
         ({"training__workers": -2}, r"training\.workers: must be at least 0, got -2"),
         ({"training__warmup": 7}, r"training\.warmup: .*at most 1"),
         ({"launcher": {"workers": -3}}, r"launcher\.workers: must be at least 1"),
-        ({"name": "../evil"}, r"name: use letters"),
+        ({"name": "../evil"}, r"name: use up to 100 letters"),
         (
             {"training__optimizer": {"class_path": "SGD", "init_args": {"lr": -1}}},
             r"optimizer.*learning rate",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,12 @@ def test_a_wrong_entry_is_refused_by_name(changes: dict, message: str) -> None:
     entry = {"variant": "b", "published": 50, "source": "a paper", "minutes": 1} | changes
     with pytest.raises(ConfigError, match=message):
         load_study(study(variants={"a": {}, "b": {}}, known_good={"x": entry}))
+
+
+def test_what_the_results_page_has_measured_is_what_the_list_shows() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "results" / "images.md").read_text()
+    rows = re.findall(r"^\|[^|]*\| (\d+) \| ([^|]*) \|.*`(\w+)` \|$", page, flags=re.MULTILINE)
+    assert len(rows) > 20
+    for seeds, value, name in rows:
+        shown = best.catalogue()[name][1].measured
+        assert (shown.partition(" (")[0] == value) if int(seeds) else not shown, name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,25 @@ def test_a_dry_run_estimates_and_leaves_nothing_behind(
 ) -> None:
     code, out, _ = ran(capsys, "run", config, "--dry-run")
     assert code == 0 and "about" in out and not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_beside_other_work_says_that_it_is_too_high(
+    config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (5.25, 1.0, 1.0))
+    code, out, _ = ran(capsys, "run", config, "--dry-run")
+    assert code == 0 and "other work kept 5.2 of" in " ".join(out.split())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_into_a_file_every_run_that_finished_is_a_line_on_the_error_output(
+    config: str, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    code, out, err = ran(capsys, "run", config, "--seeds=[0, 1]", f"--launcher.workers={workers}")
+    assert code == 0 and "finished in" not in out
+    lines = [line for line in err.splitlines() if "finished in" in line]
+    assert [line.rpartition(", ")[2] for line in lines] == ["1 of 2", "2 of 2"]
+    assert {line.partition(":")[0] for line in lines} == {"digits-s0", "digits-s1"}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "neither number nor word": ({"launcher": {"workers": "x"}}, r"launcher\.workers: .*a whole number.*, got 'x'"),
     "wrong choice": ({"training__schedule": "cosin"}, r"training\.schedule: .*'cosine'.*got 'cosin'"),
     "two budgets": ({"training__budget": {"steps": 1, "epochs": 1}}, r"budget: .*exactly one"),
+    "choice": ({"training__schedule": "cosin"}, r"training\.schedule: .*got 'cosin'; did you mean 'cosine'"),
+    "choice of an option": ({"stream__init_args": {"scenario": "clas"}}, r"scenario: .*got clas; did you mean 'class'"),
+    "target without its own": (
+        {"architecture": {"class_path": "ChunkedHypernetwork", "init_args": {"target": "ChunkedHypernetwork"}}},
+        r"^architecture\.init_args\.target: ChunkedHypernetwork needs the option target$",
+    ),
     "unknown class": ({"stream__class_path": "SplitDigit"}, r"stream\.class_path: .*did you mean 'SplitDigits'"),
     "unknown module": ({"stream__class_path": "nowhere.Mine"}, r"stream\.class_path: there is no module 'nowhere'"),
     "wrong family": ({"stream__class_path": "clplat.architectures.mlp.MLP"}, r"MLP is not a stream"),

@@ -49,8 +49,8 @@ def test_a_task_goes_on_until_every_metric_has_reached_its_threshold(tmp_path: P
     taken = {}
     for name, until in {
         "both": {"accuracy": 0.0, "newest_accuracy": 0.0},
-        "first": {"accuracy": 1.1, "newest_accuracy": 0.0},
-        "second": {"accuracy": 0.0, "newest_accuracy": 1.1},
+        "first": {"accuracy": 1.0, "newest_accuracy": 0.0},
+        "second": {"accuracy": 0.0, "newest_accuracy": 1.0},
         "low": {"loss": 100.0},
         "headline": 0.0,
     }.items():
@@ -122,6 +122,7 @@ def test_a_run_killed_around_an_early_end_equals_the_uninterrupted_one(
         ),
         (learned({"newest": 0.9}), "of 'parity-2' has no metric 'newest'; known: accuracy, loss, newest_accuracy"),
         (learned({}), "until names no metric"),
+        (learned({"accuracy": 98}), "until: accuracy 98 would never be reached, the best there can be is 1"),
         (
             parity(architecture={"class_path": "TextClassifier", "init_args": {}}),
             "TextClassifier answers one question about a sample, and this stream asks 2",

@@ -12,6 +12,7 @@ from studies import study
 
 from clplat.dry_run import estimate
 from clplat.errors import ConfigError
+from clplat.learner import Learner
 from clplat.study import preflight
 from clplat.study_file import expand, load_study
 
@@ -42,6 +43,22 @@ def test_a_run_stopped_inside_its_second_task_and_resumed_equals_the_uninterrupt
 def test_a_dry_run_tries_each_of_them() -> None:
     table = estimate(load_study(study(variants={case: {"strategies": named(case)} for case in CASES})), Console())
     assert table.row_count == len(CASES)
+
+
+def test_a_dry_run_of_an_arm_with_all_tasks_budgets_takes_two_steps_a_task_and_counts_them_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[int] = []
+    original = Learner.batch_done
+
+    def counting(self: Learner) -> None:
+        original(self)
+        taken.append(self.global_steps)
+
+    monkeypatch.setattr(Learner, "batch_done", counting)
+    joint = {"joint": {"strategies": {"data": {"class_path": "Joint"}}}}
+    table = estimate(load_study(study(variants=joint, training__budget={"steps": 9})), Console())
+    assert len(taken) == 2 * 3 and list(table.columns[2].cells) == [str(9 * 3)]
 
 
 def test_momenta_that_would_outlive_a_fresh_start_are_refused() -> None:

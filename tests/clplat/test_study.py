@@ -9,6 +9,7 @@ import pytest
 from studies import study
 
 import clplat
+from clplat.errors import StudyFailedError
 from clplat.journal import table
 from clplat.metrics import summary
 
@@ -75,3 +76,11 @@ def test_digits_run_in_every_scenario_and_unseen_classes_have_no_score(scenario:
     assert scores.shape == (6, 5)
     unseen = scores[1, 1:]
     assert (unseen != unseen).all() if scenario == "class" else ((unseen >= 0) & (unseen <= 1)).all()
+
+
+def test_a_study_of_which_every_run_failed_is_an_error_in_python(tmp_path: Path) -> None:
+    data = study(training__optimizer={"class_path": "SGD", "init_args": {"lr": 1e30}}, seeds=[0, 1])
+    with pytest.raises(
+        StudyFailedError, match=r"runs/digits-.*: every run failed; digits-s0: .*lower training\.optimizer"
+    ):
+        clplat.run(data | {"launcher": {"workers": 1}}, quiet=True)

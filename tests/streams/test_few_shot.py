@@ -120,7 +120,7 @@ WRONG = {
     "no episodes": ({"episodes": []}, "episodes: give at least one shape"),
     "source": ({"source": "mnist"}, "source: omniglot, digits, cifar10; not 'mnist'"),
     "share": ({"test_fraction": 1.0}, "test_fraction: must be a share"),
-    "classes": ({"num_tasks": 3}, "9 classes are to be trained and 3 kept apart, but the groups have 10 and then 1"),
+    "classes": ({"num_tasks": 3}, "9 classes are to be trained and 3 kept apart, but there are 10 in all; lower one"),
     "groups": ({"groups": ["Greek"]}, "groups: digits has 0, 1, .*; got"),
     "shots": ({"shots": 500}, "shots: a class has only 1.. training rows, got 500"),
     "rows": ({"episodes": [EpisodeShape(ways=3, queries=400)]}, "episodes: a novel class has 1.. rows"),

@@ -1,0 +1,89 @@
+"""What jsonargparse says about a component's options, as a person would say it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from clplat.errors import nearest
+
+
+def reason(error: Exception, given: Mapping[str, Any] | None = None, parser: Any = None) -> str:
+    """jsonargparse's message as `.key.inner_key: expected …`, on one line and without its Python types' dress."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    text = re.sub(r"<class '([\w.]+)'>|\btyping\.", lambda m: m[1] or "", text)
+    place = ""
+    while match := re.match(_LAYERS, text):
+        if match["key"]:
+            name = match["key"]
+            place += f".{name}" + (_failing_item(parser, given, name) if given and not place else "")
+        elif match["name"] and not _is_dataclass(match["name"]):
+            place += ".init_args"
+        text = match["inner"] or match["rest"] or match["first"]
+    return f"{place}: {_said_plainly(text)}"
+
+
+_LAYERS = (
+    r'Parser key "(?P<key>[\w.]+)": (?P<inner>.*)'
+    r"|Problem with given class_path '(?P<name>[\w.]+)': (?P<rest>Parser key .*)"
+    r"|Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (?!Expected|Not a valid)"
+    r"(?P<first>.*) - Expected a NoneType Given value type: .*"
+)
+"""What jsonargparse wraps around a reason: where it stands, a class to choose, and `or nothing` as another choice."""
+
+
+def _failing_item(parser: Any, given: Mapping[str, Any], name: str) -> str:
+    """`.1` where the second item is the one of a list that is refused; empty where the value is no list of mappings."""
+    items = given.get(name)
+    for number, item in enumerate(items if isinstance(items, list) else []):
+        try:
+            parser.parse_object(copy.deepcopy({**given, name: [item]}))
+        except Exception:  # noqa: BLE001 - as in `checked`
+            return f".{number}"
+    return ""
+
+
+def _is_dataclass(path: str) -> bool:
+    module, _, name = path.rpartition(".")
+    return dataclasses.is_dataclass(getattr(importlib.import_module(module), name))
+
+
+def _said_plainly(text: str) -> str:
+    if match := re.search(r"following arguments are required: ([\w, ]+)\..*class_path='[\w.]+\.(\w+)'", text):
+        return f"{match[2]} needs the option {match[1]}"
+    if match := re.fullmatch(r"Expected a dot import path string: (\w+)", text):
+        return f"name a component as {{class_path: {match[1]}}}"
+    if match := re.search(r"class_path '([\w.]+)': Option '(\w+)' is not accepted", text):
+        module, _, name = match[1].rpartition(".")
+        known = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+        return f"{name} has no option {match[2]!r}{nearest(match[2], known)}"
+    if match := re.search(r": Option '(\w+)' is not accepted\. Got value: Namespace\(class_path='[\w.]+\.(\w+)'", text):
+        return f"{match[2]} has no option {match[1]!r}"
+    if match := re.fullmatch(r"Group '([\w.]+)' does not accept option '(\w+)'", text):
+        return f"{match[1]} has no option {match[2]!r}"
+    if match := re.match(r"Problem with given class_path '([\w.]+)': (.*)", text):
+        return f"class_path {match[1]!r} cannot be used ({match[2]})"
+    if match := re.search(r"Subtypes: \[(.*?)\] Errors: .*Given value: (.*)", text):
+        return _expected([kind for kind in re.split(r", (?![^\[]*\])", match[1]) if kind != "NoneType"], match[2])
+    if match := re.match(r"Expected an? (.*?)\. Got value: (.*)", text):
+        return _expected([match[1]], match[2])
+    return text
+
+
+def _expected(kinds: list[str], got: str) -> str:
+    """What an option takes and what it got, with the choice that was probably meant."""
+    choices = [choice for kind in kinds if kind.startswith("Literal[") for choice in re.findall(r"'([^']*)'", kind)]
+    return f"expected {' or '.join(map(_kind, kinds))}, got {got}{nearest(got.strip(chr(39)), choices, listed=False)}"
+
+
+def _kind(annotation: str) -> str:
+    """A type as a person says it."""
+    choices = re.fullmatch(r"Literal\[(.*)\]", annotation)
+    words = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
+    words |= {"list": "a list", "dict": "a mapping"}
+    return choices[1].replace(", ", " or ") if choices else words.get(annotation, annotation)

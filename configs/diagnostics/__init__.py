@@ -1,0 +1,1 @@
+"""Studies of what a memory can hold and rewrite, on generated rows: `clplat run diagnostics/mqar`."""

@@ -1,0 +1,142 @@
+"""Levels that step at their own periods: the continuum memory system's clock over any optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from clplat.strategies.optimizers.joined import (
+    Joined,
+    NamedWeights,
+    OptimizerFactory,
+    built,
+    matches,
+    some_names,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """Parameters that step together, once in `period` steps.
+
+    `match` are patterns of their names (`*` for anything, dots included). `lr` replaces their optimizer's rate, and
+    `optimizer` the optimizer that all levels share.
+    """
+
+    match: list[str] = field(default_factory=lambda: ["*"])
+    period: int = 1
+    lr: float | None = None
+    optimizer: OptimizerFactory | None = None
+
+
+class LevelClock(Joined):
+    """Every level of parameters gathers its gradients for `period` steps, and then its optimizer steps once.
+
+    Nested Learning's continuum memory system with the clock of training steps (Behrouz et al. 2025, arXiv:2512.24695,
+    Eq. 70-71): θ ← θ − f(Σ of the gradients of the last `period` steps), f the level's optimizer, if the step is a
+    multiple of `period`; unchanged otherwise. With all periods 1 it is the optimizers alone, bit for bit.
+    """
+
+    paper = "Behrouz et al. 2025, arXiv:2512.24695, Eq. 70-71"
+    fidelity: ClassVar[str] = "interpretation"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        levels: Mapping[str, Level],
+        optimizer: OptimizerFactory | None = None,
+        reduction: Literal["sum", "mean"] = "sum",
+        unfinished: Literal["carry", "drop"] = "carry",
+    ) -> None:
+        """A parameter belongs to the first of `levels`, in order, that matches its name; to one it must. `optimizer` is
+        that of levels without their own. `reduction`: a period's gradients are added up (as printed), or averaged.
+        `unfinished`: at the end of a task a period is gone on with in the next (needs `optimizer_state: keep`), or what
+        it had gathered is dropped (`reset`)."""
+        named = NamedWeights.given(params)
+        self.levels, self.reduction, self.unfinished = dict(levels), reduction, unfinished
+        parts = _parts(named, self.levels)
+        children = []
+        for name, level in self.levels.items():
+            factory = level.optimizer or optimizer
+            if factory is None:
+                raise ValueError(
+                    f"levels.{name}.optimizer: give the level an optimizer, or all levels one (`optimizer`)"
+                )
+            child = built(factory, parts[name], f"levels.{name}.optimizer" if level.optimizer else "optimizer")
+            for group in child.param_groups:
+                # Whole periods are counted on the host and saved with the group.
+                group |= {"level": name, "clock": 0} | ({} if level.lr is None else {"lr": level.lr})
+            children.append(child)
+        super().__init__(named, children)
+
+    def _step_children(self) -> None:
+        for child, level in zip(self.children, self.levels.values(), strict=True):
+            if level.period == 1:
+                child.step()
+                continue
+            groups = child.param_groups
+            weights = [p for group in groups for p in group["params"]]
+            self._gather(weights)
+            clock = groups[0]["clock"] + 1
+            if clock == level.period:
+                self._release(child, weights, level.period)
+            for group in groups:
+                group["clock"] = clock % level.period
+
+    def _gather(self, weights: list[Tensor]) -> None:
+        """Add the gradients of this step to those of the period."""
+        fresh = [p for p in weights if p.grad is not None]
+        known = [p for p in fresh if "pending" in self.state.get(p, ())]
+        for p in fresh:
+            if "pending" not in self.state.get(p, ()):
+                assert p.grad is not None
+                self.state[p]["pending"] = p.grad.clone()
+        if known:
+            torch._foreach_add_([self.state[p]["pending"] for p in known], [p.grad for p in known])
+
+    def _release(self, child: torch.optim.Optimizer, weights: list[Tensor], period: int) -> None:
+        """Let the child step with what was gathered; the gradients of this step stay what they were."""
+        own = [p.grad for p in weights]
+        # Taken out before the child looks: optimizers of torch take a parameter whose state is empty for a new one.
+        gathered = [self.state[p].pop("pending") if "pending" in self.state.get(p, ()) else None for p in weights]
+        if self.reduction == "mean" and (some := [one for one in gathered if one is not None]):
+            torch._foreach_div_(some, period)
+        for p, gradient in zip(weights, gathered, strict=True):
+            p.grad = gradient
+        try:
+            child.step()
+        finally:
+            for p, gradient in zip(weights, own, strict=True):
+                p.grad = gradient
+
+
+def _parts(named: NamedWeights, levels: Mapping[str, Level]) -> dict[str, NamedWeights]:
+    """Each level's parameters; says which level takes nothing, and which parameter nobody takes."""
+    if not levels:
+        raise ValueError("levels: name at least one, for example {all: {period: 1}}")
+    owner: dict[str, str] = {}
+    for level, options in levels.items():
+        if options.period < 1:
+            raise ValueError(f"levels.{level}.period: must be at least 1 step, got {options.period}")
+        if options.lr is not None and options.lr < 0:
+            raise ValueError(f"levels.{level}.lr: must not be negative, got {options.lr}")
+        for name, _ in named:
+            if name not in owner and matches(name, options.match):
+                owner[name] = level
+    for level, options in levels.items():
+        if level not in owner.values():
+            raise ValueError(
+                f"levels.{level}.match: {options.match} takes no parameter that an earlier level left; "
+                f"they are called {some_names(named)}"
+            )
+    if left := named.where(lambda name, _: name not in owner):
+        raise ValueError(
+            f"levels: none takes {some_names(left)}; add a last level with match ['*'], with lr 0 if those are not "
+            "to be trained"
+        )
+    return {level: named.where(lambda name, _, level=level: owner[name] == level) for level in levels}  # type: ignore[misc]
