@@ -19,7 +19,7 @@ from clplat.architectures.associative_memory.reading import Reading
 from clplat.architectures.associative_memory.rule import MemoryRule
 from clplat.architectures.associative_memory.state import MemoryState, Tokens
 from clplat.architectures.layers import causal_convolution
-from clplat.architectures.trc2.options import check_at_least, check_choices
+from clplat.architectures.option_checks import check_at_least, check_choices
 
 MixerState = tuple[Tensor, tuple[Any, ...], Tensor, Tensor]
 """What the convolution read before the pending tokens (B, K − 1, 3C), the memory there (`MemoryState` as plain tuples),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from clplat.architectures.trc2.options import check_at_least, check_choices
+from clplat.architectures.option_checks import check_at_least, check_choices
 
 Activation = Literal["gelu", "silu"]
 Feature = Literal["identity", "unit", "elu"]

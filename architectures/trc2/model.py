@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from clplat.architectures.base import Architecture, Output, State, StepOutcome
 from clplat.architectures.layers import causal_document_mask, rotary_angles
 from clplat.architectures.mixture_of_experts import idle_weights
+from clplat.architectures.option_checks import check_choices
 from clplat.architectures.trc2.column import Column, num_heads
 from clplat.architectures.trc2.hippocampus import Hippocampus
 from clplat.architectures.trc2.options import (
@@ -34,7 +35,6 @@ from clplat.architectures.trc2.options import (
     ReplayPath,
     ThalamusOptions,
     WriteOptions,
-    check_choices,
 )
 from clplat.architectures.trc2.reading import Passed, Reading, added, goes_on, only, places_in_documents
 from clplat.architectures.trc2.store import Experience, Store

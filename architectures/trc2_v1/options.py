@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from clplat.architectures.trc2.options import check_at_least, check_choices
+from clplat.architectures.option_checks import check_at_least, check_choices
 
 Pooling = Literal["first", "mean"]
 

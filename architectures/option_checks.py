@@ -1,0 +1,34 @@
+"""Checks of option groups (dataclasses): a value that cannot be raises ValueError that names the field."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+
+def check_choices(options: object, **choices: object) -> None:
+    """Refuse a value that is not among its Literal's."""
+    for name, kind in choices.items():
+        if getattr(options, name) not in get_args(kind):
+            known = ", ".join(get_args(kind))
+            raise ValueError(f"{_place(options)}{name}: must be one of {known}, got {getattr(options, name)!r}")
+
+
+def check_at_least(options: object, least: float, *names: str) -> None:
+    """Refuse a number below `least`; None stands for a default."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"{_place(options)}{name}: must be at least {least}, got {value}")
+
+
+def _place(options: object) -> str:
+    """The option under which a group of options is given, with a dot."""
+    group = getattr(options, "group", None)
+    return f"{group}." if group else ""
+
+
+def check_shares(options: object, *names: str) -> None:
+    """Refuse a number outside 0..1."""
+    for name in names:
+        if not 0 <= getattr(options, name) <= 1:
+            raise ValueError(f"{_place(options)}{name}: must lie in 0..1, got {getattr(options, name)}")
