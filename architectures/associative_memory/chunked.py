@@ -83,19 +83,30 @@ def chunk_step(network: Network, tokens: Tokens, W: Layers, S: Layers, anchor: L
     else:
         inputs, slopes = (tokens.k,), (_errors_in_turn(tokens, W[0], S[0] if S else None, spans[0], network),)
     steps = [-tokens.rate.unsqueeze(-1) * slope for slope in slopes]
-    x = tokens.q
+    if network.rule.read == "chunk_start":
+        answers = network.read(anchor, tokens.q)
+    else:
+        answers = _read_in_turn(network, tokens.q, spans, inputs, steps, W, S)
+    W_after, S_after = [], []
+    for layer, span in enumerate(spans):
+        weight, push = _left(span, inputs[layer], steps[layer], W[layer], S[layer] if S else None)
+        W_after.append(weight)
+        S_after.extend([] if push is None else [push])
+    return answers, tuple(W_after), tuple(S_after)
+
+
+def _read_in_turn(
+    network: Network, q_BHLD: Tensor, spans: list[Spans], inputs: Layers, steps: list[Tensor], W: Layers, S: Layers
+) -> Tensor:
+    """Each query's answer (B, H, L, E) behind its own token's write."""
+    x = q_BHLD
     for layer, span in enumerate(spans):
         kept = (span.start * x) @ W[layer]
         if span.carried is not None:
             kept = kept + (span.carried * x) @ S[layer]
         read = kept + _products(x, inputs[layer], span.writes) @ steps[layer]
         x = read if layer == len(W) - 1 else activated(read, network.rule.memory.activation)
-    W_after, S_after = [], []
-    for layer, span in enumerate(spans):
-        weight, push = _left(span, inputs[layer], steps[layer], W[layer], S[layer] if S else None)
-        W_after.append(weight)
-        S_after.extend([] if push is None else [push])
-    return network.answer(tokens.q, x), tuple(W_after), tuple(S_after)
+    return network.answer(q_BHLD, x)
 
 
 def _left(span: Spans, x_BHLI: Tensor, step_BHLO: Tensor, W: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -148,7 +148,7 @@ class AssociativeMemory(nn.Module):
         rule = self.rule
         matrix = rule.memory.depth == 1 and not rule.memory.norm and not rule.memory.residual
         known = matrix and rule.target == "value" and rule.bias.kind in ("dot", "l2") and rule.retention != "channel"
-        if not known or tokens.counts is not None:
+        if not known or rule.read != "post" or tokens.counts is not None:
             return None
         q, k, v = (part.transpose(1, 2) for part in tokens[:3])
         form = which_backend(q, k, v, chunk=rule.chunk)

@@ -17,6 +17,7 @@ BiasKind = Literal["dot", "l2", "lp", "huber"]
 Retention = Literal["none", "decay", "channel"]
 InnerOptimizer = Literal["gd", "momentum"]
 GradientAt = Literal["chunk", "token", "decayed"]
+Read = Literal["post", "chunk_start"]
 Target = Literal["value", "self"]
 
 
@@ -69,7 +70,8 @@ class MemoryRule:
     forgotten, one gate a token and head, or one for each input channel of each layer. `optimizer`: a gradient step a
     token, or one with momentum. `gradient_at`: where a token's gradient is taken: at the memory as it was when its
     chunk began, as it was before the token, or that decayed (the gated delta rule). `chunk`: tokens that are computed
-    at once; with `gradient_at: chunk` it is part of the function, otherwise it changes rounding and speed alone.
+    at once; with `gradient_at: chunk` or `read: chunk_start` it is part of the function, otherwise it changes rounding
+    and speed alone. `read`: a query asks the memory behind its own token's write, or as it was when its chunk began.
     `target` of a key's answer: the token's value, or the answer that the memory itself gives to that value.
     """
 
@@ -80,12 +82,14 @@ class MemoryRule:
     optimizer: InnerOptimizer = "gd"
     gradient_at: GradientAt = "chunk"
     chunk: int = 16
+    read: Read = "post"
     target: Target = "value"
 
     def __post_init__(self) -> None:
         check_choices(
-            self, feature=Feature, retention=Retention, optimizer=InnerOptimizer, gradient_at=GradientAt, target=Target
-        )
+            self, feature=Feature, retention=Retention, optimizer=InnerOptimizer, gradient_at=GradientAt, read=Read,
+            target=Target,
+        )  # fmt: skip
         check_at_least(self, 1, "chunk")
         plain = self.memory.depth == 1 and not (self.memory.norm or self.memory.residual)
         if self.gradient_at != "chunk" and not (plain and self.bias.kind == "l2" and self.target == "value"):
@@ -100,9 +104,14 @@ class MemoryRule:
         return self.bias.kind == "dot" and self.memory.depth == 1 and not self.memory.norm and self.target == "value"
 
     @property
+    def steps_together(self) -> bool:
+        """Whether all tokens of a chunk step from the same weights, each without knowing of the others."""
+        return self.gradient_at == "chunk" and not self.hebbian
+
+    @property
     def anchored(self) -> bool:
         """Whether chunks are part of the function."""
-        return self.gradient_at == "chunk" and not self.hebbian
+        return self.steps_together or self.read == "chunk_start"
 
     def widths(self, key_size: int, value_size: int) -> list[tuple[int, int]]:
         """Inputs and outputs of every layer."""

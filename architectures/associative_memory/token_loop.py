@@ -5,7 +5,8 @@ For token t, with a = exp(log_decay), η = exp(log_momentum), and for each layer
     g_t = ∂ loss(M(k_t), target_t) / ∂W at W_src       the gradient (`network.py`)
     S_t = η_t S_{t−1} − rate_t g_t                      the step; without momentum η = 0
     W_t = a_t ⊙ W_{t−1} + S_t                           the memory; a weighs a layer's inputs, together or each
-    y_t = M_t(q_t)                                      what is read, this token's write included
+    y_t = M_t(q_t)                                      what is read, this token's write included; with
+                                                        `read: chunk_start` by W when the token's chunk began
 
 `gradient_at` says what W_src is: W as it was when the token's chunk began, W_{t−1}, or a_t ⊙ W_{t−1}. `target` is v_t,
 or M_src(v_t), which the inner gradient takes as given and the outer loss does not.
@@ -39,7 +40,7 @@ def token_loop(
         W, S = chosen(here, new_W, W), chosen(here, new_S, S)
         if network.rule.anchored:
             offset = (offset + here.long()) % network.rule.chunk
-        answers.append(network.read(W, token.q))
+        answers.append(network.read(anchor if network.rule.read == "chunk_start" else W, token.q))
     if network.rule.anchored:
         anchor = chosen(offset == 0, W, anchor)
     return torch.cat(answers, 2), MemoryState(W, S, anchor, offset)

@@ -55,7 +55,8 @@ def by_autograd(made: AssociativeMemory, given: Tokens) -> torch.Tensor:
                 momentum = 0.0 if given.log_momentum is None else given.log_momentum[b, h, t].exp()
                 S = [momentum * s - given.rate[b, h, t] * slope for s, slope in zip(S, slopes)]
                 W = [old + s for old, s in zip(kept, S)]
-                answers[b, h, t] = own.read(W, given.q[b, h, t : t + 1])[0]
+                asked = anchor if rule.read == "chunk_start" else W
+                answers[b, h, t] = own.read(asked, given.q[b, h, t : t + 1])[0]
     return answers
 
 

@@ -36,6 +36,9 @@ RULES = {
         memory=NetworkOptions(depth=3, expand=2, activation="silu", norm=True), bias=BiasOptions(kind="lp", power=1.5),
         retention="decay", optimizer="momentum", chunk=4, target="self", feature="elu",
     ),
+    "hebb-read-first": MemoryRule(bias=BiasOptions(kind="dot"), retention="decay", chunk=4, read="chunk_start"),
+    "gdn-read-first": MemoryRule(gradient_at="decayed", retention="channel", chunk=4, read="chunk_start"),
+    "mlp-read-first": MemoryRule(memory=TTT, retention="decay", optimizer="momentum", chunk=4, read="chunk_start"),
     "mlp-huber-each-token": MemoryRule(memory=MLP, bias=BiasOptions(kind="huber"), optimizer="momentum", chunk=1),
 }  # fmt: skip
 """Every choice of every part, with each other part that it is computed together with."""
