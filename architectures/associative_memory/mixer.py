@@ -77,7 +77,7 @@ class MemoryMixer(nn.Module):
             raise ValueError(f"num_heads: {num_heads} does not divide hidden_size ({hidden_size})")
         self.rule, self.options, self.num_heads = rule, projection, num_heads
         self.head_size = hidden_size // num_heads
-        self.max_rate = projection.max_rate or (1 / rule.chunk if rule.anchored else 1.0)
+        self.max_rate = projection.max_rate or (1 / rule.chunk if rule.steps_together else 1.0)
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         wide = projection.conv_width > 1
         self.conv_weight = nn.Parameter(torch.empty(projection.conv_width, 3 * hidden_size)) if wide else None

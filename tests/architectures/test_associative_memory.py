@@ -34,6 +34,7 @@ def by_autograd(made: AssociativeMemory, given: Tokens) -> torch.Tensor:
                 rule=rule,
                 scale=None if network.scale is None else network.scale[h],
                 shift=None if network.shift is None else network.shift[h],
+                norms=tuple(norm[h] for norm in network.norms),
             )
             W = [weight[b, h] for weight in start.weights]
             S = [torch.zeros_like(weight) for weight in W]
@@ -42,7 +43,7 @@ def by_autograd(made: AssociativeMemory, given: Tokens) -> torch.Tensor:
                     anchor = W
                 decays = [gate[b, h, t].exp().unsqueeze(-1) for gate in given.log_decay] or [1.0] * len(W)
                 kept = [a * weight for a, weight in zip(decays, W)]
-                source = {"chunk": anchor, "token": W, "decayed": kept}[rule.gradient_at]
+                source = {"chunk": own.weights(anchor), "token": W, "decayed": kept}[rule.gradient_at]
                 target = given.v[b, h, t]
                 if rule.target == "self":
                     target = own.read(source, given.v[b, h, t : t + 1])[0]
@@ -55,7 +56,12 @@ def by_autograd(made: AssociativeMemory, given: Tokens) -> torch.Tensor:
                 momentum = 0.0 if given.log_momentum is None else given.log_momentum[b, h, t].exp()
                 S = [momentum * s - given.rate[b, h, t] * slope for s, slope in zip(S, slopes)]
                 W = [old + s for old, s in zip(kept, S)]
-                answers[b, h, t] = own.read(W, given.q[b, h, t : t + 1])[0]
+                if closes := rule.mapped and t % rule.chunk == rule.chunk - 1:
+                    W = own.settled(W)
+                asked = own.weights(W if closes and rule.read == "post" else anchor)
+                if rule.read == "post" and not closes and (factors := rule.map.inside(anchor)) is not None:
+                    asked = [factor * weight for factor, weight in zip(factors, W)]
+                answers[b, h, t] = own.read(asked, given.q[b, h, t : t + 1])[0]
     return answers
 
 
@@ -162,7 +168,8 @@ def test_without_steps_and_forgetting_it_stays_as_it_began(name: str) -> None:
     answers, end = made(still)
     for found, expected in zip(end.weights, first):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
-    expected = made._network().read(first, made._checked(given).q)
+    network = made._network()
+    expected = network.read(network.weights(first), made._checked(given).q)
     torch.testing.assert_close(answers, expected, rtol=0, atol=1e-12)
 
 
