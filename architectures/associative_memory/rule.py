@@ -27,22 +27,23 @@ Target = Literal["value", "self"]
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
     """The memory itself. `kind` mlp of `depth` 1 is a matrix, more is an MLP without biases whose inner layers are
-    `expand` times as wide as a key; swiglu, of depth 2, is down(σ(gate(x)) ⊙ up(x)), three matrices. `residual` adds
-    the key to the answer; `norm` normalises the answer before (layer norm, whose scale and shift are trained by the
-    outer loss alone, as in TTT)."""
+    `expand` times as wide as a key, or `inner_size` wide; swiglu, of depth 2, is down(σ(gate(x)) ⊙ up(x)), three
+    matrices. `residual` adds the key to the answer; `norm` normalises the answer before (layer norm, whose scale and
+    shift are trained by the outer loss alone, as in TTT)."""
 
     group: ClassVar[str] = "memory"
 
     kind: NetworkKind = "mlp"
     depth: int = 1
     expand: int = 4
+    inner_size: int | None = None
     activation: Activation = "gelu"
     residual: bool = False
     norm: bool = False
 
     def __post_init__(self) -> None:
         check_choices(self, kind=NetworkKind, activation=Activation)
-        check_at_least(self, 1, "depth", "expand")
+        check_at_least(self, 1, "depth", "expand", "inner_size")
         if self.kind == "swiglu" and self.depth != 2:
             raise ValueError(f"memory.depth: a swiglu has depth 2, got {self.depth}")
 
@@ -134,8 +135,8 @@ class MemoryRule:
 
     def widths(self, key_size: int, value_size: int) -> list[tuple[int, int]]:
         """Inputs and outputs of every layer; of a swiglu: gate, up, down."""
+        inside = self.memory.inner_size or self.memory.expand * key_size
         if self.memory.kind == "swiglu":
-            inside = self.memory.expand * key_size
             return [(key_size, inside), (key_size, inside), (inside, value_size)]
-        inner = [self.memory.expand * key_size] * (self.memory.depth - 1)
+        inner = [inside] * (self.memory.depth - 1)
         return list(zip([key_size, *inner], [*inner, value_size], strict=True))
