@@ -85,12 +85,12 @@ def read_back(
     for block in range(0, I, BI):
         inner = block + tl.arange(0, BI)
         a_DI, a_IE = load_source(kept, anchor, anchored, inner, D, I, E, BD, BE, OFFSETS, UPCAST)
-        w_DI, _ = load_layers(kept, inner, D, I, E, BD, BE, UPCAST)
+        w_DI = load_layers(kept, inner, D, I, E, BD, BE, UPCAST)[0]
         z_CI = tl.dot(k_CD, a_DI, input_precision=PRECISION, out_dtype=ACC)
         u_CI = tl.dot(e_CE, tl.trans(a_IE), input_precision=PRECISION, out_dtype=ACC)
         x_CI = b_C[:, None] * tl.dot(q_CD, w_DI, input_precision=PRECISION, out_dtype=ACC)
         if MOMENTUM:
-            s_DI, _ = load_layers(kept + size, inner, D, I, E, BD, BE, UPCAST)
+            s_DI = load_layers(kept + size, inner, D, I, E, BD, BE, UPCAST)[0]
             x_CI += f_C[:, None] * tl.dot(q_CD, s_DI, input_precision=PRECISION, out_dtype=ACC)
         d_CI = (u_CI * slope(z_CI, ACT)).to(narrow)
         x_CI -= tl.dot(P_ij, d_CI, input_precision=PRECISION, out_dtype=ACC)
