@@ -29,15 +29,15 @@ def check(inputs: Inputs, rule: Rule, chunk: int, state: MLPState, cu_seqlens: T
 def _check_state(state: MLPState, inputs: Inputs, chunk: int, sequences: int) -> None:
     if not isinstance(state, MLPState):
         raise ValueError(f"state: must be an MLPState, as a call returns it, got {type(state).__name__}")
-    (heads, D), E, I = inputs.q.shape[2:], inputs.v.shape[3], state.W1.shape[-1]
-    shapes = ((sequences, heads, D, I), (sequences, heads, I, E))
+    (heads, D), E, J = inputs.q.shape[2:], inputs.v.shape[3], state.W1.shape[-1]
+    shapes = ((sequences, heads, D, J), (sequences, heads, J, E))
     for name in ("W", "S", "anchor"):
         pair = (getattr(state, f"{name}1"), getattr(state, f"{name}2"))
         if (pair[0] is None) != (pair[1] is None):
             raise ValueError(f"state.{name}1 and state.{name}2: give both or neither")
         for number, (part, shape) in enumerate(zip(pair, shapes, strict=True), start=1):
             if part is not None and part.shape != shape:
-                letters = "(sequences, H, D, I)" if number == 1 else "(sequences, H, I, E)"
+                letters = "(sequences, H, D, J)" if number == 1 else "(sequences, H, J, E)"
                 raise ValueError(f"state.{name}{number}: must be {letters} = {shape}, got {tuple(part.shape)}")
     if (state.S1 is None) != (inputs.log_momentum is None):
         raise ValueError(

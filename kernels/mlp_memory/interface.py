@@ -35,15 +35,15 @@ def mlp_memory(
     cu_seqlens: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, MLPState]:
-    """Writes every token into a memory of two layers and reads it; gives outputs (B, T, H, E) in v's type and the state.
+    """Writes every token into a memory of two layers and reads it: outputs (B, T, H, E) in v's type, and the state.
 
     q, k (B, T, H, D); v (B, T, H, E); `rate`, `log_decay` ≤ 0 and `log_momentum` ≤ 0 (B, T, H), the last two clamped to
     ≥ −12; `reference.py` defines what is computed. q is not scaled, k not normalised. `state` is where the memory
     begins, in the middle of a chunk too; there is no default, as a network that begins from zero learns nothing.
 
     `chunk` is a part of the function: all its tokens take their gradient at its start, so that a rate is safe up to
-    1/chunk for unit keys that repeat. `cu_seqlens` (N + 1,) int32, first 0, last T, packs N sequences into B = 1; `state`
-    then has N rows.
+    1/chunk for unit keys that repeat. `cu_seqlens` (N + 1,) int32, first 0, last T, packs N sequences into B = 1;
+    `state` then has N rows.
 
     `backend`: `auto` takes the Triton kernels on GPUs of compute capability 8.0 and higher and the chunked PyTorch form
     elsewhere; `triton` never falls back; `recurrent` is the token loop that defines the operation.
@@ -75,7 +75,7 @@ def mlp_memory(
 def which_backend(
     q: Tensor, k: Tensor, v: Tensor, *, inner: int, chunk: int = 16, backend: Backend = "auto"
 ) -> str:  # fmt: skip
-    """The form that `mlp_memory` takes for these tensors and `inner` features, for logs; raises ValueError as it does."""
+    """The form that `mlp_memory` takes for these tensors and `inner` features; raises ValueError as it does."""
     if backend not in ("auto", "torch", "triton", "recurrent"):
         raise ValueError(f"backend: must be auto, torch, triton or recurrent, got {backend!r}")
     if backend in ("torch", "recurrent"):

@@ -1,8 +1,9 @@
 """Launches the kernels of `mlp_memory`: forward, from a memory to outputs and the next memory, and back.
 
-Forward: `prepare` computes what every chunk knows by itself, `walk` goes from chunk to chunk and keeps the memory before
-every group of chunks. Back: `walk` goes through all groups at once and keeps the memory before every chunk, `read_back`
-finds what flows through the queries of each, `write_back` walks back through the writes, `gates` adds the gates' share.
+Forward: `prepare` computes what every chunk knows by itself, `walk` goes from chunk to chunk and keeps the memory
+before every group of chunks. Back: `walk` goes through all groups at once and keeps the memory before every chunk,
+`read_back` finds what flows through the queries of each, `write_back` walks back through the writes, `gates` adds the
+gates' share.
 Nothing is added atomically: results are the same in every run.
 """
 
@@ -39,7 +40,7 @@ class Kept(NamedTuple):
     """The memory before every chunk, for the backward pass."""
 
     layers: Tensor
-    """(slots, V, 1 or 2, I (D + E)), weights and momentum in the inputs' type."""
+    """(slots, V, 1 or 2, J (D + E)), weights and momentum in the inputs' type."""
     errors: Tensor
     """(B, T, V, E), slopes of the loss at the answers to keys."""
 
@@ -59,7 +60,7 @@ class Gradients(NamedTuple):
 def forward(
     inputs: Inputs, states: Tensor, offset: Tensor | None, cu_seqlens: Tensor | None, layout: Layout, *, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Outputs, the end state's row, and with `keep` the memories before all groups, (groups, V, pairs, I (D + E))."""
+    """Outputs, the end state's row, and with `keep` the memories before all groups, (groups, V, pairs, J (D + E))."""
     ready = prepared(inputs, offset, cu_seqlens, layout)
     o = torch.empty(inputs.v.shape, dtype=inputs.v.dtype, device=inputs.v.device)
     end = _begun(states, layout)
@@ -123,7 +124,7 @@ def backward(
         torch.empty(*tokens, width, dtype=layout.accumulator, device=device) for width in (layout.D, layout.E)
     )
     # Features of the queries; adjoints of theirs before the activation, of the keys' slopes, of the keys' features.
-    inner = [v.new_empty(*tokens, layout.I) for _ in range(4)]
+    inner = [v.new_empty(*tokens, layout.J) for _ in range(4)]
     dgates = [None if gate is None else torch.empty_like(gate) for gate in (rate, decay, momentum)]
     adjoints = torch.empty_like(ready.vectors)
     constants = layout.memory_constants()

@@ -19,7 +19,7 @@ at once once more. More are fewer bytes and fewer programs."""
 
 
 def packed_row(state: MLPState) -> Tensor:
-    """A state as (B, H, pairs, I (D + E)): weights, momentum and anchor as far as there are any."""
+    """A state as (B, H, pairs, J (D + E)): weights, momentum and anchor as far as there are any."""
     pairs = [pair for pair in (state.weights, state.momentum, state.anchor) if pair is not None]
     return torch.stack([torch.cat([first.flatten(2), second.flatten(2)], 2) for first, second in pairs], 2)
 
@@ -38,7 +38,7 @@ def unpacked(rows: Tensor, D: int, E: int, *, momentum: bool) -> MLPState:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """N sequences of at most T tokens, V heads with keys of D, values of E and memories of I inner features, in chunks
+    """N sequences of at most T tokens, V heads with keys of D, values of E and memories of J inner features, in chunks
     of C, of which `per` form a group.
 
     `slots` are the places for chunks of each sequence, or of all where they are packed; `group_slots` those of groups.
@@ -48,7 +48,7 @@ class Layout:
     T: int
     V: int
     D: int
-    I: int  # noqa: E741 - the letter of the shapes
+    J: int
     E: int
     C: int
     per: int
@@ -72,7 +72,7 @@ class Layout:
         every = num_slots(N, T, chunk, packed=packed, offsets=offsets)
         groups = num_slots(N, T, chunk * per, packed=packed, offsets=offsets)
         return cls(
-            N=N, T=T, V=V, D=D, I=states.shape[3] // (D + E), E=E, C=chunk, per=per, packed=packed, offsets=offsets,
+            N=N, T=T, V=V, D=D, J=states.shape[3] // (D + E), E=E, C=chunk, per=per, packed=packed, offsets=offsets,
             all_slots=every, slots=every if packed else every // N,
             all_groups=groups, group_slots=groups if packed else groups // N, dtype=inputs.v.dtype, rule=rule,
             decay=inputs.log_decay is not None, momentum=inputs.log_momentum is not None,
@@ -81,7 +81,7 @@ class Layout:
     @property
     def size(self) -> int:
         """Numbers of one pair of layers."""
-        return self.I * (self.D + self.E)
+        return self.J * (self.D + self.E)
 
     @property
     def open_chunk(self) -> bool:
@@ -120,7 +120,7 @@ class Layout:
         import triton
 
         return self.constants() | {
-            "I": self.I, "E": self.E, "BE": max(16, triton.next_power_of_2(self.E)),
+            "J": self.J, "E": self.E, "BE": max(16, triton.next_power_of_2(self.E)),
             "ACT": ACTIVATIONS.index(self.rule.activation), "RESIDUAL": self.rule.residual,
         }  # fmt: skip
 

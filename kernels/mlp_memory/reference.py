@@ -1,7 +1,7 @@
 """What `mlp_memory` computes: a loop over tokens, which defines it, and a chunk at a time, which is its CPU form.
 
-Shapes: B sequences of T tokens, H heads with D features of queries and keys and E of values, I inner features, L tokens
-of one chunk. Per head, with M(x) = σ(x W1) W2, plus x with `residual`, and gates a = exp(log_decay), η = exp(log_momentum):
+Shapes: B sequences of T tokens, H heads with D features of queries and keys and E of values, J inner features, L tokens
+of one chunk. Per head, with M(x) = σ(x W1) W2, plus x with `residual`, and a = exp(log_decay), η = exp(log_momentum):
 
     g_t = ∂ loss(M(k_t), v_t) / ∂(W1, W2) at W_src      W_src: the weights where the token's chunk began
     S_t = η_t S_{t−1} − rate_t g_t                      the step of both layers, with momentum
@@ -31,7 +31,7 @@ ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 BIASES: tuple[str, ...] = get_args(Bias)
 
 Layers = tuple[Tensor, Tensor]
-"""A tensor for each layer: (B, H, D, I) and (B, H, I, E)."""
+"""A tensor for each layer: (B, H, D, J) and (B, H, J, E)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,17 +47,17 @@ class MLPState(NamedTuple):
     """What a memory carries from one call to the next, per sequence and head; fp32 or fp64."""
 
     W1: Tensor
-    """(B, H, D, I), the first layer."""
+    """(B, H, D, J), the first layer."""
     W2: Tensor
-    """(B, H, I, E), the second layer."""
+    """(B, H, J, E), the second layer."""
     S1: Tensor | None = None
-    """(B, H, D, I), the first layer's momentum; None without."""
+    """(B, H, D, J), the first layer's momentum; None without."""
     S2: Tensor | None = None
-    """(B, H, I, E), the second layer's momentum; None without."""
+    """(B, H, J, E), the second layer's momentum; None without."""
     anchor1: Tensor | None = None
-    """(B, H, D, I), W1 at the start of a chunk that has not ended; None where a new chunk begins."""
+    """(B, H, D, J), W1 at the start of a chunk that has not ended; None where a new chunk begins."""
     anchor2: Tensor | None = None
-    """(B, H, I, E), W2 there."""
+    """(B, H, J, E), W2 there."""
     offset: Tensor | None = None
     """(B,) int32, tokens of that chunk which are written already."""
 

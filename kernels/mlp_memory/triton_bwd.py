@@ -39,15 +39,15 @@ def read_back(
     q, k, P, rate, log_decay, log_momentum, vectors, states, kept, errors, do, dq, dk, de, hidden, dinner, dslopes,
     dhidden, squares, adjoints, drate, ddecay, dmomentum, cu_seqlens, offsets,
     q_row, q_token, q_head, k_row, k_token, k_head, T, N, slots,
-    D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
-    BI: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr, ACT: tl.constexpr,
+    D: tl.constexpr, J: tl.constexpr, E: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
+    BJ: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr, ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr,
     UPCAST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk and head: dq, and what reaches k, the errors, slopes and hidden features of its keys, and its gates
     through its own reads. The adjoints of queries' inner features, `dinner`, are what the states get in `write_back`.
     """
-    size: tl.constexpr = I * (D + E)
+    size: tl.constexpr = J * (D + E)
     slot, head = tl.program_id(0), tl.program_id(1)
     n, i, row, start, valid, offset = chunk_of(slot, cu_seqlens, offsets, slots, N, T, C, PACKED, OFFSETS, BN)
     if valid <= 0:
@@ -59,8 +59,8 @@ def read_back(
     place = slot.to(tl.int64) * V + head
     anchor, anchored = states + ((n * V + head).to(tl.int64) * PAIRS + PAIRS - 1) * size, (i == 0) & (offset > 0)
     kept += place * (1 + MOMENTUM) * size
-    hidden += token * I
-    dinner += token * I
+    hidden += token * J
+    dinner += token * J
     squares += place * 3 * C * C
     b_C, f_C, _, _, _, _, _, _, _ = factors(vectors, place, valid, FROZEN, MOMENTUM, C)
     q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)
@@ -82,24 +82,24 @@ def read_back(
         G_ij = tl.dot(La_ij.to(narrow), Le_ij, input_precision=PRECISION, out_dtype=ACC)
     R_ij = G_ij * rate_C[None, :]
     X_ij = tl.zeros([C, C], dtype=ACC)
-    for block in range(0, I, BI):
-        inner = block + tl.arange(0, BI)
-        a_DI, a_IE = load_source(kept, anchor, anchored, inner, D, I, E, BD, BE, OFFSETS, UPCAST)
-        w_DI = load_layers(kept, inner, D, I, E, BD, BE, UPCAST)[0]
-        z_CI = tl.dot(k_CD, a_DI, input_precision=PRECISION, out_dtype=ACC)
-        u_CI = tl.dot(e_CE, tl.trans(a_IE), input_precision=PRECISION, out_dtype=ACC)
-        x_CI = b_C[:, None] * tl.dot(q_CD, w_DI, input_precision=PRECISION, out_dtype=ACC)
+    for block in range(0, J, BJ):
+        inner = block + tl.arange(0, BJ)
+        a_DJ, a_JE = load_source(kept, anchor, anchored, inner, D, J, E, BD, BE, OFFSETS, UPCAST)
+        w_DJ = load_layers(kept, inner, D, J, E, BD, BE, UPCAST)[0]
+        z_CJ = tl.dot(k_CD, a_DJ, input_precision=PRECISION, out_dtype=ACC)
+        u_CJ = tl.dot(e_CE, tl.trans(a_JE), input_precision=PRECISION, out_dtype=ACC)
+        x_CJ = b_C[:, None] * tl.dot(q_CD, w_DJ, input_precision=PRECISION, out_dtype=ACC)
         if MOMENTUM:
-            s_DI = load_layers(kept + size, inner, D, I, E, BD, BE, UPCAST)[0]
-            x_CI += f_C[:, None] * tl.dot(q_CD, s_DI, input_precision=PRECISION, out_dtype=ACC)
-        d_CI = (u_CI * slope(z_CI, ACT)).to(narrow)
-        x_CI -= tl.dot(P_ij, d_CI, input_precision=PRECISION, out_dtype=ACC)
-        hq_CI = activated(x_CI, ACT).to(narrow)
-        h_IC = activated(tl.dot(tl.trans(a_DI), k_DC, input_precision=PRECISION, out_dtype=ACC), ACT).to(narrow)
-        X_ij = tl.dot(hq_CI, h_IC, X_ij, input_precision=PRECISION, out_dtype=ACC)
-        store_tile(hidden, hq_CI, c, valid, V * I, inner, I)
+            s_DJ = load_layers(kept + size, inner, D, J, E, BD, BE, UPCAST)[0]
+            x_CJ += f_C[:, None] * tl.dot(q_CD, s_DJ, input_precision=PRECISION, out_dtype=ACC)
+        d_CJ = (u_CJ * slope(z_CJ, ACT)).to(narrow)
+        x_CJ -= tl.dot(P_ij, d_CJ, input_precision=PRECISION, out_dtype=ACC)
+        hq_CJ = activated(x_CJ, ACT).to(narrow)
+        h_JC = activated(tl.dot(tl.trans(a_DJ), k_DC, input_precision=PRECISION, out_dtype=ACC), ACT).to(narrow)
+        X_ij = tl.dot(hq_CJ, h_JC, X_ij, input_precision=PRECISION, out_dtype=ACC)
+        store_tile(hidden, hq_CJ, c, valid, V * J, inner, J)
         # Until the adjoint takes its place: what it will be multiplied with.
-        store_tile(dinner, slope(x_CI, ACT), c, valid, V * I, inner, I)
+        store_tile(dinner, slope(x_CJ, ACT), c, valid, V * J, inner, J)
     causal = c[:, None] >= c[None, :]
     dP_ij = tl.where(causal, -tl.dot(do_CE, e_EC, input_precision=PRECISION, out_dtype=ACC), 0.0)
     dX_ij = (dP_ij * R_ij).to(narrow)
@@ -114,35 +114,35 @@ def read_back(
     dP_ij = tl.zeros([C, C], dtype=ACC)
     dqw_CD, dqs_CD = tl.zeros([C, BD], dtype=ACC), tl.zeros([C, BD], dtype=ACC)
     db_C, df_C = tl.zeros([C], dtype=ACC), tl.zeros([C], dtype=ACC)
-    for block in range(0, I, BI):
-        inner = block + tl.arange(0, BI)
-        a_DI, a_IE = load_source(kept, anchor, anchored, inner, D, I, E, BD, BE, OFFSETS, UPCAST)
-        w_DI, w_IE = load_layers(kept, inner, D, I, E, BD, BE, UPCAST)
-        hq_CI = load_tile(hidden, c, valid, V * I, inner, I, UPCAST)
-        through_CI = load_tile(dinner, c, valid, V * I, inner, I, UPCAST)
-        h_CI = activated(tl.dot(k_CD, a_DI, input_precision=PRECISION, out_dtype=ACC), ACT).to(narrow)
-        reach_CI = tl.dot(do_CE, tl.trans(w_IE), input_precision=PRECISION, out_dtype=ACC)
-        db_C += tl.sum(reach_CI * hq_CI, 1)
-        dx_CI = tl.dot(dX_ij, h_CI, b_C[:, None] * reach_CI, input_precision=PRECISION, out_dtype=ACC)
+    for block in range(0, J, BJ):
+        inner = block + tl.arange(0, BJ)
+        a_DJ, a_JE = load_source(kept, anchor, anchored, inner, D, J, E, BD, BE, OFFSETS, UPCAST)
+        w_DJ, w_JE = load_layers(kept, inner, D, J, E, BD, BE, UPCAST)
+        hq_CJ = load_tile(hidden, c, valid, V * J, inner, J, UPCAST)
+        through_CJ = load_tile(dinner, c, valid, V * J, inner, J, UPCAST)
+        h_CJ = activated(tl.dot(k_CD, a_DJ, input_precision=PRECISION, out_dtype=ACC), ACT).to(narrow)
+        reach_CJ = tl.dot(do_CE, tl.trans(w_JE), input_precision=PRECISION, out_dtype=ACC)
+        db_C += tl.sum(reach_CJ * hq_CJ, 1)
+        dx_CJ = tl.dot(dX_ij, h_CJ, b_C[:, None] * reach_CJ, input_precision=PRECISION, out_dtype=ACC)
         if MOMENTUM:
-            s_DI, s_IE = load_layers(kept + size, inner, D, I, E, BD, BE, UPCAST)
-            reach_CI = tl.dot(do_CE, tl.trans(s_IE), input_precision=PRECISION, out_dtype=ACC)
-            df_C += tl.sum(reach_CI * hq_CI, 1)
-            dx_CI += f_C[:, None] * reach_CI
-        dx_CI = (dx_CI * through_CI).to(narrow)
-        z_IC = tl.dot(tl.trans(a_DI), k_DC, input_precision=PRECISION, out_dtype=ACC)
-        u_IC = tl.dot(a_IE, e_EC, input_precision=PRECISION, out_dtype=ACC)
-        d_IC = (u_IC * slope(z_IC, ACT)).to(narrow)
-        dP_ij = tl.dot(dx_CI, d_IC, dP_ij, input_precision=PRECISION, out_dtype=ACC)
-        dqw_CD = tl.dot(dx_CI, tl.trans(w_DI), dqw_CD, input_precision=PRECISION, out_dtype=ACC)
+            s_DJ, s_JE = load_layers(kept + size, inner, D, J, E, BD, BE, UPCAST)
+            reach_CJ = tl.dot(do_CE, tl.trans(s_JE), input_precision=PRECISION, out_dtype=ACC)
+            df_C += tl.sum(reach_CJ * hq_CJ, 1)
+            dx_CJ += f_C[:, None] * reach_CJ
+        dx_CJ = (dx_CJ * through_CJ).to(narrow)
+        z_JC = tl.dot(tl.trans(a_DJ), k_DC, input_precision=PRECISION, out_dtype=ACC)
+        u_JC = tl.dot(a_JE, e_EC, input_precision=PRECISION, out_dtype=ACC)
+        d_JC = (u_JC * slope(z_JC, ACT)).to(narrow)
+        dP_ij = tl.dot(dx_CJ, d_JC, dP_ij, input_precision=PRECISION, out_dtype=ACC)
+        dqw_CD = tl.dot(dx_CJ, tl.trans(w_DJ), dqw_CD, input_precision=PRECISION, out_dtype=ACC)
         if MOMENTUM:
-            dqs_CD = tl.dot(dx_CI, tl.trans(s_DI), dqs_CD, input_precision=PRECISION, out_dtype=ACC)
-        dd_CI = -tl.dot(P_ji, dx_CI, input_precision=PRECISION, out_dtype=ACC)
-        dh_CI = tl.dot(dX_ji, hq_CI, input_precision=PRECISION, out_dtype=ACC)
+            dqs_CD = tl.dot(dx_CJ, tl.trans(s_DJ), dqs_CD, input_precision=PRECISION, out_dtype=ACC)
+        dd_CJ = -tl.dot(P_ji, dx_CJ, input_precision=PRECISION, out_dtype=ACC)
+        dh_CJ = tl.dot(dX_ji, hq_CJ, input_precision=PRECISION, out_dtype=ACC)
         tl.debug_barrier()
-        store_tile(dinner, dx_CI, c, valid, V * I, inner, I)
-        store_tile(dslopes + token * I, dd_CI, c, valid, V * I, inner, I)
-        store_tile(dhidden + token * I, dh_CI, c, valid, V * I, inner, I)
+        store_tile(dinner, dx_CJ, c, valid, V * J, inner, J)
+        store_tile(dslopes + token * J, dd_CJ, c, valid, V * J, inner, J)
+        store_tile(dhidden + token * J, dh_CJ, c, valid, V * J, inner, J)
     dP_ij = tl.where(causal, -dP_ij, 0.0)
     dX_ij = (dP_ij * R_ij).to(narrow)
     store_tile(squares + 2 * C * C, dX_ij, c, C, C, c, C)
@@ -182,13 +182,13 @@ def read_back(
 def write_back(
     q, k, vectors, states, kept, errors, do, dk_read, de, hidden, dinner, dslopes, dhidden, dstates, dk, dv, adjoints,
     cu_seqlens, offsets, q_row, q_token, q_head, k_row, k_token, k_head, T, slots,
-    D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
-    BI: tl.constexpr, BE: tl.constexpr, PAIRS: tl.constexpr, END_PAIRS: tl.constexpr, ACT: tl.constexpr,
+    D: tl.constexpr, J: tl.constexpr, E: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BD: tl.constexpr,
+    BJ: tl.constexpr, BE: tl.constexpr, PAIRS: tl.constexpr, END_PAIRS: tl.constexpr, ACT: tl.constexpr,
     DOT: tl.constexpr, RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, ANCHOR: tl.constexpr, PACKED: tl.constexpr,
     OFFSETS: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Brings `dstates` of one sequence and head, in place, from its end to its beginning, and finds dk and dv."""
-    size: tl.constexpr = I * (D + E)
+    size: tl.constexpr = J * (D + E)
     n, head = tl.program_id(0), tl.program_id(1)
     row, first, length, offset = sequence(n, cu_seqlens, offsets, T, PACKED, OFFSETS)
     count = num_chunks(length, offset, C)
@@ -199,7 +199,7 @@ def write_back(
     q = rows_at(q, row, first, head, q_row, q_token, q_head)
     k = rows_at(k, row, first, head, k_row, k_token, k_head)
     slot = first_slot(n, cu_seqlens, slots, C, PACKED).to(tl.int64)
-    for back in range(0, count):
+    for back in range(count):
         i = count - 1 - back
         start, valid = chunk_rows(i, length, offset, C)
         token, place = (row * T + first + start).to(tl.int64) * V + head, (slot + i) * V + head
@@ -215,28 +215,28 @@ def write_back(
         de_CE = load_tile(de + token * E, c, valid, V * E, e, E, False)
         hw_CE, hs_CE = tl.zeros([C, BE], dtype=ACC), tl.zeros([C, BE], dtype=ACC)
         dwg_C, dwl_C = tl.zeros([C], dtype=ACC), tl.zeros([C], dtype=ACC)
-        for block in range(0, I, BI):
-            inner = block + tl.arange(0, BI)
-            a_DI, a_IE = load_source(here, anchor, anchored, inner, D, I, E, BD, BE, OFFSETS, UPCAST)
-            dw_DI, dw_IE = load_layers(own, inner, D, I, E, BD, BE, False)
-            z_CI = tl.dot(k_CD, a_DI, input_precision=PRECISION, out_dtype=ACC)
-            u_CI = tl.dot(e_CE, tl.trans(a_IE), input_precision=PRECISION, out_dtype=ACC)
-            h_CI, through_CI = activated(z_CI, ACT).to(narrow), slope(z_CI, ACT)
-            dd_CI = load_tile(dslopes + token * I, c, valid, V * I, inner, I, False).to(ACC)
-            reach_CI = tl.dot(k_CD, dw_DI.to(narrow), input_precision=PRECISION, out_dtype=ACC)
-            dwg_C -= tl.sum(reach_CI * u_CI * through_CI, 1)
-            dd_CI -= wg_C[:, None] * reach_CI
-            hw_CE = tl.dot(h_CI, dw_IE.to(narrow), hw_CE, input_precision=PRECISION, out_dtype=ACC)
+        for block in range(0, J, BJ):
+            inner = block + tl.arange(0, BJ)
+            a_DJ, a_JE = load_source(here, anchor, anchored, inner, D, J, E, BD, BE, OFFSETS, UPCAST)
+            dw_DJ, dw_JE = load_layers(own, inner, D, J, E, BD, BE, False)
+            z_CJ = tl.dot(k_CD, a_DJ, input_precision=PRECISION, out_dtype=ACC)
+            u_CJ = tl.dot(e_CE, tl.trans(a_JE), input_precision=PRECISION, out_dtype=ACC)
+            h_CJ, through_CJ = activated(z_CJ, ACT).to(narrow), slope(z_CJ, ACT)
+            dd_CJ = load_tile(dslopes + token * J, c, valid, V * J, inner, J, False).to(ACC)
+            reach_CJ = tl.dot(k_CD, dw_DJ.to(narrow), input_precision=PRECISION, out_dtype=ACC)
+            dwg_C -= tl.sum(reach_CJ * u_CJ * through_CJ, 1)
+            dd_CJ -= wg_C[:, None] * reach_CJ
+            hw_CE = tl.dot(h_CJ, dw_JE.to(narrow), hw_CE, input_precision=PRECISION, out_dtype=ACC)
             if MOMENTUM:
-                ds_DI, ds_IE = load_layers(own + size, inner, D, I, E, BD, BE, False)
-                reach_CI = tl.dot(k_CD, ds_DI.to(narrow), input_precision=PRECISION, out_dtype=ACC)
-                dwl_C -= tl.sum(reach_CI * u_CI * through_CI, 1)
-                dd_CI -= wl_C[:, None] * reach_CI
-                hs_CE = tl.dot(h_CI, ds_IE.to(narrow), hs_CE, input_precision=PRECISION, out_dtype=ACC)
-            du_CI = (dd_CI * through_CI).to(narrow)
-            de_CE = tl.dot(du_CI, a_IE, de_CE, input_precision=PRECISION, out_dtype=ACC)
+                ds_DJ, ds_JE = load_layers(own + size, inner, D, J, E, BD, BE, False)
+                reach_CJ = tl.dot(k_CD, ds_DJ.to(narrow), input_precision=PRECISION, out_dtype=ACC)
+                dwl_C -= tl.sum(reach_CJ * u_CJ * through_CJ, 1)
+                dd_CJ -= wl_C[:, None] * reach_CJ
+                hs_CE = tl.dot(h_CJ, ds_JE.to(narrow), hs_CE, input_precision=PRECISION, out_dtype=ACC)
+            du_CJ = (dd_CJ * through_CJ).to(narrow)
+            de_CE = tl.dot(du_CJ, a_JE, de_CE, input_precision=PRECISION, out_dtype=ACC)
             tl.debug_barrier()
-            store_tile(dslopes + token * I, dd_CI, c, valid, V * I, inner, I)
+            store_tile(dslopes + token * J, dd_CJ, c, valid, V * J, inner, J)
         dwg_C -= tl.sum(hw_CE * e_CE, 1)
         de_CE -= wg_C[:, None] * hw_CE
         if MOMENTUM:
@@ -254,63 +254,63 @@ def write_back(
         kw_CD, ks_CD = tl.zeros([C, BD], dtype=ACC), tl.zeros([C, BD], dtype=ACC)
         WW, WS, SS = tl.sum(dwg_C * 0.0, 0), tl.sum(dwg_C * 0.0, 0), tl.sum(dwg_C * 0.0, 0)
         tl.debug_barrier()
-        for block in range(0, I, BI):
-            inner = block + tl.arange(0, BI)
-            w_DI, w_IE = load_layers(here, inner, D, I, E, BD, BE, UPCAST)
-            a_DI, a_IE = load_source(here, anchor, anchored, inner, D, I, E, BD, BE, OFFSETS, UPCAST)
-            dw_DI, dw_IE = load_layers(own, inner, D, I, E, BD, BE, False)
-            dd_CI = load_tile(dslopes + token * I, c, valid, V * I, inner, I, False).to(ACC)
-            dd_IC = load_turned(dslopes + token * I, c, valid, V * I, inner, I, False).to(ACC)
-            dx_CI = load_tile(dinner + token * I, c, valid, V * I, inner, I, UPCAST)
-            hq_IC = load_turned(hidden + token * I, c, valid, V * I, inner, I, UPCAST)
-            dh_CI = load_tile(dhidden + token * I, c, valid, V * I, inner, I, False).to(ACC)
-            z_CI = tl.dot(k_CD, a_DI, input_precision=PRECISION, out_dtype=ACC)
-            u_CI = tl.dot(e_CE, tl.trans(a_IE), input_precision=PRECISION, out_dtype=ACC)
-            z_IC = tl.dot(tl.trans(a_DI), k_DC, input_precision=PRECISION, out_dtype=ACC)
-            d_CI = (u_CI * slope(z_CI, ACT)).to(narrow)
-            dw_narrow_DI, dw_narrow_IE = dw_DI.to(narrow), dw_IE.to(narrow)
-            dh_CI = tl.dot(eg_CE, tl.trans(dw_narrow_IE), dh_CI, input_precision=PRECISION, out_dtype=ACC)
-            kw_CD = tl.dot(d_CI, tl.trans(dw_narrow_DI), kw_CD, input_precision=PRECISION, out_dtype=ACC)
-            WW += tl.sum(tl.sum(w_DI.to(ACC) * dw_DI, 1), 0) + tl.sum(tl.sum(w_IE.to(ACC) * dw_IE, 1), 0)
+        for block in range(0, J, BJ):
+            inner = block + tl.arange(0, BJ)
+            w_DJ, w_JE = load_layers(here, inner, D, J, E, BD, BE, UPCAST)
+            a_DJ, a_JE = load_source(here, anchor, anchored, inner, D, J, E, BD, BE, OFFSETS, UPCAST)
+            dw_DJ, dw_JE = load_layers(own, inner, D, J, E, BD, BE, False)
+            dd_CJ = load_tile(dslopes + token * J, c, valid, V * J, inner, J, False).to(ACC)
+            dd_JC = load_turned(dslopes + token * J, c, valid, V * J, inner, J, False).to(ACC)
+            dx_CJ = load_tile(dinner + token * J, c, valid, V * J, inner, J, UPCAST)
+            hq_JC = load_turned(hidden + token * J, c, valid, V * J, inner, J, UPCAST)
+            dh_CJ = load_tile(dhidden + token * J, c, valid, V * J, inner, J, False).to(ACC)
+            z_CJ = tl.dot(k_CD, a_DJ, input_precision=PRECISION, out_dtype=ACC)
+            u_CJ = tl.dot(e_CE, tl.trans(a_JE), input_precision=PRECISION, out_dtype=ACC)
+            z_JC = tl.dot(tl.trans(a_DJ), k_DC, input_precision=PRECISION, out_dtype=ACC)
+            d_CJ = (u_CJ * slope(z_CJ, ACT)).to(narrow)
+            dw_narrow_DJ, dw_narrow_JE = dw_DJ.to(narrow), dw_JE.to(narrow)
+            dh_CJ = tl.dot(eg_CE, tl.trans(dw_narrow_JE), dh_CJ, input_precision=PRECISION, out_dtype=ACC)
+            kw_CD = tl.dot(d_CJ, tl.trans(dw_narrow_DJ), kw_CD, input_precision=PRECISION, out_dtype=ACC)
+            WW += tl.sum(tl.sum(w_DJ.to(ACC) * dw_DJ, 1), 0) + tl.sum(tl.sum(w_JE.to(ACC) * dw_JE, 1), 0)
             if MOMENTUM:
-                s_DI, s_IE = load_layers(here + size, inner, D, I, E, BD, BE, UPCAST)
-                ds_DI, ds_IE = load_layers(own + size, inner, D, I, E, BD, BE, False)
-                ds_narrow_DI, ds_narrow_IE = ds_DI.to(narrow), ds_IE.to(narrow)
-                dh_CI = tl.dot(el_CE, tl.trans(ds_narrow_IE), dh_CI, input_precision=PRECISION, out_dtype=ACC)
-                ks_CD = tl.dot(d_CI, tl.trans(ds_narrow_DI), ks_CD, input_precision=PRECISION, out_dtype=ACC)
-                WS += tl.sum(tl.sum(s_DI.to(ACC) * dw_DI, 1), 0) + tl.sum(tl.sum(s_IE.to(ACC) * dw_IE, 1), 0)
-                SS += tl.sum(tl.sum(s_DI.to(ACC) * ds_DI, 1), 0) + tl.sum(tl.sum(s_IE.to(ACC) * ds_IE, 1), 0)
-                ds_DI = m_end * ds_DI + f_end * dw_DI
-                ds_IE = m_end * ds_IE + f_end * dw_IE
-                ds_DI = tl.dot(qf_DC, dx_CI, ds_DI, input_precision=PRECISION, out_dtype=ACC)
-                ds_IE = tl.dot(hq_IC, of_CE, ds_IE, input_precision=PRECISION, out_dtype=ACC)
-            du_IC = (dd_IC * slope(z_IC, ACT)).to(narrow)
-            dsource_IE = tl.dot(du_IC, e_CE, input_precision=PRECISION, out_dtype=ACC)
+                s_DJ, s_JE = load_layers(here + size, inner, D, J, E, BD, BE, UPCAST)
+                ds_DJ, ds_JE = load_layers(own + size, inner, D, J, E, BD, BE, False)
+                ds_narrow_DJ, ds_narrow_JE = ds_DJ.to(narrow), ds_JE.to(narrow)
+                dh_CJ = tl.dot(el_CE, tl.trans(ds_narrow_JE), dh_CJ, input_precision=PRECISION, out_dtype=ACC)
+                ks_CD = tl.dot(d_CJ, tl.trans(ds_narrow_DJ), ks_CD, input_precision=PRECISION, out_dtype=ACC)
+                WS += tl.sum(tl.sum(s_DJ.to(ACC) * dw_DJ, 1), 0) + tl.sum(tl.sum(s_JE.to(ACC) * dw_JE, 1), 0)
+                SS += tl.sum(tl.sum(s_DJ.to(ACC) * ds_DJ, 1), 0) + tl.sum(tl.sum(s_JE.to(ACC) * ds_JE, 1), 0)
+                ds_DJ = m_end * ds_DJ + f_end * dw_DJ
+                ds_JE = m_end * ds_JE + f_end * dw_JE
+                ds_DJ = tl.dot(qf_DC, dx_CJ, ds_DJ, input_precision=PRECISION, out_dtype=ACC)
+                ds_JE = tl.dot(hq_JC, of_CE, ds_JE, input_precision=PRECISION, out_dtype=ACC)
+            du_JC = (dd_JC * slope(z_JC, ACT)).to(narrow)
+            dsource_JE = tl.dot(du_JC, e_CE, input_precision=PRECISION, out_dtype=ACC)
             if not DOT:
-                dh_CI = tl.dot(de_CE, tl.trans(a_IE), dh_CI, input_precision=PRECISION, out_dtype=ACC)
-                h_IC = activated(z_IC, ACT).to(narrow)
-                dsource_IE = tl.dot(h_IC, de_CE, dsource_IE, input_precision=PRECISION, out_dtype=ACC)
-            dz_CI = (dd_CI * u_CI * bend(z_CI, ACT) + dh_CI * slope(z_CI, ACT)).to(narrow)
-            dk_CD = tl.dot(dz_CI, tl.trans(a_DI), dk_CD, input_precision=PRECISION, out_dtype=ACC)
-            dsource_DI = tl.dot(k_DC, dz_CI, input_precision=PRECISION, out_dtype=ACC)
-            dw_DI = tl.dot(qb_DC, dx_CI, b_end * dw_DI, input_precision=PRECISION, out_dtype=ACC)
-            dw_IE = tl.dot(hq_IC, ob_CE, b_end * dw_IE, input_precision=PRECISION, out_dtype=ACC)
+                dh_CJ = tl.dot(de_CE, tl.trans(a_JE), dh_CJ, input_precision=PRECISION, out_dtype=ACC)
+                h_JC = activated(z_JC, ACT).to(narrow)
+                dsource_JE = tl.dot(h_JC, de_CE, dsource_JE, input_precision=PRECISION, out_dtype=ACC)
+            dz_CJ = (dd_CJ * u_CJ * bend(z_CJ, ACT) + dh_CJ * slope(z_CJ, ACT)).to(narrow)
+            dk_CD = tl.dot(dz_CJ, tl.trans(a_DJ), dk_CD, input_precision=PRECISION, out_dtype=ACC)
+            dsource_DJ = tl.dot(k_DC, dz_CJ, input_precision=PRECISION, out_dtype=ACC)
+            dw_DJ = tl.dot(qb_DC, dx_CJ, b_end * dw_DJ, input_precision=PRECISION, out_dtype=ACC)
+            dw_JE = tl.dot(hq_JC, ob_CE, b_end * dw_JE, input_precision=PRECISION, out_dtype=ACC)
             if ANCHOR:
                 if i == count - 1:
-                    given_DI, given_IE = load_layers(danchor, inner, D, I, E, BD, BE, False)
-                    dsource_DI += given_DI
-                    dsource_IE += given_IE
+                    given_DJ, given_JE = load_layers(danchor, inner, D, J, E, BD, BE, False)
+                    dsource_DJ += given_DJ
+                    dsource_JE += given_JE
             # Other threads may not have read yet what these overwrite.
             tl.debug_barrier()
             if ANCHOR:
                 to_anchor = tl.where(anchored, 1.0, 0.0).to(ACC)
                 if (i == count - 1) | anchored:
-                    store_layers(danchor, to_anchor * dsource_DI, to_anchor * dsource_IE, inner, D, I, E, BD, BE)
-                dsource_DI *= 1.0 - to_anchor
-                dsource_IE *= 1.0 - to_anchor
-            store_layers(own, dw_DI + dsource_DI, dw_IE + dsource_IE, inner, D, I, E, BD, BE)
+                    store_layers(danchor, to_anchor * dsource_DJ, to_anchor * dsource_JE, inner, D, J, E, BD, BE)
+                dsource_DJ *= 1.0 - to_anchor
+                dsource_JE *= 1.0 - to_anchor
+            store_layers(own, dw_DJ + dsource_DJ, dw_JE + dsource_JE, inner, D, J, E, BD, BE)
             if MOMENTUM:
-                store_layers(own + size, ds_DI, ds_IE, inner, D, I, E, BD, BE)
+                store_layers(own + size, ds_DJ, ds_JE, inner, D, J, E, BD, BE)
         dk_CD -= wg_C[:, None] * kw_CD
         found = adjoints + place * NUM_VECTORS * C
         if MOMENTUM:
@@ -318,6 +318,6 @@ def write_back(
             tl.store(found + WL_ * C + c, dwl_C)
         store_tile(dk + token * D, dk_CD, c, valid, V * D, d, D)
         tl.store(found + WG_ * C + c, dwg_C)
-        # The place of m, whose adjoint `gates` finds, holds what the states' own factors get: <W, dW>, <S, dW>, <S, dS>.
+        # The place of m, whose adjoint `gates` finds, holds what factors of states get: <W, dW>, <S, dW>, <S, dS>.
         tl.store(found + M_ * C + c, tl.where(c == 0, WW, tl.where(c == 1, WS, SS)))
         tl.debug_barrier()

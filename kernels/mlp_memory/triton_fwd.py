@@ -87,8 +87,8 @@ def prepare(
 def walk(
     q, k, v, P, R, vectors, states, o, errors, kept, starts, cu_seqlens, offsets,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head, T, N, slots, group_slots,
-    D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PER: tl.constexpr,
-    BD: tl.constexpr, BI: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr, ACT: tl.constexpr,
+    D: tl.constexpr, J: tl.constexpr, E: tl.constexpr, V: tl.constexpr, C: tl.constexpr, PER: tl.constexpr,
+    BD: tl.constexpr, BJ: tl.constexpr, BE: tl.constexpr, BN: tl.constexpr, PAIRS: tl.constexpr, ACT: tl.constexpr,
     DOT: tl.constexpr, RESIDUAL: tl.constexpr, MOMENTUM: tl.constexpr, ANCHOR: tl.constexpr, READ: tl.constexpr,
     KEEP: tl.constexpr, MARK: tl.constexpr, GROUPED: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr,
     UPCAST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -99,7 +99,7 @@ def walk(
     group alone, beginning with its own row of `states`. KEEP: writes weights and momentum at every chunk's start, in
     the inputs' type, and the chunk's errors.
     """
-    size: tl.constexpr = I * (D + E)
+    size: tl.constexpr = J * (D + E)
     head = tl.program_id(1)
     n, group = tl.program_id(0), 0
     if GROUPED:
@@ -139,11 +139,11 @@ def walk(
                 copied(own, anchor, size, 2048)
         e_CE = -v_CE.to(ACC)
         if not DOT:
-            for block in range(0, I, BI):
-                a_DI, a_IE = load_layers(source, block + tl.arange(0, BI), D, I, E, BD, BE, False)
-                z_CI = tl.dot(k_CD, a_DI.to(narrow), input_precision=PRECISION, out_dtype=ACC)
-                h_CI = activated(z_CI, ACT).to(narrow)
-                e_CE = tl.dot(h_CI, a_IE.to(narrow), e_CE, input_precision=PRECISION, out_dtype=ACC)
+            for block in range(0, J, BJ):
+                a_DJ, a_JE = load_layers(source, block + tl.arange(0, BJ), D, J, E, BD, BE, False)
+                z_CJ = tl.dot(k_CD, a_DJ.to(narrow), input_precision=PRECISION, out_dtype=ACC)
+                h_CJ = activated(z_CJ, ACT).to(narrow)
+                e_CE = tl.dot(h_CJ, a_JE.to(narrow), e_CE, input_precision=PRECISION, out_dtype=ACC)
             if RESIDUAL:
                 e_CE += k_CD.to(ACC)
         if KEEP:
@@ -155,48 +155,48 @@ def walk(
         slopes_CE = e_CE.to(narrow)
         kg_DC, kl_DC = (-wg_C[None, :] * k_DC).to(narrow), (-wl_C[None, :] * k_DC).to(narrow)
         eg_CE, el_CE = (-wg_C[:, None] * e_CE).to(narrow), (-wl_C[:, None] * e_CE).to(narrow)
-        for block in range(0, I, BI):
-            inner = block + tl.arange(0, BI)
-            w_DI, w_IE = load_layers(own, inner, D, I, E, BD, BE, False)
-            a_DI, a_IE = w_DI.to(narrow), w_IE.to(narrow)
+        for block in range(0, J, BJ):
+            inner = block + tl.arange(0, BJ)
+            w_DJ, w_JE = load_layers(own, inner, D, J, E, BD, BE, False)
+            a_DJ, a_JE = w_DJ.to(narrow), w_JE.to(narrow)
             if OFFSETS:
-                a_DI, a_IE = load_layers(source, inner, D, I, E, BD, BE, False)
-                a_DI, a_IE = a_DI.to(narrow), a_IE.to(narrow)
-            z_CI = tl.dot(k_CD, a_DI, input_precision=PRECISION, out_dtype=ACC)
-            u_CI = tl.dot(slopes_CE, tl.trans(a_IE), input_precision=PRECISION, out_dtype=ACC)
-            d_CI = (u_CI * slope(z_CI, ACT)).to(narrow)
-            z_IC = tl.dot(tl.trans(a_DI), k_DC, input_precision=PRECISION, out_dtype=ACC)
-            h_IC = activated(z_IC, ACT).to(narrow)
+                a_DJ, a_JE = load_layers(source, inner, D, J, E, BD, BE, False)
+                a_DJ, a_JE = a_DJ.to(narrow), a_JE.to(narrow)
+            z_CJ = tl.dot(k_CD, a_DJ, input_precision=PRECISION, out_dtype=ACC)
+            u_CJ = tl.dot(slopes_CE, tl.trans(a_JE), input_precision=PRECISION, out_dtype=ACC)
+            d_CJ = (u_CJ * slope(z_CJ, ACT)).to(narrow)
+            z_JC = tl.dot(tl.trans(a_DJ), k_DC, input_precision=PRECISION, out_dtype=ACC)
+            h_JC = activated(z_JC, ACT).to(narrow)
             if MOMENTUM:
-                s_DI, s_IE = load_layers(own + size, inner, D, I, E, BD, BE, False)
+                s_DJ, s_JE = load_layers(own + size, inner, D, J, E, BD, BE, False)
             if READ:
-                x_CI = b_C[:, None] * tl.dot(q_CD, w_DI.to(narrow), input_precision=PRECISION, out_dtype=ACC)
+                x_CJ = b_C[:, None] * tl.dot(q_CD, w_DJ.to(narrow), input_precision=PRECISION, out_dtype=ACC)
                 if MOMENTUM:
-                    x_CI += f_C[:, None] * tl.dot(q_CD, s_DI.to(narrow), input_precision=PRECISION, out_dtype=ACC)
-                x_CI -= tl.dot(P_ij, d_CI, input_precision=PRECISION, out_dtype=ACC)
-                hq_CI = activated(x_CI, ACT).to(narrow)
-                X_ij = tl.dot(hq_CI, h_IC, X_ij, input_precision=PRECISION, out_dtype=ACC)
-                o_CE += b_C[:, None] * tl.dot(hq_CI, w_IE.to(narrow), input_precision=PRECISION, out_dtype=ACC)
+                    x_CJ += f_C[:, None] * tl.dot(q_CD, s_DJ.to(narrow), input_precision=PRECISION, out_dtype=ACC)
+                x_CJ -= tl.dot(P_ij, d_CJ, input_precision=PRECISION, out_dtype=ACC)
+                hq_CJ = activated(x_CJ, ACT).to(narrow)
+                X_ij = tl.dot(hq_CJ, h_JC, X_ij, input_precision=PRECISION, out_dtype=ACC)
+                o_CE += b_C[:, None] * tl.dot(hq_CJ, w_JE.to(narrow), input_precision=PRECISION, out_dtype=ACC)
                 if MOMENTUM:
-                    o_CE += f_C[:, None] * tl.dot(hq_CI, s_IE.to(narrow), input_precision=PRECISION, out_dtype=ACC)
+                    o_CE += f_C[:, None] * tl.dot(hq_CJ, s_JE.to(narrow), input_precision=PRECISION, out_dtype=ACC)
             if KEEP:
-                store_layers(kept + place * (1 + MOMENTUM) * size, w_DI, w_IE, inner, D, I, E, BD, BE)
-            w_DI *= b_end
-            w_IE *= b_end
+                store_layers(kept + place * (1 + MOMENTUM) * size, w_DJ, w_JE, inner, D, J, E, BD, BE)
+            w_DJ *= b_end
+            w_JE *= b_end
             if MOMENTUM:
                 if KEEP:
-                    store_layers(kept + (place * 2 + 1) * size, s_DI, s_IE, inner, D, I, E, BD, BE)
-                w_DI += f_end * s_DI
-                w_IE += f_end * s_IE
-                s_DI = tl.dot(kl_DC, d_CI, m_end * s_DI, input_precision=PRECISION, out_dtype=ACC)
-                s_IE = tl.dot(h_IC, el_CE, m_end * s_IE, input_precision=PRECISION, out_dtype=ACC)
-            w_DI = tl.dot(kg_DC, d_CI, w_DI, input_precision=PRECISION, out_dtype=ACC)
-            w_IE = tl.dot(h_IC, eg_CE, w_IE, input_precision=PRECISION, out_dtype=ACC)
+                    store_layers(kept + (place * 2 + 1) * size, s_DJ, s_JE, inner, D, J, E, BD, BE)
+                w_DJ += f_end * s_DJ
+                w_JE += f_end * s_JE
+                s_DJ = tl.dot(kl_DC, d_CJ, m_end * s_DJ, input_precision=PRECISION, out_dtype=ACC)
+                s_JE = tl.dot(h_JC, el_CE, m_end * s_JE, input_precision=PRECISION, out_dtype=ACC)
+            w_DJ = tl.dot(kg_DC, d_CJ, w_DJ, input_precision=PRECISION, out_dtype=ACC)
+            w_JE = tl.dot(h_JC, eg_CE, w_JE, input_precision=PRECISION, out_dtype=ACC)
             # Other threads may not have read yet what these overwrite.
             tl.debug_barrier()
-            store_layers(own, w_DI, w_IE, inner, D, I, E, BD, BE)
+            store_layers(own, w_DJ, w_JE, inner, D, J, E, BD, BE)
             if MOMENTUM:
-                store_layers(own + size, s_DI, s_IE, inner, D, I, E, BD, BE)
+                store_layers(own + size, s_DJ, s_JE, inner, D, J, E, BD, BE)
         if READ:
             R_ij = tl.load(R + place * C * C + c[:, None] * C + c[None, :])
             o_CE -= tl.dot((X_ij * R_ij).to(narrow), slopes_CE, input_precision=PRECISION, out_dtype=ACC)

@@ -1,9 +1,9 @@
 """What the kernels of `mlp_memory` share: activations, where a memory's layers lie, their tiles.
 
-Names in kernels: C tokens of a chunk, D and E the widths of keys and values, I inner features, of which a program
-holds BI at once; a tile's shape stands behind its name, and ij means (C, C).
+Names in kernels: C tokens of a chunk, D and E the widths of keys and values, J inner features, of which a program
+holds BJ at once; a tile's shape stands behind its name, and ij means (C, C).
 
-A memory lies in one row of numbers: pairs of layers, each W1 (D, I) and then W2 (I, E). The first pair are the weights,
+A memory lies in one row of numbers: pairs of layers, each W1 (D, J) and then W2 (J, E). The first pair are the weights,
 the next their momentum if there is any, the last their anchor where chunks may be open.
 """
 
@@ -45,37 +45,37 @@ def bend(x, ACT: tl.constexpr):
 
 @triton.jit
 def load_layers(
-    pair, inner, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
+    pair, inner, D: tl.constexpr, J: tl.constexpr, E: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The columns `inner` of a pair's first layer, and those rows of its second."""
     d, e = tl.arange(0, BD), tl.arange(0, BE)
-    return load_tile(pair, d, D, I, inner, I, UPCAST), load_tile(pair + D * I, inner, I, E, e, E, UPCAST)
+    return load_tile(pair, d, D, J, inner, J, UPCAST), load_tile(pair + D * J, inner, J, E, e, E, UPCAST)
 
 
 @triton.jit
 def store_layers(
-    pair, first_DI, second_IE, inner, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
+    pair, first_DJ, second_JE, inner, D: tl.constexpr, J: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
     BE: tl.constexpr,
 ):  # fmt: skip
     """Writes them."""
     d, e = tl.arange(0, BD), tl.arange(0, BE)
-    store_tile(pair, first_DI, d, D, I, inner, I)
-    store_tile(pair + D * I, second_IE, inner, I, E, e, E)
+    store_tile(pair, first_DJ, d, D, J, inner, J)
+    store_tile(pair + D * J, second_JE, inner, J, E, e, E)
 
 
 @triton.jit
 def load_source(
-    kept, anchor, anchored, inner, D: tl.constexpr, I: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
+    kept, anchor, anchored, inner, D: tl.constexpr, J: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
     BE: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The layers at which a chunk's gradients are taken: its first weights, or the anchor that it was begun with."""
-    first_DI, second_IE = load_layers(kept, inner, D, I, E, BD, BE, UPCAST)
+    first_DJ, second_JE = load_layers(kept, inner, D, J, E, BD, BE, UPCAST)
     if OFFSETS:
         if anchored:
-            one_DI, other_IE = load_layers(anchor, inner, D, I, E, BD, BE, False)
-            first_DI, second_IE = one_DI.to(first_DI.dtype), other_IE.to(second_IE.dtype)
-    return first_DI, second_IE
+            one_DJ, other_JE = load_layers(anchor, inner, D, J, E, BD, BE, False)
+            first_DJ, second_JE = one_DJ.to(first_DJ.dtype), other_JE.to(second_JE.dtype)
+    return first_DJ, second_JE
 
 
 @triton.jit

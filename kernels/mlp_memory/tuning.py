@@ -1,5 +1,7 @@
-"""In which blocks and with how many warps the kernels run. Nothing here is measured yet: docs/mlp_memory.md says what to
-try first."""
+"""In which blocks and with how many warps the kernels run.
+
+Nothing here is measured yet: docs/mlp_memory.md says what to try first.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,12 @@ from clplat.kernels.mlp_memory.layout import Layout
 
 
 def options(kernel: str, layout: Layout) -> dict[str, int]:
-    """Constants of a launch: inner features a program holds at once (BI), warps, and stages of the pipeline of loads."""
+    """Constants of a launch: inner features that a program holds at once (BJ), warps, stages of pipelined loads."""
     if kernel in ("prepare", "gates"):
         return {"num_warps": 4 if kernel == "prepare" else 1, "num_stages": 1}
     # Eight warps leave each thread 16 registers of a 64 × 64 tile, of which six to ten are alive at once.
     wide = max(layout.D, layout.E) > 64 or layout.dtype.itemsize > 2
-    return {"BI": 32 if wide else 64, "num_warps": 8, "num_stages": 1}
+    return {"BJ": 32 if wide else 64, "num_warps": 8, "num_stages": 1}
 
 
 def reads_apart(layout: Layout) -> bool:

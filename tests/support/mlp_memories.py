@@ -1,7 +1,7 @@
 """Problems for `mlp_memory` and their solutions: outputs, end states and the gradient of every input by name.
 
-Names in problems: the arguments' own, and `do`, `dW1`, `dS2`, … for what flows back into outputs. In solutions `d` before
-an argument's name is its gradient. Shapes: see `clplat.kernels.mlp_memory.reference`.
+Names in problems: the arguments' own, and `do`, `dW1`, `dS2`, … for what flows back into outputs. In solutions `d`
+before an argument's name is its gradient. Shapes: see `clplat.kernels.mlp_memory.reference`.
 """
 
 from __future__ import annotations
