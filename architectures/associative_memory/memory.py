@@ -6,7 +6,6 @@ It is given keys, values, queries and gates; where they come from is the layer's
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +13,10 @@ from torch import Tensor, nn
 from clplat.architectures.associative_memory.chunked import chunked, one_more
 from clplat.architectures.associative_memory.layout import Documents, bounds, continued, separated
 from clplat.architectures.associative_memory.network import Network, featured
+from clplat.architectures.associative_memory.operations import by_name, operation_for
 from clplat.architectures.associative_memory.rule import MemoryRule
 from clplat.architectures.associative_memory.state import LOWEST_GATE, MemoryState, Tokens
 from clplat.architectures.associative_memory.token_loop import token_loop
-from clplat.kernels.delta_memory import MemoryState as MatrixState
-from clplat.kernels.delta_memory import delta_memory, which_backend
 
 
 class AssociativeMemory(nn.Module):
@@ -48,6 +46,7 @@ class AssociativeMemory(nn.Module):
         self.shift = nn.Parameter(torch.empty(num_heads, 1, value_size)) if rule.memory.norm else None
         self.register_buffer("nothing", torch.zeros(()), persistent=False)
         self.nothing: Tensor
+        self.operation = operation_for(rule)
         self.backend = "none yet"
         """What computed the last call, for the record."""
         self.reset_start()
@@ -83,12 +82,10 @@ class AssociativeMemory(nn.Module):
         fresh = state is None
         state = self.empty_state(len(tokens.q)) if state is None else state
         with torch.autocast(tokens.q.device.type, enabled=False):
-            form = self._kernel(tokens, even=fresh or not self.rule.anchored)
-            self.backend = "chunked PyTorch" if form is None else f"delta_memory {form}"
-            if form is not None:
-                given = state._replace(anchor=()) if fresh else state
-                o, end = delta_memory(**_by_name(tokens), **self._mode(), state=_matrix_state(given))
-                return o.transpose(1, 2), self._own_state(end, state)
+            if self._taken(tokens, even=fresh or not self.rule.anchored):
+                assert self.operation is not None
+                o, end = self.operation(by_name(tokens), state._replace(anchor=()) if fresh else state)
+                return o.transpose(1, 2), end
             return self._by_chunks(_prepared(tokens, self._wide()), state, fresh)
 
     def read_documents(self, tokens: Tokens, documents: Documents) -> Tensor:
@@ -96,13 +93,11 @@ class AssociativeMemory(nn.Module):
         tokens = self._checked(tokens)
         rows, length = tokens.q.shape[0], tokens.q.shape[2]
         with torch.autocast(tokens.q.device.type, enabled=False):
-            form = self._kernel(tokens, even=False)
-            self.backend = "chunked PyTorch" if form is None else f"delta_memory {form}"
-            if form is not None:
-                state = _matrix_state(self.empty_state(len(documents.starts))._replace(anchor=()))
-                named = {name: part.flatten(0, 1).unsqueeze(0) for name, part in _by_name(tokens).items()}
-                ends = bounds(documents, tokens.q.device)
-                o, _ = delta_memory(**named, **self._mode(), state=state, cu_seqlens=ends)
+            if self._taken(tokens, even=False):
+                assert self.operation is not None
+                state = self.empty_state(len(documents.starts))._replace(anchor=())
+                named = {name: part.flatten(0, 1).unsqueeze(0) for name, part in by_name(tokens).items()}
+                o, _ = self.operation(named, state, bounds(documents, tokens.q.device))
                 return o.squeeze(0).unflatten(0, (rows, length)).transpose(1, 2)
             layout = separated(documents, rows, length, self.rule.chunk)
             moved = _prepared(tokens, self._wide()).taken(layout.source_BN)
@@ -148,40 +143,13 @@ class AssociativeMemory(nn.Module):
         answers, end = chunked(network, tokens.taken(layout.source_BN), state)
         return layout.back(answers), end
 
-    def _kernel(self, tokens: Tokens, *, even: bool) -> str | None:
-        """The form in which `delta_memory` takes this call; None where it has no such rule."""
-        rule = self.rule
-        matrix = rule.memory.depth == 1 and not rule.memory.norm and not rule.memory.residual
-        known = matrix and rule.target == "value" and rule.bias.kind in ("dot", "l2") and rule.retention != "channel"
-        if not known or rule.read != "post" or rule.mapped or tokens.counts is not None:
-            return None
-        q, k, v = (part.transpose(1, 2) for part in tokens[:3])
-        form = which_backend(q, k, v, chunk=rule.chunk)
+    def _taken(self, tokens: Tokens, *, even: bool) -> bool:
+        """Whether the rule's operation takes this call, which goes into the record."""
+        form = None if self.operation is None or tokens.counts is not None else self.operation.form(tokens)
         # Its PyTorch form takes rows one by one where their chunks or documents lie differently.
-        return None if form == "torch" and not even else form
-
-    def _mode(self) -> dict[str, Any]:
-        modes = {"chunk": "frozen", "token": "exact", "decayed": "gdn"}
-        return {"mode": "hebb" if self.rule.hebbian else modes[self.rule.gradient_at], "chunk": self.rule.chunk}
-
-    def _own_state(self, end: MatrixState, before: MemoryState) -> MemoryState:
-        momentum = () if end.S is None else (end.S,)
-        if not self.rule.anchored:
-            return MemoryState((end.W,), momentum, (), before.offset)
-        offset = torch.zeros_like(before.offset) if end.offset is None else end.offset.long()
-        return MemoryState((end.W,), momentum, (end.W if end.anchor is None else end.anchor,), offset)
-
-
-def _by_name(tokens: Tokens) -> dict[str, Tensor]:
-    """The arguments of `delta_memory`, tokens before heads."""
-    parts = {"q": tokens.q, "k": tokens.k, "v": tokens.v, "rate": tokens.rate, "log_momentum": tokens.log_momentum}
-    parts["log_decay"] = tokens.log_decay[0].squeeze(-1) if tokens.log_decay else None
-    return {name: part.transpose(1, 2) for name, part in parts.items() if part is not None}
-
-
-def _matrix_state(state: MemoryState) -> MatrixState:
-    anchor, offset = (state.anchor[0], state.offset.int()) if state.anchor else (None, None)
-    return MatrixState(state.weights[0], state.momentum[0] if state.momentum else None, anchor, offset)
+        taken = form is not None and (even or form != "torch")
+        self.backend = f"{self.operation.name} {form}" if self.operation is not None and taken else "chunked PyTorch"
+        return taken
 
 
 def _prepared(tokens: Tokens, wide: torch.dtype) -> Tokens:

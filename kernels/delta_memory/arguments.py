@@ -14,13 +14,13 @@ def check(inputs: Inputs, mode: str, chunk: int, state: MemoryState | None, cu_s
         raise ValueError(f"mode: must be one of {', '.join(MODES)}, got {mode!r}")
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise ValueError(f"chunk: must be a whole number of tokens, at least 1, got {chunk!r}")
-    _check_inputs(inputs)
-    _check_packing(inputs, cu_seqlens)
+    check_inputs(inputs)
+    check_packing(inputs, cu_seqlens)
     if state is not None:
         _check_state(state, inputs, chunk, len(inputs.q) if cu_seqlens is None else len(cu_seqlens) - 1)
 
 
-def _check_inputs(inputs: Inputs) -> None:
+def check_inputs(inputs: Inputs) -> None:
     for name, part in inputs._asdict().items():
         if part is not None and not (isinstance(part, Tensor) and part.is_floating_point()):
             kind = part.dtype if isinstance(part, Tensor) else type(part).__name__
@@ -39,7 +39,7 @@ def _check_inputs(inputs: Inputs) -> None:
             raise ValueError(f"{name}: must be (B, T, V) = {tuple(v.shape[:3])}, got {tuple(gate.shape)}")
 
 
-def _check_packing(inputs: Inputs, cu_seqlens: Tensor | None) -> None:
+def check_packing(inputs: Inputs, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is None:
         return
     integers = isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype in (torch.int32, torch.int64)
@@ -49,7 +49,7 @@ def _check_packing(inputs: Inputs, cu_seqlens: Tensor | None) -> None:
     rows, tokens = inputs.q.shape[:2]
     if rows != 1:
         raise ValueError(f"cu_seqlens: packed sequences come as one row, B = 1, got B = {rows}")
-    if _readable(cu_seqlens):
+    if readable(cu_seqlens):
         bounds = cu_seqlens.tolist()
         if bounds != sorted(bounds) or (bounds[0], bounds[-1]) != (0, tokens):
             raise ValueError(f"cu_seqlens: must go from 0 to T = {tokens} and never back, got {bounds}")
@@ -72,13 +72,13 @@ def _check_state(state: MemoryState, inputs: Inputs, chunk: int, sequences: int)
         return
     if state.offset.shape != (sequences,):
         raise ValueError(f"state.offset: must be (sequences,) = ({sequences},), got {tuple(state.offset.shape)}")
-    if _readable(state.offset) and not all(0 <= number < chunk for number in state.offset.tolist()):
+    if readable(state.offset) and not all(0 <= number < chunk for number in state.offset.tolist()):
         raise ValueError(
             f"state.offset: must be at least 0 and below chunk = {chunk}, got {state.offset.tolist()}; a state inside "
             "a chunk goes on at the chunk size that it was made with"
         )
 
 
-def _readable(numbers: Tensor) -> bool:
+def readable(numbers: Tensor) -> bool:
     """Whether reading them waits for nothing and is no break in a compiled graph."""
     return numbers.device.type == "cpu" and not torch.compiler.is_compiling()

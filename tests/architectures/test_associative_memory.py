@@ -15,7 +15,7 @@ from associative_memories import (
     tokens,
 )  # fmt: skip
 
-from clplat.architectures.associative_memory import memory as memory_module
+from clplat.architectures.associative_memory import operations
 from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.network import loss
 from clplat.architectures.associative_memory.state import MemoryState, Tokens
@@ -173,14 +173,15 @@ def test_without_steps_and_forgetting_it_stays_as_it_began(name: str) -> None:
     torch.testing.assert_close(answers, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["hebb", "frozen", "titans-matrix", "exact", "gdn"])
+@pytest.mark.parametrize("name", ["hebb", "frozen", "titans-matrix", "exact", "gdn", "mlp-titans", "mlp-dot"])
 def test_calls_that_a_gpu_gives_to_the_kernels_are_the_token_loop_too(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU packed rows and open chunks go to `delta_memory` as well; here its PyTorch form answers for it."""
+    """On a GPU packed rows and open chunks go to the operations as well; here their PyTorch forms answer for them."""
     rule = RULES[name]
     made, given, documents = memory(rule), tokens(rule, 11), packed()
-    monkeypatch.setattr(memory_module, "which_backend", lambda *tensors, chunk: "triton")
+    for operation in (operations.MatrixOperation, operations.MLPOperation):
+        monkeypatch.setattr(operation, "form", lambda self, tokens: "triton")
     expected = solution(made, given, lambda: (made.by_definition(given, documents=documents)[0], None))
     assert_same(solution(made, given, lambda: (made.read_documents(given, documents), None)), expected)
     with torch.no_grad():
@@ -190,4 +191,4 @@ def test_calls_that_a_gpu_gives_to_the_kernels_are_the_token_loop_too(
         solution(made, given, lambda: made(given, start)),
         solution(made, given, lambda: made.by_definition(given, start)),
     )
-    assert made.backend == "delta_memory triton"
+    assert made.backend == ("mlp_memory triton" if name.startswith("mlp") else "delta_memory triton")

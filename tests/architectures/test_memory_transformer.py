@@ -155,7 +155,7 @@ def test_the_record_is_told_what_computed_the_memories() -> None:
     made = model(DeltaNet(), AttentionLayer(), TitansLMM())
     assert made.facts() == {"memory_backend": "none yet"}
     made(batch_of(tokens()))
-    assert made.facts() == {"memory_backend.0": "delta_memory torch", "memory_backend.2": "chunked PyTorch"}
+    assert made.facts() == {"memory_backend.0": "delta_memory torch", "memory_backend.2": "mlp_memory torch"}
     alike = model(DeltaNet(), GatedDeltaNet())
     alike(batch_of(tokens()))
     assert alike.facts() == {"memory_backend": "delta_memory torch"}

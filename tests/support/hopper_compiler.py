@@ -2,6 +2,7 @@
 
     python tests/support/hopper_compiler.py                  # delta_memory
     python tests/support/hopper_compiler.py topk_memory
+    python tests/support/hopper_compiler.py mlp_memory
 
 Run as a program of its own: Triton decides at import whether it compiles or interprets.
 """
@@ -18,6 +19,9 @@ from triton.runtime.jit import JITFunction
 
 from clplat.kernels.delta_memory.launch import EndAdjoints, backward, forward
 from clplat.kernels.delta_memory.reference import MODES, Inputs, MemoryState
+from clplat.kernels.mlp_memory import launch as mlp
+from clplat.kernels.mlp_memory.layout import Layout
+from clplat.kernels.mlp_memory.reference import Rule
 from clplat.kernels.topk_memory import launch as topk
 from clplat.kernels.topk_memory.routing import counted
 from clplat.kernels.topk_memory.tuning import ALTERNATIVES, plan_for
@@ -81,6 +85,30 @@ def compile_topk_memory() -> None:
     counted(torch.zeros(4096, dtype=torch.int64), 64)
 
 
+def compile_mlp(*, width: int, chunk: int, momentum: bool, packed: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+    """A memory of layers four times as wide inside, each way that `walk` is launched, and the way back."""
+    tokens = 1024 + 8 * packed
+    bounds = torch.tensor([0, tokens], dtype=torch.int32) if packed else None
+    offset = torch.zeros(1, dtype=torch.int32) if packed else None
+    rows, gates = torch.zeros(1, tokens, 2, width, dtype=dtype), torch.zeros(1, tokens, 2)
+    inputs = Inputs(rows, rows, rows, gates, gates, gates if momentum else None)
+    states = torch.zeros(1, 2, 1 + momentum + packed, 8 * width * width)
+    layout = Layout.of(inputs, states, offset, bounds, Rule(residual=True), chunk)
+    starts = mlp.forward(inputs, states, offset, bounds, layout, keep=True)[2]
+    ready = mlp.prepared(inputs, offset, bounds, layout)
+    mlp.walked(inputs, ready, mlp._begun(states, layout), offset, bounds, layout, o=rows)
+    mlp.backward(inputs, states, offset, bounds, starts, rows, None, layout)
+
+
+def compile_mlp_memory() -> None:
+    compile_mlp(width=64, chunk=16, momentum=True, packed=False)
+    compile_mlp(width=64, chunk=64, momentum=True, packed=False)
+    compile_mlp(width=128, chunk=64, momentum=True, packed=True)
+    compile_mlp(width=64, chunk=64, momentum=True, packed=False, dtype=torch.float32)
+    compile_mlp(width=16, chunk=16, momentum=False, packed=False)
+
+
 if __name__ == "__main__":
     JITFunction.run = compiled_instead
-    compile_topk_memory() if sys.argv[1:] == ["topk_memory"] else compile_delta_memory()
+    known = {"delta_memory": compile_delta_memory, "topk_memory": compile_topk_memory, "mlp_memory": compile_mlp_memory}
+    known[(sys.argv[1:] or ["delta_memory"])[0]]()

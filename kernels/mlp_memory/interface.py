@@ -1,0 +1,163 @@
+"""`mlp_memory`: checks its arguments and gives them to the chunked PyTorch form or to the Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from clplat.kernels.delta_memory.assembler import fault_on_hopper
+from clplat.kernels.delta_memory.interface import CHUNKS, interpreting
+from clplat.kernels.delta_memory.reference import LOWEST_GATE, Inputs
+from clplat.kernels.mlp_memory.arguments import check
+from clplat.kernels.mlp_memory.reference import Activation, Bias, MLPState, Rule, chunked, recurrent
+
+Backend = Literal["auto", "torch", "triton", "recurrent"]
+LARGEST_WIDTH = 128
+LARGEST_INNER = 1024
+
+
+def mlp_memory(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rate: Tensor,
+    log_decay: Tensor | None = None,
+    log_momentum: Tensor | None = None,
+    *,
+    state: MLPState,
+    activation: Activation = "silu",
+    bias: Bias = "l2",
+    residual: bool = False,
+    chunk: int = 16,
+    cu_seqlens: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, MLPState]:
+    """Writes every token into a memory of two layers and reads it: outputs (B, T, H, E) in v's type, and the state.
+
+    q, k (B, T, H, D); v (B, T, H, E); `rate`, `log_decay` ≤ 0 and `log_momentum` ≤ 0 (B, T, H), the last two clamped to
+    ≥ −12; `reference.py` defines what is computed. q is not scaled, k not normalised. `state` is where the memory
+    begins, in the middle of a chunk too; there is no default, as a network that begins from zero learns nothing.
+
+    `chunk` is a part of the function: all its tokens take their gradient at its start, so that a rate is safe up to
+    1/chunk for unit keys that repeat. `cu_seqlens` (N + 1,) int32, first 0, last T, packs N sequences into B = 1;
+    `state` then has N rows.
+
+    `backend`: `auto` takes the Triton kernels on GPUs of compute capability 8.0 and higher and the chunked PyTorch form
+    elsewhere; `triton` never falls back; `recurrent` is the token loop that defines the operation.
+    Raises ValueError for shapes, types and values that no form, or not the one asked for, supports.
+    """
+    rule = Rule(activation=activation, bias=bias, residual=residual)
+    if torch.is_autocast_enabled(q.device.type):
+        narrow = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(narrow), k.to(narrow), v.to(narrow)
+    # Products of the states stay in fp32: the chunked form's own matrix products must not be narrowed.
+    with torch.autocast(q.device.type, enabled=False):
+        check(Inputs(q, k, v, rate, log_decay, log_momentum), rule, chunk, state, cu_seqlens)
+        form = which_backend(q, k, v, inner=state.W1.shape[-1], chunk=chunk, backend=backend)
+        inputs = Inputs(q, k, v, rate, _clamped(log_decay), _clamped(log_momentum))
+        state = _widened(state, v.dtype)
+        # Without a sequence there is nothing to launch.
+        if form == "triton" and len(state.W1):
+            from clplat.kernels.mlp_memory.op import fused
+
+            return fused(inputs, rule=rule, chunk=chunk, state=state, cu_seqlens=cu_seqlens)
+        function = recurrent if form == "recurrent" else chunked
+        if cu_seqlens is None and state.offset is None:
+            o, end = function(inputs, rule=rule, chunk=chunk, state=state)
+        else:
+            o, end = _one_by_one(function, inputs, rule, chunk, state, cu_seqlens)
+        return o, _apart(end, state)
+
+
+def which_backend(
+    q: Tensor, k: Tensor, v: Tensor, *, inner: int, chunk: int = 16, backend: Backend = "auto"
+) -> str:  # fmt: skip
+    """The form that `mlp_memory` takes for these tensors and `inner` features; raises ValueError as it does."""
+    if backend not in ("auto", "torch", "triton", "recurrent"):
+        raise ValueError(f"backend: must be auto, torch, triton or recurrent, got {backend!r}")
+    if backend in ("torch", "recurrent"):
+        return backend
+    obstacle = _obstacle(q, k, v, inner, chunk)
+    if backend == "triton":
+        if obstacle:
+            raise ValueError(f"backend: triton is asked for, but {obstacle}")
+        return "triton"
+    return "torch" if obstacle or not q.is_cuda else "triton"
+
+
+def _obstacle(q: Tensor, k: Tensor, v: Tensor, inner: int, chunk: int) -> str:
+    """Why the kernels cannot compute these tensors; empty where they can."""
+    types = [torch.bfloat16, torch.float16, torch.float32]
+    if interpreting():
+        types.append(torch.float64)
+    elif not q.is_cuda:
+        return f"the tensors are on {q.device.type}; the kernels need a GPU (or TRITON_INTERPRET=1, to test them)"
+    elif torch.cuda.get_device_capability(q.device) < (8, 0):
+        return "the GPU is older than compute capability 8.0"
+    if not q.dtype == k.dtype == v.dtype or v.dtype not in types:
+        return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; the kernels take one of {', '.join(map(str, types))}"
+    if max(q.shape[-1], v.shape[-1]) > LARGEST_WIDTH or inner > LARGEST_INNER:
+        return (
+            f"heads are {q.shape[-1]} and {v.shape[-1]} wide and {inner} inside; the kernels go up to {LARGEST_WIDTH} "
+            f"and {LARGEST_INNER}"
+        )
+    if chunk not in CHUNKS:
+        return f"chunk is {chunk}; the kernels know {CHUNKS}"
+    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9:
+        return fault_on_hopper()
+    return ""
+
+
+def _apart(end: MLPState, given: MLPState) -> MLPState:
+    """The same state without tensors of the caller's, which parts are that nothing was written to."""
+    own = [id(part) for part in given if part is not None]
+    return MLPState(*(part.clone() if part is not None and id(part) in own else part for part in end))
+
+
+def _widened(state: MLPState, dtype: torch.dtype) -> MLPState:
+    """States are kept in fp32, or fp64 beside such inputs, whatever they come in."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return MLPState(*(None if part is None else part.to(wide) for part in state[:6]), state.offset)  # type: ignore[arg-type]
+
+
+def _clamped(log_gate: Tensor | None) -> Tensor | None:
+    return None if log_gate is None else log_gate.clamp(min=LOWEST_GATE)
+
+
+def _one_by_one(
+    function: Callable[..., tuple[Tensor, MLPState]],
+    inputs: Inputs,
+    rule: Rule,
+    chunk: int,
+    state: MLPState,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, MLPState]:
+    """Sequences of their own lengths or offsets, one call for each; waits for the device to read them."""
+    count = len(state.W1)
+    bounds = [0] * (count + 1) if cu_seqlens is None else cu_seqlens.tolist()
+    offsets = [0] * count if state.offset is None else state.offset.tolist()
+    outputs, states = [], []
+    for n in range(count):
+        own = Inputs(*(None if part is None else part[n : n + 1] for part in inputs)) if cu_seqlens is None else inputs
+        tokens = own if cu_seqlens is None else own.tokens(bounds[n], bounds[n + 1])
+        row = MLPState(*(None if part is None else part[n : n + 1] for part in state))
+        o, after = function(tokens, rule=rule, chunk=chunk, state=row, offset=offsets[n])
+        outputs.append(o)
+        states.append(after)
+    if not outputs:
+        return inputs.v, state
+    return torch.cat(outputs, 0 if cu_seqlens is None else 1), _joined(states)
+
+
+def _joined(states: Sequence[MLPState]) -> MLPState:
+    """States of several sequences as one; a sequence without an open chunk has its own weights as anchor."""
+    if any(state.offset is not None for state in states):
+        zero = torch.zeros(1, dtype=torch.int32, device=states[0].W1.device)
+        states = [
+            state._replace(anchor1=state.W1, anchor2=state.W2, offset=zero) if state.offset is None else state
+            for state in states
+        ]
+    return MLPState(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*states)))  # type: ignore[arg-type]
