@@ -31,11 +31,12 @@ SMALLEST_SUM = 1e-12
 class MapOptions:
     """From A to W.
 
-    none W = A · lq Moneta's W = A / ‖A‖_q^(q−2) of a whole layer, with q = `power`, and `smoothing` under the norm's root
-    (INFERRED): weights grow as A shrinks where q > 3, and without it would do so without end · kl Memora's: each slice a softmax of A times `mass`, by default the root of its inputs'
-    number (INFERRED). `signs` paired (INFERRED) gives W = W⁺ − W⁻, of which A and −A are the logarithms: both are
-    positive and sum to the mass together; positive is the printed rule, with no weight below 0 · norm (INFERRED, for
-    LaCT) scales each slice behind a chunk to the norm that it began with, and goes on from there.
+    none W = A · lq Moneta's W = A / ‖A‖_q^(q−2) of a whole layer, with q = `power`, and `smoothing` under the norm's
+    root (INFERRED): weights grow as A shrinks where q > 3, and without it would do so without end · kl Memora's: each
+    slice a softmax of A times `mass`, by default the root of its inputs' number (INFERRED). `signs` paired (INFERRED)
+    gives W = W⁺ − W⁻, of which A and −A are the logarithms: both are positive and sum to the mass together; positive is
+    the printed rule, with no weight below 0 · norm (INFERRED, for LaCT) scales each slice behind a chunk to the norm
+    that it began with, and goes on from there.
     """
 
     group: ClassVar[str] = "map"

@@ -27,8 +27,8 @@ class Moneta(MemoryLayer):
     ) -> None:  # fmt: skip
         """`p` and `q` are the paper's best. `retention` decay is one gate a head, which takes far less memory than one
         for each channel. `max_rate` defaults to 1 / (16 chunk): errors are squared here, and the larger what is
-        accumulated, the smaller the weights and the larger their gradients under a norm, so that with 1 / chunk it
-        grows without end. `gate_rank`: see `ProjectionOptions`."""
+        accumulated, the smaller the weights and the larger their gradients under a norm. `gate_rank`: see
+        `ProjectionOptions`."""
         super().__init__(
             rule=MemoryRule(
                 memory=_network(expand), bias=BiasOptions(kind="lp", power=p), retention=retention,

@@ -136,6 +136,17 @@ def test_the_list_is_repeated_and_its_layers_are_those_of_the_configuration() ->
     assert layers[0].qkv.weight is not layers[3].qkv.weight
 
 
+def test_gates_of_a_rank_are_a_map_of_so_few_numbers_of_each_token() -> None:
+    gates = {}
+    for rank in (3, None):
+        mixer = MemoryLayer(rule=Moneta().rule, projection=ProjectionOptions(gate_rank=rank)).build(16)
+        with torch.no_grad():
+            raw = mixer._gates(torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(0)), torch.float32)
+        values = torch.cat(list(raw.values()), 1)[0] - mixer.gates.bias.unsqueeze(1)
+        gates[rank] = int(torch.linalg.matrix_rank(values, rtol=1e-4))
+    assert gates == {3: 3, None: 16}
+
+
 def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="MemoryTransformer.layers: must give at least one"):
         model()
