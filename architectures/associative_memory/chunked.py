@@ -81,7 +81,7 @@ def one_more(network: Network, token: Tokens, state: MemoryState) -> tuple[Tenso
 def chunk_step(network: Network, tokens: Tokens, W: Layers, S: Layers, anchor: Layers) -> tuple[Tensor, Layers, Layers]:
     """One chunk of L tokens: answers (B, H, L, E), weights and momentum behind it."""
     rule = network.rule
-    factors = None if rule.read == "chunk_start" else rule.map.inside(anchor if rule.mapped else W)
+    factors = rule.map.inside(anchor if rule.mapped else W) if rule.reads_in_turn else None
     each = range(len(W)) if rule.retention == "channel" else [0]
     # Where no query asks behind its own token's write, what is left at the chunk's end is all that is needed.
     spanned = _ends if factors is None and rule.gradient_at == "chunk" and rule.optimizer == "gd" else _spans

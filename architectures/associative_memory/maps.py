@@ -21,51 +21,60 @@ from clplat.architectures.associative_memory.state import Layers
 from clplat.architectures.option_checks import check_at_least, check_choices
 
 MapKind = Literal["none", "lq", "kl", "norm"]
-LqForm = Literal["printed", "conjugate"]
 Signs = Literal["paired", "positive"]
 
 SMALLEST_SUM = 1e-12
-"""Added to the sum under a norm: weights that a map divides by their size stay finite where they vanish."""
+"""Added to a slice's sum of squares: its norm has a gradient where it vanishes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MapOptions:
     """From A to W.
 
-    none W = A · lq Moneta's: `form` printed is W = A / ‖A‖_q^(q−2) with q = `power`, as in the paper, whose weights
-    shrink as A grows where q > 3; conjugate is the gradient of ½‖A‖_q², W = A |A|^(q−2) / ‖A‖_q^(q−2) (INFERRED as what
-    the derivation means) · kl Memora's: each slice a softmax of A times `mass`, by default the root of its inputs'
-    number (INFERRED). `signs` paired (INFERRED) gives W = W⁺ − W⁻, of which A and −A are the logarithms: both are
-    positive and sum to the mass together; positive is the printed rule, with no weight below 0 · norm (INFERRED, for
-    LaCT) scales each slice behind a chunk to the norm that it began with, and goes on from there.
+    none W = A · lq Moneta's W = A / ‖A‖_q^(q−2) of a whole layer, with q = `power`, and `smoothing` under the norm's
+    root (INFERRED): weights grow as A shrinks where q > 3, and without it would do so without end · kl Memora's: each
+    slice a softmax of A times `mass`, by default the root of its inputs' number (INFERRED). `signs` paired (INFERRED)
+    gives W = W⁺ − W⁻, of which A and −A are the logarithms: both are positive and sum to the mass together; positive is
+    the printed rule, with no weight below 0 · norm (INFERRED, for LaCT) scales each slice behind a chunk to the norm
+    that it began with, and goes on from there.
     """
 
     group: ClassVar[str] = "map"
 
     kind: MapKind = "none"
     power: float = 4.0
-    form: LqForm = "printed"
+    smoothing: float = 1e-4
     signs: Signs = "paired"
     mass: float | None = None
 
     def __post_init__(self) -> None:
-        check_choices(self, kind=MapKind, form=LqForm, signs=Signs)
+        check_choices(self, kind=MapKind, signs=Signs)
         check_at_least(self, 2, "power")
+        check_at_least(self, 0, "smoothing")
         if self.mass is not None and self.mass <= 0:
             raise ValueError(f"map.mass: must be above 0, got {self.mass}")
+
+    @property
+    def lags(self) -> bool:
+        """Whether weights inside a chunk are what they were at its start, because no factor of A gives them."""
+        return self.kind == "kl"
+
+    def step_scale(self, inputs: int) -> float:
+        """How many times smaller a step is in W than in A, where all weights of a slice are alike."""
+        return inputs / (self.mass or math.sqrt(inputs)) if self.kind == "kl" else 1.0
 
     def weights(self, state: Layers) -> Layers:
         """W of A, of every layer."""
         if self.kind == "lq":
-            return tuple(self._lq(A) for A in state)
+            return tuple(A / self._size(A) for A in state)
         return tuple(self._kl(A) for A in state) if self.kind == "kl" else state
 
     def inside(self, start: Layers) -> tuple[Tensor | float, ...] | None:
         """Factors of A that give the weights of every layer inside a chunk, of A at its start; None where these are
         what they were at the start, as a softmax has no such factor."""
-        if self.kind == "lq" and self.form == "printed":
+        if self.kind == "lq":
             return tuple(1 / self._size(A) for A in start)
-        return None if self.kind in ("lq", "kl") else (1.0,) * len(start)
+        return None if self.lags else (1.0,) * len(start)
 
     def settled(self, state: Layers, norms: Layers) -> Layers:
         """A from which the next chunk goes on; `norms` (H, 1, O) are those of the slices at first."""
@@ -80,11 +89,7 @@ class MapOptions:
     def _size(self, A: Tensor) -> Tensor:
         """‖A‖_q^(q−2) of each head, (B, H, 1, 1)."""
         total = A.abs().pow(self.power).sum((-2, -1), keepdim=True)
-        return (total + SMALLEST_SUM).pow(1 - 2 / self.power)
-
-    def _lq(self, A: Tensor) -> Tensor:
-        scaled = A / self._size(A)
-        return scaled if self.form == "printed" else scaled * A.abs().pow(self.power - 2)
+        return (total + self.smoothing).pow(1 - 2 / self.power)
 
     def _kl(self, A: Tensor) -> Tensor:
         mass = math.sqrt(A.shape[-2]) if self.mass is None else self.mass

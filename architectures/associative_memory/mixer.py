@@ -35,9 +35,10 @@ class ProjectionOptions:
     `conv_width` tokens are read by a short convolution of queries, keys and values, with SiLU behind it; 1 is neither.
     `learned_rate` gives every token a step size `max_rate` · sigmoid(·), otherwise each takes `max_rate`. `max_rate`
     defaults to 1, and for rules with a gradient at the chunk's start to 1 / chunk: unit keys that repeat all through a
-    chunk then do not overshoot. `damped` multiplies it by 1 − momentum, for the same reason. `normaliser` divides
-    answers by the sum of what was read with, as linear attention does. `output_gate` multiplies normed answers by
-    silu(gate(x)). `learned_start`: the memory's first weights are trained, otherwise 0.
+    chunk then do not overshoot; under a map that makes steps smaller, to as much more. `gate_rank`: gates are a linear
+    map of the token through so few numbers, None for a full one. `damped` multiplies it by 1 − momentum, for the same
+    reason. `normaliser` divides answers by the sum of what was read with, as linear attention does. `output_gate`
+    multiplies normed answers by silu(gate(x)). `learned_start`: the memory's first weights are trained, otherwise 0.
     """
 
     group: ClassVar[str] = "projection"
@@ -48,13 +49,14 @@ class ProjectionOptions:
     damped: bool = False
     normaliser: bool = False
     output_gate: OutputGate = "silu"
+    gate_rank: int | None = None
     learned_start: bool = True
     decay_start: float = 0.99
     momentum_start: float = 0.9
 
     def __post_init__(self) -> None:
         check_choices(self, output_gate=OutputGate)
-        check_at_least(self, 1, "conv_width")
+        check_at_least(self, 1, "conv_width", "gate_rank")
         if self.max_rate is not None and self.max_rate <= 0:
             raise ValueError(f"projection.max_rate: must be above 0, got {self.max_rate}")
         for name in ("decay_start", "momentum_start"):
@@ -77,12 +79,16 @@ class MemoryMixer(nn.Module):
             raise ValueError(f"num_heads: {num_heads} does not divide hidden_size ({hidden_size})")
         self.rule, self.options, self.num_heads = rule, projection, num_heads
         self.head_size = hidden_size // num_heads
-        self.max_rate = projection.max_rate or (1 / rule.chunk if rule.steps_together else 1.0)
+        stable = rule.map.step_scale(self.head_size) * (1 / rule.chunk if rule.steps_together else 1.0)
+        self.max_rate = projection.max_rate or stable
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         wide = projection.conv_width > 1
         self.conv_weight = nn.Parameter(torch.empty(projection.conv_width, 3 * hidden_size)) if wide else None
         self.starts = self._gate_starts()
-        self.gates = nn.Linear(hidden_size, sum(len(part) for part in self.starts.values())) if self.starts else None
+        narrowed = projection.gate_rank if self.starts else None
+        self.gate_inputs = nn.Linear(hidden_size, narrowed, bias=False) if narrowed else None
+        gates = sum(len(part) for part in self.starts.values())
+        self.gates = nn.Linear(narrowed or hidden_size, gates) if self.starts else None
         self.memory = AssociativeMemory(
             rule=rule, num_heads=num_heads, key_size=self.head_size,
             value_size=self.head_size + projection.normaliser, learned_start=projection.learned_start,
@@ -126,12 +132,15 @@ class MemoryMixer(nn.Module):
 
     def mixing_flops(self, tokens: int) -> float:
         """Operations of the memory beyond 2 for each weight that it begins with. For every number of a layer: 2 to ask
-        it with the key, to write it, to read it, behind the first layer to send the error back, and 4 for momentum.
-        Inside chunks: products of queries and keys with each other and with steps, and of momentum with decay."""
-        momentum, total = self.rule.optimizer == "momentum", 0.0
+        it with the key, to write it, to read it, behind the first layer to send the error back, and 4 for momentum; 2
+        more where a map's last token reads for itself. Inside chunks, where queries are answered in turn: products of
+        queries and keys with each other and with steps, and of momentum with decay."""
+        rule, momentum, total = self.rule, self.rule.optimizer == "momentum", 0.0
+        first = 2 if rule.memory.kind == "swiglu" else 1
         for layer, (heads, inputs, outputs) in enumerate(self.memory.shapes):
-            passes = 6.0 + 2.0 * bool(layer) + 4.0 * momentum
-            inside = 2.0 * self.rule.chunk * (inputs + outputs)
+            passes = 6.0 + 2.0 * (layer >= first) + 4.0 * momentum
+            passes += 2.0 / rule.chunk * (rule.mapped and rule.read == "post")
+            inside = 2.0 * rule.chunk * (inputs + outputs) * rule.reads_in_turn
             total += heads * (passes * inputs * outputs + inside)
         total += 2.0 * self.num_heads * self.rule.chunk**2 * momentum
         return tokens * (total - 2.0 * sum(part.numel() for part in self.memory.first))
@@ -172,6 +181,8 @@ class MemoryMixer(nn.Module):
         """Gates by name before their squashing, (B, H, T), that of channels (B, H·channels, T)."""
         if self.gates is None:
             return {}
+        if self.gate_inputs is not None:
+            x_BTC = self.gate_inputs(x_BTC)
         raw = (F.linear(x_BTC, self.gates.weight).to(wide) + self.gates.bias.to(wide)).mT
         return dict(zip(self.starts, raw.split([len(part) for part in self.starts.values()], dim=1), strict=True))
 

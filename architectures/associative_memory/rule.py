@@ -124,6 +124,11 @@ class MemoryRule:
         return self.map.kind != "none"
 
     @property
+    def reads_in_turn(self) -> bool:
+        """Whether each query of a chunk asks another memory."""
+        return self.read == "post" and not self.map.lags
+
+    @property
     def steps_together(self) -> bool:
         """Whether all tokens of a chunk step from the same weights, each without knowing of the others."""
         return self.gradient_at == "chunk" and not self.hebbian

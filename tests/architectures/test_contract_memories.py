@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
+from clplat.architectures.associative_memory.lact import LaCT
+from clplat.architectures.associative_memory.miras import Memora, Moneta, Yaad
 from clplat.architectures.associative_memory.mixer import ProjectionOptions
 from clplat.architectures.associative_memory.presets import (
     TTTMLP,
@@ -40,6 +42,10 @@ LAYERS: dict[str, list[LayerKind]] = {
     "ttt-mlp-and-attention": [TTTMLP(num_heads=2, chunk=5, expand=2), AttentionLayer(num_heads=4, num_kv_heads=2)],
     "titans": [TitansLMM(num_heads=2, chunk=4, expand=2)],
     "titans-matrix-behind-attention": [AttentionLayer(), TitansLMM(chunk=4, depth=1, residual=False)],
+    "moneta": [Moneta(num_heads=2, chunk=4, expand=2, gate_rank=3)],
+    "yaad": [Yaad(num_heads=2, chunk=4, expand=2, gate_rank=3)],
+    "memora": [Memora(num_heads=2, chunk=4, expand=2, gate_rank=3)],
+    "lact-and-attention": [LaCT(num_heads=2, chunk=4), AttentionLayer(num_heads=2)],
     "channels-and-huber": [CHANNELS],
 }
 

@@ -11,6 +11,8 @@ import yaml
 from studies import run_folder, study
 from torch.utils.flop_counter import FlopCounterMode
 
+from clplat.architectures.associative_memory.lact import LaCT
+from clplat.architectures.associative_memory.miras import Memora, Moneta, Yaad
 from clplat.architectures.associative_memory.mixer import MemoryMixer, ProjectionOptions
 from clplat.architectures.associative_memory.presets import (
     TTTMLP,
@@ -36,7 +38,8 @@ from clplat.study_file import expand, load_study
 TEXT = Spec(kind="language", input_shape=(16,), num_outputs=23)
 KINDS: list[LayerKind] = [
     LinearAttention(chunk=4), DeltaNet(chunk=4), GatedDeltaNet(chunk=4), TTTLinear(chunk=4), TTTMLP(chunk=4, expand=2),
-    TitansLMM(chunk=4, expand=2), AttentionLayer(num_heads=2),
+    TitansLMM(chunk=4, expand=2), Moneta(chunk=4, expand=2), Yaad(chunk=4, expand=2), Memora(chunk=4, expand=2),
+    LaCT(chunk=4), AttentionLayer(num_heads=2),
 ]  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: type(kind).__name__)
 
@@ -133,6 +136,17 @@ def test_the_list_is_repeated_and_its_layers_are_those_of_the_configuration() ->
     assert layers[0].qkv.weight is not layers[3].qkv.weight
 
 
+def test_gates_of_a_rank_are_a_map_of_so_few_numbers_of_each_token() -> None:
+    gates = {}
+    for rank in (3, None):
+        mixer = MemoryLayer(rule=Moneta().rule, projection=ProjectionOptions(gate_rank=rank)).build(16)
+        with torch.no_grad():
+            raw = mixer._gates(torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(0)), torch.float32)
+        values = torch.cat(list(raw.values()), 1)[0] - mixer.gates.bias.unsqueeze(1)
+        gates[rank] = int(torch.linalg.matrix_rank(values, rtol=1e-4))
+    assert gates == {3: 3, None: 16}
+
+
 def test_what_does_not_fit_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="MemoryTransformer.layers: must give at least one"):
         model()
@@ -162,7 +176,9 @@ def test_the_record_is_told_what_computed_the_memories() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [TTTMLP(chunk=4), TitansLMM(chunk=4), TTTLinear(chunk=4)], ids=lambda k: type(k).__name__
+    "kind",
+    [TTTMLP(chunk=4), TitansLMM(chunk=4), TTTLinear(chunk=4), Moneta(chunk=4), Memora(chunk=4), LaCT(chunk=4)],
+    ids=lambda kind: type(kind).__name__,
 )
 def test_flops_are_those_that_torch_counts_within_a_tenth(kind: LayerKind) -> None:
     torch.manual_seed(0)

@@ -46,7 +46,6 @@ RULES = {
         memory=TTT, bias=BiasOptions(kind="huber", huber="switch"), retention="channel", chunk=4
     ),
     "lq": MemoryRule(map=MapOptions(kind="lq"), retention="decay", optimizer="momentum", chunk=4),
-    "lq-conjugate": MemoryRule(map=MapOptions(kind="lq", form="conjugate"), retention="decay", chunk=4),
     "lq-read-first": MemoryRule(map=MapOptions(kind="lq", power=3.0), retention="channel", chunk=4, read="chunk_start"),
     "mlp-moneta": MemoryRule(
         memory=TTT, bias=BiasOptions(kind="lp", power=3.0), retention="channel", map=MapOptions(kind="lq"), chunk=4
