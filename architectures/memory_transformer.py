@@ -28,6 +28,7 @@ from clplat.architectures.base import LevelPeriod, State
 from clplat.architectures.continuum_memory.feed import ContinuumFeed
 from clplat.architectures.continuum_memory.levels import StepLevel
 from clplat.architectures.continuum_memory.options import DenseFeed, FeedForwardKind
+from clplat.architectures.continuum_memory.start import begin_from, weights_in
 from clplat.architectures.decoder import Block, Decoder, check_language, mixing_state
 from clplat.architectures.layers import Angles, Attention, Cache, causal_document_mask, rotary_angles
 from clplat.streams.base import Spec
@@ -102,11 +103,14 @@ class MemoryTransformer(Decoder):
         document_mask: bool = True,
         tie_head: bool = True,
         initial_std: float = 0.02,
+        start_from: str | None = None,
     ) -> None:
         """`layers` from the input to the output, `repeat` times over; None are four of TitansLMM. Each has a SwiGLU
         behind it, whose inner size is `mlp_ratio` times the hidden size, rounded up to a multiple of 32, or what
-        `feed_forward` says: `ContinuumMemory`, with `expand` in place of `mlp_ratio`.
-        `document_mask` begins every document of a row with an empty memory. The rest is as in `Transformer`."""
+        `feed_forward` says: `ContinuumMemory`, whose levels have `expand` in place of `mlp_ratio`. `document_mask`
+        begins every document of a row with an empty memory. `start_from`: a file of weights, or a run's checkpoint, of
+        a decoder that this one begins as (with AttentionLayers, of a `Transformer`); levels begin as its SwiGLU. The
+        rest is as in `Transformer`."""
         check_language(type(self), spec)
         kinds = [TitansLMM()] * 4 if layers is None else list(layers)
         if not kinds or repeat < 1:
@@ -128,6 +132,8 @@ class MemoryTransformer(Decoder):
         )  # fmt: skip
         for memory in self._memories():
             memory.reset_dynamics()
+        if start_from is not None:
+            begin_from(self, weights_in(start_from))
 
     def facts(self) -> Mapping[str, str]:
         """What computed the memories' last pass, by layer's number where layers differ, and what the levels of a
