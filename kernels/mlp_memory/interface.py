@@ -15,8 +15,10 @@ from clplat.kernels.mlp_memory.arguments import check
 from clplat.kernels.mlp_memory.reference import Activation, Bias, MLPState, Rule, chunked, recurrent
 
 Backend = Literal["auto", "torch", "triton", "recurrent"]
-LARGEST_WIDTH = 128
-LARGEST_INNER = 1024
+LARGEST_WIDTH, LARGEST_INNER = 128, 1024
+LARGEST_FULL_TILE = 64 * 32
+"""Tokens of a chunk times the width of a head in fp32, whose products take three times the shared memory, and on GPUs
+before compute capability 9.0, which have less of it."""
 
 
 def mlp_memory(
@@ -106,9 +108,12 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, inner: int, chunk: int) -> str:
         )
     if chunk not in CHUNKS:
         return f"chunk is {chunk}; the kernels know {CHUNKS}"
-    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9:
-        return fault_on_hopper()
-    return ""
+    if not q.is_cuda:
+        return ""
+    major, tile = torch.cuda.get_device_capability(q.device)[0], chunk * max(q.shape[-1], v.shape[-1])
+    if tile > LARGEST_FULL_TILE and (v.dtype == torch.float32 or major < 9):
+        return f"chunks of {chunk} tokens {tile // chunk} wide need half precision and a GPU of capability 9.0 or higher"
+    return fault_on_hopper() if major == 9 else ""
 
 
 def _apart(end: MLPState, given: MLPState) -> MLPState:

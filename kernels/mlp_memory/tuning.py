@@ -1,6 +1,7 @@
 """In which blocks and with how many warps the kernels run.
 
-Nothing here is measured yet: docs/mlp_memory.md says what to try first.
+Nothing here is measured: blocks are as large as keeps registers from spilling and shared memory in bounds, as compiled
+for Hopper. `benchmarks/mlp_memory.py --alternatives` times others.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ def options(kernel: str, layout: Layout) -> dict[str, int]:
     """Constants of a launch: inner features that a program holds at once (BJ), warps, stages of pipelined loads."""
     if kernel in ("prepare", "gates"):
         return {"num_warps": 4 if kernel == "prepare" else 1, "num_stages": 1}
-    # Eight warps leave each thread 16 registers of a 64 × 64 tile, of which six to ten are alive at once.
-    wide = max(layout.D, layout.E) > 64 or layout.dtype.itemsize > 2
-    return {"BJ": 32 if wide else 64, "num_warps": 8, "num_stages": 1}
+    if layout.dtype.itemsize > 2:
+        return {"BJ": 16, "num_warps": 4 if layout.C == 16 else 8, "num_stages": 1}
+    wide = max(layout.D, layout.E) > 64
+    block = {16: 64, 32: 64, 64: 32}[layout.C] // (1 + wide)
+    return {"BJ": block, "num_warps": 8, "num_stages": 1}
 
 
 def reads_apart(layout: Layout) -> bool:

@@ -75,7 +75,8 @@ def problem(case: Case, dtype: torch.dtype = torch.float32, device: str | torch.
 
     unit = torch.nn.functional.normalize(normal(*gates, case.D), dim=-1)
     parts = {"q": normal(*gates, case.D), "k": unit, "v": normal(*gates, case.E), "do": normal(*gates, case.E)}
-    parts["rate"] = uniform(0.02, 0.2)
+    # All tokens of a chunk correct the same error: together they must not overshoot.
+    parts["rate"] = uniform(0.3, 3.0) / case.chunk
     parts["log_decay"], parts["log_momentum"] = -(uniform(0, 1.3) ** 4), uniform(0.3, 0.9).log()
     for name in STATES:
         shape = (case.D, case.inner) if name.endswith("1") else (case.inner, case.E)
