@@ -77,7 +77,12 @@ class MemoryMixer(nn.Module):
             raise ValueError(f"num_heads: {num_heads} does not divide hidden_size ({hidden_size})")
         self.rule, self.options, self.num_heads = rule, projection, num_heads
         self.head_size = hidden_size // num_heads
-        self.max_rate = projection.max_rate or (1 / rule.chunk if rule.anchored else 1.0)
+        self.max_rate = projection.max_rate or (1 / rule.chunk if rule.anchored and rule.delta == "none" else 1.0)
+        if self.max_rate > rule.largest_rate:
+            raise ValueError(
+                f"projection.max_rate: a memory with delta: {rule.delta} diverges above {rule.largest_rate}, "
+                f"got {self.max_rate}"
+            )
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
         wide = projection.conv_width > 1
         self.conv_weight = nn.Parameter(torch.empty(projection.conv_width, 3 * hidden_size)) if wide else None

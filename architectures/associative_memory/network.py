@@ -94,7 +94,9 @@ class Network:
         of that layer is their outer product."""
         inputs, before, last = self._through(weights, k_BHTD)
         target = self.read(weights, v_BHTE) if self.rule.target == "self" else v_BHTE
-        slope = loss_slope(self.answer(k_BHTD, last), target, self.rule.bias, threshold)
+        # With `single` the erasing takes the old answer off, and the gradient is that of a layer that gave nothing.
+        given = torch.zeros_like(last) if self.rule.delta == "single" else last
+        slope = loss_slope(self.answer(k_BHTD, given), target, self.rule.bias, threshold)
         if self.scale is not None:
             slope = _slope_below_norm(last, self.scale * slope)
         slopes = [slope]

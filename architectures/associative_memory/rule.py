@@ -6,6 +6,7 @@ of Miras (Behrouz et al. 2025, arXiv:2504.13173).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -18,6 +19,8 @@ Retention = Literal["none", "decay", "channel"]
 InnerOptimizer = Literal["gd", "momentum"]
 GradientAt = Literal["chunk", "token", "decayed"]
 Target = Literal["value", "self"]
+Delta = Literal["none", "single", "double"]
+DeltaOn = Literal["every", "first", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,10 @@ class MemoryRule:
     chunk began, as it was before the token, or that decayed (the gated delta rule). `chunk`: tokens that are computed
     at once; with `gradient_at: chunk` it is part of the function, otherwise it changes rounding and speed alone.
     `target` of a key's answer: the token's value, or the answer that the memory itself gives to that value.
+    `delta`: each token also erases what a layer answers to its direction, with the strength of its step. `double` is
+    the rule as printed for Hope, whose gradient takes the old answer off once more: alone, a pair is learned to half of
+    its value. `single` leaves the old answer out of the gradient, as the gated delta rule does. `delta_on`: layers that
+    erase: all, the one that reads keys, or the one that gives answers.
     """
 
     memory: NetworkOptions = field(default_factory=NetworkOptions)
@@ -81,11 +88,14 @@ class MemoryRule:
     gradient_at: GradientAt = "chunk"
     chunk: int = 16
     target: Target = "value"
+    delta: Delta = "none"
+    delta_on: DeltaOn = "every"
 
     def __post_init__(self) -> None:
         check_choices(
-            self, feature=Feature, retention=Retention, optimizer=InnerOptimizer, gradient_at=GradientAt, target=Target
-        )
+            self, feature=Feature, retention=Retention, optimizer=InnerOptimizer, gradient_at=GradientAt, target=Target,
+            delta=Delta, delta_on=DeltaOn,
+        )  # fmt: skip
         check_at_least(self, 1, "chunk")
         plain = self.memory.depth == 1 and not (self.memory.norm or self.memory.residual)
         if self.gradient_at != "chunk" and not (plain and self.bias.kind == "l2" and self.target == "value"):
@@ -94,10 +104,26 @@ class MemoryRule:
                 "bias l2 and target value alone; chunk with chunk: 1 takes every gradient before its token, too"
             )
 
+        if self.delta != "none" and self.gradient_at != "chunk":
+            raise ValueError(f"delta: {self.delta!r} is computed with gradient_at: chunk, got {self.gradient_at!r}")
+        if self.delta == "single" and self.memory.norm:
+            raise ValueError("delta: 'single' has no meaning under memory.norm, which has no slope at an answer of 0")
+
     @property
     def hebbian(self) -> bool:
         """Whether no gradient depends on the memory."""
-        return self.bias.kind == "dot" and self.memory.depth == 1 and not self.memory.norm and self.target == "value"
+        blind = self.bias.kind == "dot" or self.delta == "single"
+        return blind and self.memory.depth == 1 and not self.memory.norm and self.target == "value"
+
+    @property
+    def largest_rate(self) -> float:
+        """Of steps on unit keys, above which a memory that erases diverges; infinite for one that does not."""
+        return {"none": math.inf, "single": 2.0, "double": 1.0}[self.delta]
+
+    def erases(self, layer: int) -> bool:
+        """Whether tokens erase in that layer, counted from the keys."""
+        last = self.memory.depth - 1
+        return self.delta != "none" and {"every": True, "first": layer == 0, "last": layer == last}[self.delta_on]
 
     @property
     def anchored(self) -> bool:

@@ -5,18 +5,22 @@ For token t, with a = exp(log_decay), η = exp(log_momentum), and for each layer
     g_t = ∂ loss(M(k_t), target_t) / ∂W at W_src       the gradient (`network.py`)
     S_t = η_t S_{t−1} − rate_t g_t                      the step; without momentum η = 0
     W_t = a_t ⊙ W_{t−1} + S_t                           the memory; a weighs a layer's inputs, together or each
+          − rate_t h_t h_tᵀ W_{t−1}                     with `delta`: h_t is what the layer read in W_src from k_t,
+                                                        at unit length
     y_t = M_t(q_t)                                      what is read, this token's write included
 
 `gradient_at` says what W_src is: W as it was when the token's chunk began, W_{t−1}, or a_t ⊙ W_{t−1}. `target` is v_t,
 or M_src(v_t), which the inner gradient takes as given and the outer loss does not.
 
 Sources: Behrouz et al. 2024 (Titans, arXiv:2501.00663, Eq. 8-14) for the rule with momentum and decay, Sun et al. 2024
-(TTT, 2407.04620, Eq. 3-7) for gradients at a chunk's start.
+(TTT, 2407.04620, Eq. 3-7) for gradients at a chunk's start, Behrouz et al. 2025 (Nested Learning, 2512.24695, Eq. 88)
+for erasing.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clplat.architectures.associative_memory.network import Network
@@ -60,9 +64,21 @@ def _written(network: Network, token: Tokens, W: Layers, S: Layers, anchor: Laye
     kept = tuple(a * w for a, w in zip(decay, W, strict=True)) if decay else W
     source = {"chunk": anchor if network.rule.anchored else W, "token": W, "decayed": kept}[network.rule.gradient_at]
     inputs, slopes = network.gradients(source, token.k, token.v, token.threshold)
+    if network.rule.delta != "none":
+        kept = tuple(w - part for w, part in zip(kept, _erased(network, token, W, inputs), strict=True))
     steps = [-token.rate.unsqueeze(-1) * (x.mT @ slope) for x, slope in zip(inputs, slopes)]
     if token.log_momentum is None:
         return tuple(w + step for w, step in zip(kept, steps)), ()
     momentum = token.log_momentum.exp().unsqueeze(-1)
     S = tuple(momentum * s + step for s, step in zip(S, steps, strict=True))
     return tuple(w + s for w, s in zip(kept, S)), S
+
+
+def _erased(network: Network, token: Tokens, W: Layers, inputs: Layers) -> Layers:
+    """What one token takes off each layer."""
+    units = [F.normalize(x, dim=-1) for x in inputs]
+    strength = token.rate.unsqueeze(-1)
+    return tuple(
+        strength * unit.mT @ (unit @ weight) if network.rule.erases(layer) else torch.zeros_like(weight)
+        for layer, (unit, weight) in enumerate(zip(units, W, strict=True))
+    )
