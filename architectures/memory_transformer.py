@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clplat.architectures.associative_memory.carrying import CarryingMixer
 from clplat.architectures.associative_memory.layout import documents_of
-from clplat.architectures.associative_memory.mixer import MemoryMixer
 from clplat.architectures.associative_memory.presets import LayerKind, TitansLMM
 from clplat.architectures.associative_memory.reading import Reading
 from clplat.architectures.base import State
@@ -126,13 +126,13 @@ class MemoryTransformer(Decoder):
     def facts(self) -> Mapping[str, str]:
         """What computed the memories' last pass, by layer's number where layers differ."""
         layers = {n: block.attention for n, block in enumerate(self.blocks)}
-        taken = {n: layer.memory.backend for n, layer in layers.items() if isinstance(layer, MemoryMixer)}
+        taken = {n: layer.memory.backend for n, layer in layers.items() if isinstance(layer, CarryingMixer)}
         if len(set(taken.values())) == 1:
             return {"memory_backend": next(iter(taken.values()))}
         return {f"memory_backend.{n}": backend for n, backend in taken.items()}
 
-    def _memories(self) -> list[MemoryMixer]:
-        return [module for module in self.modules() if isinstance(module, MemoryMixer)]
+    def _memories(self) -> list[CarryingMixer]:
+        return [module for module in self.modules() if isinstance(module, CarryingMixer)]
 
     def _context(self, tokens: Tensor, segment_ids: Tensor | None) -> tuple[Any, ...]:
         positions, before = torch.arange(tokens.shape[1], device=tokens.device), torch.zeros_like(tokens[:, 0])

@@ -134,3 +134,12 @@ class MemoryRule:
         """Inputs and outputs of every layer."""
         inner = [self.memory.expand * key_size] * (self.memory.depth - 1)
         return list(zip([key_size, *inner], [*inner, value_size], strict=True))
+
+
+def check_rate(name: str, max_rate: float, rule: MemoryRule) -> None:
+    """Refuse steps on unit keys with which a memory that erases would diverge."""
+    if not 0 < max_rate <= rule.largest_rate:
+        raise ValueError(
+            f"{name}: must lie above 0 and, for a memory with delta: {rule.delta}, at most at {rule.largest_rate:g}, "
+            f"beyond which it diverges, got {max_rate}"
+        )
