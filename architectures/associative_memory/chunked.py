@@ -6,7 +6,7 @@ With step_j = −rate_j · slope_j, A_ij = Π_{j<l≤i} a_l and P_ij = Π_{j<l�
 
 so that a query reads x W_i = b_i x W_0 + f_i x S_0 + Σ_j (x·x_j) G_ij step_j: no weights of single tokens are ever
 made. Without momentum G = A and f = 0. Erasing (`delta`) is a second write along unit inputs h, whose step is not known
-beforehand, u_i = −rate_i h_i W_{i−1}, and found by one triangular system a layer; A says what is left. Products of
+beforehand, u_i = −e_i h_i W_{i−1}, and found by one triangular system a layer; A says what is left. Products of
 gates are exponentials of differences of sums, masked before the exponential; nothing is divided. Shapes: see
 `state.py`; G is (B, H, X, L, L).
 """
@@ -91,7 +91,7 @@ def one_more(network: Network, token: Tokens, state: MemoryState) -> tuple[Tenso
 def chunk_step(network: Network, tokens: Tokens, W: Layers, S: Layers, anchor: Layers) -> tuple[Tensor, Layers, Layers]:
     """One chunk of L tokens: answers (B, H, L, E), weights and momentum behind it."""
     each = range(len(W)) if network.rule.retention == "channel" else [0]
-    spans = [_spans(tokens, layer) for layer in each] * (len(W) // len(each))
+    spans = [layer_spans(tokens, layer) for layer in each] * (len(W) // len(each))
     if network.rule.gradient_at == "chunk":
         source = anchor if network.rule.anchored else W
         inputs, slopes = network.gradients(source, tokens.k, tokens.v, tokens.threshold)
@@ -101,7 +101,7 @@ def chunk_step(network: Network, tokens: Tokens, W: Layers, S: Layers, anchor: L
     writes = [[Write(x, step, span.writes)] for x, step, span in zip(inputs, steps, spans, strict=True)]
     for layer, span in enumerate(spans):
         if network.rule.erases(layer):
-            writes[layer].append(erasure(span, writes[layer][0], tokens.rate, W[layer], S[layer] if S else None))
+            writes[layer].append(erasure(span, writes[layer][0], tokens.strength, W[layer], S[layer] if S else None))
     x = tokens.q
     for layer, span in enumerate(spans):
         read = layer_read(span, writes[layer], x, W[layer], S[layer] if S else None)
@@ -124,12 +124,14 @@ def layer_read(span: Spans, writes: list[Write], x_BHLI: Tensor, W: Tensor, S: T
     return read
 
 
-def erasure(span: Spans, write: Write, rate_BHL: Tensor, W: Tensor, S: Tensor | None) -> Write:
-    """What the tokens take off a layer along the inputs that they write along, −rate_i h_i W_{i−1} (`delta`)."""
+def erasure(span: Spans, write: Write, strength_BHL: Tensor, W: Tensor, S: Tensor | None) -> Write:
+    """What the tokens take off a layer along the inputs that they write along, −e_i h_i W_{i−1} (`delta`)."""
     unit, earlier = F.normalize(write.along, dim=-1), one_token_earlier(span)
     found = layer_read(earlier, [write._replace(left=earlier.writes)], unit, W, S)
     return Write(
-        unit, _in_turn(_products(unit, unit, earlier.kept), rate_BHL, -rate_BHL.unsqueeze(-1) * found), span.kept
+        unit,
+        _in_turn(_products(unit, unit, earlier.kept), strength_BHL, -strength_BHL.unsqueeze(-1) * found),
+        span.kept,
     )
 
 
@@ -141,9 +143,9 @@ def one_token_earlier(span: Spans) -> Spans:
     return span._replace(kept=kept, writes=writes, start=start, carried=carried)
 
 
-def _in_turn(products_BHLL: Tensor, rate_BHL: Tensor, known_BHLO: Tensor) -> Tensor:
-    """U with U_i = known_i − rate_i Σ_{j<i} products_ij U_j: one triangular system."""
-    system = products_BHLL.tril(-1) * rate_BHL.unsqueeze(-1)
+def _in_turn(products_BHLL: Tensor, strength_BHL: Tensor, known_BHLO: Tensor) -> Tensor:
+    """U with U_i = known_i − e_i Σ_{j<i} products_ij U_j: one triangular system."""
+    system = products_BHLL.tril(-1) * strength_BHL.unsqueeze(-1)
     identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
     return torch.linalg.solve_triangular(system + identity, known_BHLO, upper=False, unitriangular=True)
 
@@ -160,7 +162,8 @@ def layer_left(span: Spans, writes: list[Write], W: Tensor, S: Tensor | None) ->
     return weight + span.carried[:, :, -1].unsqueeze(-1) * S, push
 
 
-def _spans(tokens: Tokens, layer: int) -> Spans:
+def layer_spans(tokens: Tokens, layer: int) -> Spans:
+    """How much of what is left in that layer."""
     log_decay = tokens.log_decay[layer] if tokens.log_decay else torch.zeros_like(tokens.rate).unsqueeze(-1)
     kept, start = _triangle(log_decay.mT)
     if tokens.log_momentum is None:

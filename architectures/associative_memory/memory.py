@@ -148,8 +148,16 @@ class AssociativeMemory(nn.Module):
         rule = self.rule
         matrix = rule.memory.depth == 1 and not rule.memory.norm and not rule.memory.residual
         if rule.delta != "none":  # the gated delta rule, where keys have unit length and gradients know no memory
-            matrix = matrix and rule.hebbian and rule.feature == "unit" and rule.optimizer == "gd"
-        known = matrix and rule.target == "value" and rule.bias.kind in ("dot", "l2") and rule.retention != "channel"
+            matrix = (
+                matrix and rule.hebbian and rule.feature == "unit" and rule.optimizer == "gd" and tokens.erase is None
+            )
+        known = (
+            matrix
+            and rule.max_gradient is None
+            and rule.target == "value"
+            and rule.bias.kind in ("dot", "l2")
+            and rule.retention != "channel"
+        )
         if not known or tokens.counts is not None:
             return None
         q, k, v = (part.transpose(1, 2) for part in tokens[:3])
@@ -190,7 +198,7 @@ def _matrix_state(state: MemoryState) -> MatrixState:
 
 def _prepared(tokens: Tokens, wide: torch.dtype) -> Tokens:
     """All in the state's precision, with gates no lower than they may be."""
-    q, k, v, rate, log_decay, log_momentum, threshold, counts = tokens
+    q, k, v, rate, log_decay, log_momentum, threshold, counts, erase = tokens
     return Tokens(
         q.to(wide),
         k.to(wide),
@@ -200,4 +208,5 @@ def _prepared(tokens: Tokens, wide: torch.dtype) -> Tokens:
         None if log_momentum is None else log_momentum.to(wide).clamp(min=LOWEST_GATE),
         None if threshold is None else threshold.to(wide),
         counts,
+        None if erase is None else erase.to(wide),
     )

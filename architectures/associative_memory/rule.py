@@ -77,7 +77,8 @@ class MemoryRule:
     `delta`: each token also erases what a layer answers to its direction, with the strength of its step. `double` is
     the rule as printed for Hope, whose gradient takes the old answer off once more: alone, a pair is learned to half of
     its value. `single` leaves the old answer out of the gradient, as the gated delta rule does. `delta_on`: layers that
-    erase: all, the one that reads keys, or the one that gives answers.
+    erase: all, the one that reads keys, or the one that gives answers. `max_gradient`: a token's gradient of a layer,
+    if longer, is shortened to this norm.
     """
 
     memory: NetworkOptions = field(default_factory=NetworkOptions)
@@ -90,6 +91,7 @@ class MemoryRule:
     target: Target = "value"
     delta: Delta = "none"
     delta_on: DeltaOn = "every"
+    max_gradient: float | None = None
 
     def __post_init__(self) -> None:
         check_choices(
@@ -97,6 +99,8 @@ class MemoryRule:
             delta=Delta, delta_on=DeltaOn,
         )  # fmt: skip
         check_at_least(self, 1, "chunk")
+        if self.max_gradient is not None and not (self.max_gradient > 0 and self.gradient_at == "chunk"):
+            raise ValueError("max_gradient: must be above 0, and gradient_at: chunk")
         plain = self.memory.depth == 1 and not (self.memory.norm or self.memory.residual)
         if self.gradient_at != "chunk" and not (plain and self.bias.kind == "l2" and self.target == "value"):
             raise ValueError(

@@ -5,8 +5,8 @@ For token t, with a = exp(log_decay), η = exp(log_momentum), and for each layer
     g_t = ∂ loss(M(k_t), target_t) / ∂W at W_src       the gradient (`network.py`)
     S_t = η_t S_{t−1} − rate_t g_t                      the step; without momentum η = 0
     W_t = a_t ⊙ W_{t−1} + S_t                           the memory; a weighs a layer's inputs, together or each
-          − rate_t h_t h_tᵀ W_{t−1}                     with `delta`: h_t is what the layer read in W_src from k_t,
-                                                        at unit length
+          − e_t h_t h_tᵀ W_{t−1}                        with `delta`: h_t is what the layer read in W_src from k_t,
+                                                        at unit length, and e_t is rate_t where it is not given
     y_t = M_t(q_t)                                      what is read, this token's write included
 
 `gradient_at` says what W_src is: W as it was when the token's chunk began, W_{t−1}, or a_t ⊙ W_{t−1}. `target` is v_t,
@@ -38,7 +38,7 @@ def token_loop(
             W, S, anchor, offset = _begun(begins_BT[:, t], first, MemoryState(W, S, anchor, offset))
         if network.rule.anchored:
             anchor = chosen(offset == 0, W, anchor)
-        new_W, new_S = _written(network, token, W, S, anchor)
+        new_W, new_S = written(network, token, W, S, anchor)
         here = torch.ones_like(offset, dtype=torch.bool) if token.counts is None else token.counts[:, 0]
         W, S = chosen(here, new_W, W), chosen(here, new_S, S)
         if network.rule.anchored:
@@ -58,7 +58,7 @@ def _begun(begins_B: Tensor, first: MemoryState, state: MemoryState) -> MemorySt
     )
 
 
-def _written(network: Network, token: Tokens, W: Layers, S: Layers, anchor: Layers) -> tuple[Layers, Layers]:
+def written(network: Network, token: Tokens, W: Layers, S: Layers, anchor: Layers) -> tuple[Layers, Layers]:
     """Weights and momentum with one token's write."""
     decay = [gate[:, :, 0].exp().unsqueeze(-1) for gate in token.log_decay]
     kept = tuple(a * w for a, w in zip(decay, W, strict=True)) if decay else W
@@ -77,7 +77,7 @@ def _written(network: Network, token: Tokens, W: Layers, S: Layers, anchor: Laye
 def _erased(network: Network, token: Tokens, W: Layers, inputs: Layers) -> Layers:
     """What one token takes off each layer."""
     units = [F.normalize(x, dim=-1) for x in inputs]
-    strength = token.rate.unsqueeze(-1)
+    strength = token.strength.unsqueeze(-1)
     return tuple(
         strength * unit.mT @ (unit @ weight) if network.rule.erases(layer) else torch.zeros_like(weight)
         for layer, (unit, weight) in enumerate(zip(units, W, strict=True))
