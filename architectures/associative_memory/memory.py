@@ -145,7 +145,8 @@ class AssociativeMemory(nn.Module):
 
     def _taken(self, tokens: Tokens, *, even: bool) -> bool:
         """Whether the rule's operation takes this call, which goes into the record."""
-        form = None if self.operation is None or tokens.counts is not None else self.operation.form(tokens)
+        known = self.operation is not None and tokens.counts is None and tokens.erase is None
+        form = self.operation.form(tokens) if known and self.operation is not None else None
         # Its PyTorch form takes rows one by one where their chunks or documents lie differently.
         taken = form is not None and (even or form != "torch")
         self.backend = f"{self.operation.name} {form}" if self.operation is not None and taken else "chunked PyTorch"
@@ -154,7 +155,7 @@ class AssociativeMemory(nn.Module):
 
 def _prepared(tokens: Tokens, wide: torch.dtype) -> Tokens:
     """All in the state's precision, with gates no lower than they may be."""
-    q, k, v, rate, log_decay, log_momentum, threshold, counts = tokens
+    q, k, v, rate, log_decay, log_momentum, threshold, counts, erase = tokens
     return Tokens(
         q.to(wide),
         k.to(wide),
@@ -164,4 +165,5 @@ def _prepared(tokens: Tokens, wide: torch.dtype) -> Tokens:
         None if log_momentum is None else log_momentum.to(wide).clamp(min=LOWEST_GATE),
         None if threshold is None else threshold.to(wide),
         counts,
+        None if erase is None else erase.to(wide),
     )

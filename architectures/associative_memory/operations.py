@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from clplat.architectures.associative_memory.rule import MemoryRule
-from clplat.architectures.associative_memory.state import MemoryState, Tokens
+from clplat.architectures.associative_memory.state import LOWEST_GATE, MemoryState, Tokens
 from clplat.kernels import delta_memory as matrix
 from clplat.kernels import mlp_memory as mlp
 
@@ -29,12 +30,17 @@ class Operation(Protocol):
 
 def operation_for(rule: MemoryRule) -> Operation | None:
     """What computes a rule; None where only the chunked form here does."""
-    plain = not rule.memory.norm and rule.target == "value" and rule.bias.kind in ("dot", "l2")
-    if not plain or rule.retention == "channel" or rule.read != "post" or rule.mapped or rule.memory.kind != "mlp":
+    memory = rule.memory
+    if memory.norm or memory.kind != "mlp" or rule.target != "value" or rule.bias.kind not in ("dot", "l2"):
         return None
-    if rule.memory.depth == 1 and not rule.memory.residual:
+    if rule.retention == "channel" or rule.mapped or rule.read != "post" or rule.max_gradient is not None:
+        return None
+    # Erasing is the gated delta rule where keys have unit length and gradients know no memory.
+    if rule.delta != "none" and not (rule.hebbian and rule.feature == "unit" and rule.optimizer == "gd"):
+        return None
+    if memory.depth == 1 and not memory.residual:
         return MatrixOperation(rule)
-    return MLPOperation(rule) if rule.memory.depth == 2 else None
+    return MLPOperation(rule) if memory.depth == 2 else None
 
 
 def by_name(tokens: Tokens) -> dict[str, Tensor]:
@@ -63,12 +69,23 @@ class MatrixOperation:
         given = matrix.MemoryState(state.weights[0], state.momentum[0] if state.momentum else None, anchor, offset)
         modes: dict[str, matrix.Mode] = {"chunk": "frozen", "token": "exact", "decayed": "gdn"}
         mode = "hebb" if self.rule.hebbian else modes[self.rule.gradient_at]
+        if self.rule.delta != "none":
+            mode, named = "gdn", _undecayed(named)
         o, end = matrix.delta_memory(**named, mode=mode, chunk=self.rule.chunk, state=given, cu_seqlens=cu_seqlens)
         momentum = () if end.S is None else (end.S,)
         if not self.rule.anchored:
             return o, MemoryState((end.W,), momentum, (), state.offset)
         anchor = end.W if end.anchor is None else end.anchor
         return o, MemoryState((end.W,), momentum, (anchor,), _offset(end.offset, state))
+
+
+def _undecayed(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """a W − η k kᵀ W + η k vᵀ as a (I − β k kᵀ) W + β k wᵀ, with β = η / a and w = a v."""
+    if "log_decay" not in named:
+        return named
+    log_decay = named["log_decay"].clamp(min=LOWEST_GATE)
+    v = (named["v"] * log_decay.exp().unsqueeze(-1)).to(named["v"].dtype)
+    return named | {"v": v, "rate": named["rate"] * torch.exp(-log_decay)}
 
 
 @dataclass(frozen=True)
@@ -80,7 +97,7 @@ class MLPOperation:
 
     def form(self, tokens: Tokens) -> str:
         """See `Operation`."""
-        inner = self.rule.memory.expand * tokens.k.shape[-1]
+        inner = self.rule.widths(tokens.k.shape[-1], tokens.v.shape[-1])[0][1]
         return mlp.which_backend(*(part.transpose(1, 2) for part in tokens[:3]), inner=inner, chunk=self.rule.chunk)
 
     def __call__(

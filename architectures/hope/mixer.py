@@ -1,0 +1,78 @@
+"""A mixing layer of a decoder whose heads modify themselves: what they are given of the stream, and costs.
+
+Shapes: B rows, T tokens, C hidden size, H heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clplat.architectures.associative_memory.carrying import CarryingMixer
+from clplat.architectures.associative_memory.layout import Documents
+from clplat.architectures.hope.inputs import HeadInputs
+from clplat.architectures.hope.memory import SelfModifyingMemory
+from clplat.architectures.hope.options import SelfModifyingOptions
+
+
+class SelfModifyingMixer(CarryingMixer):
+    """Heads that make their own keys, values and gates of their share of the stream, which is projected, read by the
+    short convolution and passed through SiLU first, as queries and what else is not made are."""
+
+    def __init__(self, *, hidden_size: int, num_heads: int, options: SelfModifyingOptions) -> None:
+        self.projected = ["x", *(name for name in ("query", "key", "value") if name not in options.generated)]
+        super().__init__(
+            hidden_size=hidden_size, num_heads=num_heads, channels=len(self.projected) * hidden_size,
+            conv_width=options.conv_width, output_gate=options.output_gate,
+        )  # fmt: skip
+        self.options = options
+        kept = {"rate": "rate" not in options.generators, "momentum": options.momentum}
+        kept["decay"] = options.decay and "decay" not in options.generators
+        self.gated = [name for name, has in kept.items() if has]
+        self.gates = nn.Linear(hidden_size, len(self.gated) * num_heads) if self.gated else None
+        self.memory: SelfModifyingMemory = SelfModifyingMemory(
+            options=options, num_heads=num_heads, head_size=self.head_size
+        )
+        self.reset_dynamics()
+
+    @torch.no_grad()
+    def reset_dynamics(self) -> None:
+        """What is not drawn like a projection: convolution, gates and the memories' first weights."""
+        super().reset_dynamics()
+        if self.gates is not None:
+            starts = torch.tensor([getattr(self.options, f"{name}_start") for name in self.gated])
+            self.gates.bias.copy_(starts.logit().repeat_interleave(self.num_heads))
+        self.memory.reset_start()
+
+    def mixing_flops(self, tokens: int) -> float:
+        """Operations of the memories beyond 2 for each weight that they begin with. For every number of a layer: 2 to
+        ask it with the value for a target, and for the error 2 with the key and, behind the first layer, 2 back; 2 to
+        write it, 2 to erase and 4 for momentum; 2 to ask those that make something and one that answers. Inside chunks:
+        products of inputs with each other and with steps."""
+        options, total, count = self.options, 0.0, len(self.memory.names)
+        chunk = min(group.chunk for group in self.memory.groups)
+        for layer, (heads, inputs, outputs) in enumerate(self.memory.shapes):
+            erases, asked = self.memory.rule.erases(layer), 2.0 * (options.target == "self")
+            passes = 6.0 + asked + 2.0 * bool(layer) + 2.0 * erases + 4.0 * options.momentum
+            inside = 2.0 * chunk * (1 + 2 * erases) * (inputs + outputs)
+            total += heads * (passes * inputs * outputs + inside * (1 if layer else 1 / count))
+        return tokens * (total - 2.0 * sum(part.numel() for part in self.memory.first))
+
+    def _tokens(
+        self, x_BTC: Tensor, qkv: Tensor, before: Tensor | None, documents: Documents | None,
+        counts_BT: Tensor | None = None,
+    ) -> HeadInputs:  # fmt: skip
+        """What the heads are given of tokens, whose projections `qkv` follow those `before`."""
+        qkv = self._convolved(qkv, before, documents)
+        heads = qkv.unflatten(-1, (len(self.projected), self.num_heads, self.head_size)).permute(2, 0, 3, 1, 4)
+        named = dict(zip(self.projected, heads.unbind(0), strict=True))
+        gates: dict[str, Tensor] = {}
+        if self.gates is not None:
+            wide = torch.promote_types(heads.dtype, torch.float32)
+            raw = (F.linear(x_BTC, self.gates.weight).to(wide) + self.gates.bias.to(wide)).mT
+            gates = dict(zip(self.gated, raw.split(self.num_heads, dim=1), strict=True))
+        return HeadInputs(
+            named["x"], named.get("query"), named.get("key"), named.get("value"), gates.get("rate"),
+            gates.get("decay"), gates.get("momentum"), counts_BT,
+        )  # fmt: skip
