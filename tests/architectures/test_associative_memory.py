@@ -52,7 +52,7 @@ def by_autograd(made: AssociativeMemory, given: Tokens) -> torch.Tensor:
                 def inner(weights, own=own, key=given.k[b, h, t : t + 1], target=target, limit=limit):
                     answer = own.read(weights, key)[0]
                     if rule.delta == "single":  # linear in what the layers give, with the slope at nothing given
-                        nothing = own.answer(key, torch.zeros_like(key))[0]
+                        nothing = own._answer(key, torch.zeros_like(key))[0]
                         return answer @ torch.func.grad(loss)(nothing, target, rule.bias, limit)
                     return loss(answer, target, rule.bias, limit)
 
