@@ -5,8 +5,9 @@ With step_j = −rate_j · slope_j, A_ij = Π_{j<l≤i} a_l and P_ij = Π_{j<l�
     W_i = b_i W_0 + f_i S_0 + Σ_{j≤i} G_ij x_j step_jᵀ,    G = A P,  b_i = Π_{l≤i} a_l,  f = A m,  m_i = Π_{l≤i} η_l
 
 so that a query reads x W_i = b_i x W_0 + f_i x S_0 + Σ_j (x·x_j) G_ij step_j: no weights of single tokens are ever
-made. Without momentum G = A and f = 0. Products of gates are exponentials of differences of sums, masked before the
-exponential; nothing is divided. Shapes: see `state.py`; G is (B, H, X, L, L).
+made. Without momentum G = A and f = 0. A window makes x_j and step_j those of pairs, and G = A P diag(rate) Γ. Products
+of gates are exponentials of differences of sums, masked before the exponential; nothing is divided. Shapes: see
+`state.py`; G is (B, H, X, L, L), and with a window (B, H, X, L, P).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clplat.architectures.associative_memory.network import Network, activated
-from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens, chosen
+from clplat.architectures.associative_memory.orthogonal import orthogonal_step
+from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens, chosen, either
+from clplat.architectures.associative_memory.window import moved_on, pairs_of, weights_of
 
 
 class Spans(NamedTuple):
@@ -41,61 +44,107 @@ def chunked(
 ) -> tuple[Tensor, MemoryState]:
     """Answers (B, H, T, E) and the state behind the last token; chunks lie at multiples of `chunk` from the first
     token, which has to be a place where one may lie (`layout.py`). Where `begins_Bn`, chunk n begins with `state`."""
-    rule, length = network.rule, tokens.q.shape[2]
+    rule, length, first = network.rule, tokens.q.shape[2], state
     tokens = tokens.silenced()
-    W, S, anchor, offset = state
+    offset = state.offset
     count = torch.full_like(offset, length) if tokens.counts is None else tokens.counts.sum(1)
     if rule.anchored:
         # Rows of which a chunk is open have its first tokens in `state` and empty places for them here.
-        last = anchor = chosen(offset == 0, W, anchor)
+        last = chosen(offset == 0, state.weights, state.anchor)
+        state = state._replace(anchor=last)
     answers = []
     for number, start in enumerate(range(0, length, rule.chunk)):
         if begins_Bn is not None:
-            W, S = chosen(begins_Bn[:, number], state.weights, W), chosen(begins_Bn[:, number], state.momentum, S)
+            state = either(begins_Bn[:, number], first, state)
         if rule.anchored and number:
-            anchor = W
-            last = chosen(offset + count >= number * rule.chunk, W, last)
-        answer, W, S = chunk_step(network, tokens.part(start, start + rule.chunk), W, S, anchor)
+            state = state._replace(anchor=state.weights)
+            last = chosen(offset + count >= number * rule.chunk, state.weights, last)
+        part = tokens.part(start, start + rule.chunk)
+        answer, state = chunk_step(network, part, state, _ends(part, rule.chunk))
         answers.append(answer)
     if not rule.anchored:
-        return torch.cat(answers, 2), MemoryState(W, S, (), offset)
+        return torch.cat(answers, 2), state
     offset = (offset + count) % rule.chunk
-    return torch.cat(answers, 2), MemoryState(W, S, chosen(offset == 0, W, last), offset)
+    return torch.cat(answers, 2), state._replace(anchor=chosen(offset == 0, state.weights, last), offset=offset)
 
 
 def one_more(network: Network, token: Tokens, state: MemoryState) -> tuple[Tensor, MemoryState]:
     """A single token after a state of an anchored rule, without places for those of its chunk that went before."""
-    W, S, anchor, offset = state
-    anchor = chosen(offset == 0, W, anchor)
-    answer, W, S = chunk_step(network, token.silenced(), W, S, anchor)
-    count = 1 if token.counts is None else token.counts[:, 0].long()
-    offset = (offset + count) % network.rule.chunk
-    return answer, MemoryState(W, S, chosen(offset == 0, W, anchor), offset)
+    anchor = chosen(state.offset == 0, state.weights, state.anchor)
+    count = torch.ones_like(state.offset) if token.counts is None else token.counts[:, 0].long()
+    ends = (state.offset + count == network.rule.chunk) & (count > 0)
+    answer, state = chunk_step(network, token.silenced(), state._replace(anchor=anchor), ends)
+    offset = (state.offset + count) % network.rule.chunk
+    return answer, state._replace(anchor=chosen(offset == 0, state.weights, anchor), offset=offset)
 
 
-def chunk_step(network: Network, tokens: Tokens, W: Layers, S: Layers, anchor: Layers) -> tuple[Tensor, Layers, Layers]:
-    """One chunk of L tokens: answers (B, H, L, E), weights and momentum behind it."""
-    each = range(len(W)) if network.rule.retention == "channel" else [0]
+def chunk_step(network: Network, tokens: Tokens, state: MemoryState, ends_B: Tensor) -> tuple[Tensor, MemoryState]:
+    """One chunk of L tokens: answers (B, H, L, E) and the state behind it, whose anchor and offset are as before.
+    `ends_B` says where its last token is the chunk's last."""
+    if network.rule.orthogonal:
+        # Momentum is that of gradients, without the tokens' rates.
+        counted = tokens._replace(rate=torch.ones_like(tokens.rate)).silenced()
+        pushes = _behind(*_written(network, counted, state), state)[1]
+        answers, after = orthogonal_step(network, tokens, state, pushes, ends_B)
+    else:
+        answers, after = _linear_step(network, tokens, state)
+    return answers, after._replace(window=moved_on(tokens, state.window)) if state.window else after
+
+
+def _linear_step(network: Network, tokens: Tokens, state: MemoryState) -> tuple[Tensor, MemoryState]:
+    spans, inputs, steps = _written(network, tokens, state)
+    x, last = tokens.q, len(spans) - 1
+    for layer, span in enumerate(spans):
+        kept = (span.start * x) @ state.weights[layer]
+        if span.carried is not None:
+            kept = kept + (span.carried * x) @ state.momentum[layer]
+        read = kept + _products(x, inputs[layer], span.writes) @ steps[layer]
+        x = read if layer == last else activated(read, network.rule.memory.activation)
+    weights, momentum = _behind(spans, inputs, steps, state)
+    return network.answer(tokens.q, x), state._replace(weights=weights, momentum=momentum)
+
+
+def _behind(spans: list[Spans], inputs: Layers, steps: Layers, state: MemoryState) -> tuple[Layers, Layers]:
+    """Weights and momentum behind the chunk."""
+    weights, momentum = [], []
+    for layer, span in enumerate(spans):
+        pushed = state.momentum[layer] if state.momentum else None
+        weight, push = _left(span, inputs[layer], steps[layer], state.weights[layer], pushed)
+        weights.append(weight)
+        momentum.extend([] if push is None else [push])
+    return tuple(weights), tuple(momentum)
+
+
+def _written(network: Network, tokens: Tokens, state: MemoryState) -> tuple[list[Spans], Layers, Layers]:
+    """How much is left of what, and of each layer the inputs (B, H, P, I) and steps (B, H, P, O) of the pairs: with a
+    window also those before the chunk, and with all weights and rates in the spans."""
+    rule, W, S = network.rule, state.weights, state.momentum
+    each = range(len(W)) if rule.retention == "channel" else [0]
     spans = [_spans(tokens, layer) for layer in each] * (len(W) // len(each))
-    if network.rule.gradient_at == "chunk":
-        source = anchor if network.rule.anchored else W
+    if rule.gradient_at == "chunk":
+        source = state.anchor if rule.anchored else W
+        if state.window:
+            inputs, slopes = network.gradients(source, *pairs_of(tokens, state.window))
+            weights = tokens.rate.unsqueeze(-1) * weights_of(tokens, state.window)
+            return [_over_pairs(span, weights) for span in spans], inputs, tuple(-slope for slope in slopes)
         inputs, slopes = network.gradients(source, tokens.k, tokens.v, tokens.threshold)
     else:
         inputs, slopes = (tokens.k,), (_errors_in_turn(tokens, W[0], S[0] if S else None, spans[0], network),)
-    steps = [-tokens.rate.unsqueeze(-1) * slope for slope in slopes]
-    x = tokens.q
-    for layer, span in enumerate(spans):
-        kept = (span.start * x) @ W[layer]
-        if span.carried is not None:
-            kept = kept + (span.carried * x) @ S[layer]
-        read = kept + _products(x, inputs[layer], span.writes) @ steps[layer]
-        x = read if layer == len(W) - 1 else activated(read, network.rule.memory.activation)
-    W_after, S_after = [], []
-    for layer, span in enumerate(spans):
-        weight, push = _left(span, inputs[layer], steps[layer], W[layer], S[layer] if S else None)
-        W_after.append(weight)
-        S_after.extend([] if push is None else [push])
-    return network.answer(tokens.q, x), tuple(W_after), tuple(S_after)
+    return spans, inputs, tuple(-tokens.rate.unsqueeze(-1) * slope for slope in slopes)
+
+
+def _over_pairs(span: Spans, weights_BHLP: Tensor) -> Spans:
+    """Spans of the pairs' gradients from those of the tokens' steps."""
+    pushes = None if span.pushes is None else span.pushes @ weights_BHLP
+    return span._replace(writes=span.writes @ weights_BHLP.unsqueeze(2), pushes=pushes)
+
+
+def _ends(part: Tokens, chunk: int) -> Tensor:
+    """(B,) bool: whether the chunk's last place holds a token that counts."""
+    rows, _, length, _ = part.q.shape
+    if length < chunk or part.counts is None:
+        return torch.full((rows,), length == chunk, device=part.q.device)
+    return part.counts[:, -1]
 
 
 def _left(span: Spans, x_BHLI: Tensor, step_BHLO: Tensor, W: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -14,18 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clplat.architectures.associative_memory.rule import Activation, BiasOptions, Feature, MemoryRule
+from clplat.architectures.associative_memory.rule import Activation, BiasOptions, MemoryRule
 from clplat.architectures.associative_memory.state import Layers
 
 EPSILON = 1e-6
 """Added to the variance under the layer norm."""
-
-
-def featured(x: Tensor, kind: Feature) -> Tensor:
-    """The feature map φ(x) of queries and keys."""
-    if kind == "unit":
-        return F.normalize(x, dim=-1)
-    return F.elu(x) + 1 if kind == "elu" else x
 
 
 def activated(x: Tensor, kind: Activation) -> Tensor:

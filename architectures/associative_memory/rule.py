@@ -12,10 +12,10 @@ from typing import ClassVar, Literal
 from clplat.architectures.option_checks import check_at_least, check_choices
 
 Activation = Literal["gelu", "silu"]
-Feature = Literal["identity", "unit", "elu"]
+Feature = Literal["identity", "unit", "elu", "poly", "taylor"]
 BiasKind = Literal["dot", "l2", "lp", "huber"]
 Retention = Literal["none", "decay", "channel"]
-InnerOptimizer = Literal["gd", "momentum"]
+InnerOptimizer = Literal["gd", "momentum", "muon"]
 GradientAt = Literal["chunk", "token", "decayed"]
 Target = Literal["value", "self"]
 
@@ -23,8 +23,8 @@ Target = Literal["value", "self"]
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
     """The memory itself. `depth` 1 is a matrix, more is an MLP without biases whose inner layers are `expand` times as
-    wide as a key. `residual` adds the key to the answer; `norm` normalises the answer before (layer norm, whose scale
-    and shift are trained by the outer loss alone, as in TTT)."""
+    wide as a key before its features. `residual` adds the key to the answer; `norm` normalises the answer before (layer
+    norm, whose scale and shift are trained by the outer loss alone, as in TTT)."""
 
     group: ClassVar[str] = "memory"
 
@@ -62,37 +62,62 @@ class BiasOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PolynomialOptions:
+    """The features `poly` and `taylor`: products of up to `degree` numbers of a key, see `features.py`. `rank` learned
+    products of each degree; None are all of them, head size ** degree."""
+
+    group: ClassVar[str] = "polynomial"
+
+    degree: int = 2
+    rank: int | None = 64
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "degree", "rank")
+
+    def widths(self, key_size: int) -> list[int]:
+        """Features of each degree, from 1."""
+        return [key_size, *(self.rank or key_size**degree for degree in range(2, self.degree + 1))]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryRule:
     """How a memory is written and read.
 
-    `feature` map of queries and keys: none, unit length, or elu + 1, which is positive. `retention`: nothing is
-    forgotten, one gate a token and head, or one for each input channel of each layer. `optimizer`: a gradient step a
-    token, or one with momentum. `gradient_at`: where a token's gradient is taken: at the memory as it was when its
-    chunk began, as it was before the token, or that decayed (the gated delta rule). `chunk`: tokens that are computed
-    at once; with `gradient_at: chunk` it is part of the function, otherwise it changes rounding and speed alone.
+    `feature` map of queries and keys: none, unit length, elu + 1, which is positive, or polynomials of the unit key.
+    `retention`: nothing is forgotten, one gate a token and head, or one for each input channel of each layer.
+    `optimizer`: a gradient step a token, one with momentum, or muon: momentum that is orthogonalised, one step a chunk.
+    `window`: how many pairs, up to its own, a token's step learns. `gradient_at`: where a token's gradient is taken: at
+    the memory as it was when its chunk began, as it was before the token, or that decayed (the gated delta rule).
+    `chunk`: tokens that are computed at once; with `gradient_at: chunk` it is part of the function, otherwise it
+    changes rounding and speed alone.
     `target` of a key's answer: the token's value, or the answer that the memory itself gives to that value.
     """
 
     memory: NetworkOptions = field(default_factory=NetworkOptions)
     feature: Feature = "unit"
+    polynomial: PolynomialOptions = field(default_factory=PolynomialOptions)
     bias: BiasOptions = field(default_factory=BiasOptions)
     retention: Retention = "none"
     optimizer: InnerOptimizer = "gd"
     gradient_at: GradientAt = "chunk"
     chunk: int = 16
     target: Target = "value"
+    window: int = 1
 
     def __post_init__(self) -> None:
         check_choices(
             self, feature=Feature, retention=Retention, optimizer=InnerOptimizer, gradient_at=GradientAt, target=Target
         )
-        check_at_least(self, 1, "chunk")
+        check_at_least(self, 1, "chunk", "window")
         plain = self.memory.depth == 1 and not (self.memory.norm or self.memory.residual)
         if self.gradient_at != "chunk" and not (plain and self.bias.kind == "l2" and self.target == "value"):
             raise ValueError(
                 f"gradient_at: {self.gradient_at!r} is computed for a matrix memory (depth 1, no norm, no residual), "
                 "bias l2 and target value alone; chunk with chunk: 1 takes every gradient before its token, too"
             )
+        for name, asked in (("window", self.window > 1), ("optimizer", self.optimizer == "muon")):
+            if asked and self.gradient_at != "chunk":
+                raise ValueError(f"{name}: {getattr(self, name)!r} needs gradient_at: chunk, got {self.gradient_at!r}")
 
     @property
     def hebbian(self) -> bool:
@@ -102,9 +127,25 @@ class MemoryRule:
     @property
     def anchored(self) -> bool:
         """Whether chunks are part of the function."""
-        return self.gradient_at == "chunk" and not self.hebbian
+        return self.gradient_at == "chunk" and (self.orthogonal or not self.hebbian)
+
+    @property
+    def orthogonal(self) -> bool:
+        """Whether momentum is orthogonalised."""
+        return self.optimizer == "muon"
+
+    @property
+    def momentous(self) -> bool:
+        """Whether there is momentum."""
+        return self.optimizer != "gd"
+
+    def feature_width(self, key_size: int) -> int:
+        """Features of a key of that size."""
+        if self.feature not in ("poly", "taylor"):
+            return key_size
+        return sum(self.polynomial.widths(key_size)) + (self.feature == "taylor")
 
     def widths(self, key_size: int, value_size: int) -> list[tuple[int, int]]:
         """Inputs and outputs of every layer."""
         inner = [self.memory.expand * key_size] * (self.memory.depth - 1)
-        return list(zip([key_size, *inner], [*inner, value_size], strict=True))
+        return list(zip([self.feature_width(key_size), *inner], [*inner, value_size], strict=True))

@@ -6,9 +6,11 @@ import pytest
 import torch
 from associative_memories import (
     HEADS,
+    LAYERED,
     ROWS,
     RULES,
     assert_same,
+    layers_of,
     memory,
     packed,
     solution,
@@ -19,6 +21,7 @@ from clplat.architectures.associative_memory import memory as memory_module
 from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.network import loss
 from clplat.architectures.associative_memory.state import MemoryState, Tokens
+from clplat.kernels.newton_schulz import newton_schulz
 
 every_rule = pytest.mark.parametrize("name", RULES)
 
@@ -40,21 +43,29 @@ def by_autograd(made: AssociativeMemory, given: Tokens) -> torch.Tensor:
             for t in range(given.q.shape[2]):
                 if t % rule.chunk == 0:
                     anchor = W
+                    owed = [torch.zeros(1, dtype=torch.float64)] * len(W)
                 decays = [gate[b, h, t].exp().unsqueeze(-1) for gate in given.log_decay] or [1.0] * len(W)
                 kept = [a * weight for a, weight in zip(decays, W)]
                 source = {"chunk": anchor, "token": W, "decayed": kept}[rule.gradient_at]
-                target = given.v[b, h, t]
-                if rule.target == "self":
-                    target = own.read(source, given.v[b, h, t : t + 1])[0]
-                limit = None if given.threshold is None else given.threshold[b, h, t]
 
-                def inner(weights, own=own, key=given.k[b, h, t : t + 1], target=target, limit=limit):
-                    return loss(own.read(weights, key)[0], target, rule.bias, limit)
+                def inner(weights, own=own, b=b, h=h, t=t, source=source):
+                    total = torch.zeros((), dtype=torch.float64)
+                    for back in range(min(rule.window, t + 1)):
+                        pair = (b, h, slice(t - back, t - back + 1))
+                        target = own.read(source, given.v[pair]) if rule.target == "self" else given.v[pair]
+                        limit = None if given.threshold is None else given.threshold[pair]
+                        weight = 1.0 if given.window is None else given.window[b, h, t, back]
+                        total = total + weight * loss(own.read(weights, given.k[pair]), target, rule.bias, limit).sum()
+                    return total
 
                 slopes = torch.func.grad(inner)([weight.detach() for weight in source])
                 momentum = 0.0 if given.log_momentum is None else given.log_momentum[b, h, t].exp()
-                S = [momentum * s - given.rate[b, h, t] * slope for s, slope in zip(S, slopes)]
-                W = [old + s for old, s in zip(kept, S)]
+                rate = given.rate[b, h, t]
+                S = [momentum * s - (1.0 if rule.orthogonal else rate) * slope for s, slope in zip(S, slopes)]
+                W = [old if rule.orthogonal else old + s for old, s in zip(kept, S)]
+                owed = [a * far + rate for a, far in zip(decays, owed)]
+                if rule.orthogonal and (t + 1) % rule.chunk == 0:
+                    W = [w + far * newton_schulz(s) for w, far, s in zip(W, owed, S)]
                 answers[b, h, t] = own.read(W, given.q[b, h, t : t + 1])[0]
     return answers
 
@@ -96,7 +107,9 @@ def test_a_resumed_state_is_learned_through_and_rows_may_stand_at_different_plac
     with torch.no_grad():
         start = made(before._replace(counts=counts))[1]
     assert torch.equal(start.offset, torch.tensor([6, 1, 3]) % rule.chunk if rule.anchored else torch.zeros(3).long())
-    start = MemoryState(*(tuple(w.clone().requires_grad_() for w in layers) for layers in start[:3]), start.offset)
+    start = start._replace(
+        **{name: tuple(w.clone().requires_grad_() for w in getattr(start, name)) for name in LAYERED}
+    )
     expected = solution(made, given, lambda: made.by_definition(given, start), start)
     assert_same(solution(made, given, lambda: made(given, start), start), expected)
 
@@ -110,9 +123,7 @@ def test_tokens_that_do_not_count_change_nothing(name: str) -> None:
     for row, length in enumerate([9, 2, 6]):
         _, alone = made(given.part(0, length))
         for other in (end, defined):
-            for found, expected in zip(
-                (*other.weights, *other.momentum, *other.anchor), (*alone.weights, *alone.momentum, *alone.anchor)
-            ):
+            for found, expected in zip(layers_of(other), layers_of(alone), strict=True):
                 torch.testing.assert_close(found[row], expected[row], rtol=0, atol=1e-12)
             assert other.offset[row] == alone.offset[row]
 
