@@ -21,7 +21,7 @@ from torch import Tensor
 from clplat.architectures.associative_memory.network import Network, activated
 from clplat.architectures.associative_memory.orthogonal import orthogonal_step
 from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens, chosen, either
-from clplat.architectures.associative_memory.window import moved_on, pairs_of, weights_of
+from clplat.architectures.associative_memory.window import Pairs, moved_on, pairs_of, weights_of
 
 
 class Spans(NamedTuple):
@@ -55,7 +55,7 @@ def chunked(
     answers = []
     for number, start in enumerate(range(0, length, rule.chunk)):
         if begins_Bn is not None:
-            state = either(begins_Bn[:, number], first, state)
+            state = either(begins_Bn[:, number], first, state)._replace(anchor=state.anchor)
         if rule.anchored and number:
             state = state._replace(anchor=state.weights)
             last = chosen(offset + count >= number * rule.chunk, state.weights, last)
@@ -84,8 +84,8 @@ def chunk_step(network: Network, tokens: Tokens, state: MemoryState, ends_B: Ten
     if network.rule.orthogonal:
         # Momentum is that of gradients, without the tokens' rates.
         counted = tokens._replace(rate=torch.ones_like(tokens.rate)).silenced()
-        pushes = _behind(*_written(network, counted, state), state)[1]
-        answers, after = orthogonal_step(network, tokens, state, pushes, ends_B)
+        momentum = _momentum_left(*_written(network, counted, state), state.momentum)
+        answers, after = orthogonal_step(network, tokens, state, momentum, ends_B)
     else:
         answers, after = _linear_step(network, tokens, state)
     return answers, after._replace(window=moved_on(tokens, state.window)) if state.window else after
@@ -100,19 +100,30 @@ def _linear_step(network: Network, tokens: Tokens, state: MemoryState) -> tuple[
             kept = kept + (span.carried * x) @ state.momentum[layer]
         read = kept + _products(x, inputs[layer], span.writes) @ steps[layer]
         x = read if layer == last else activated(read, network.rule.memory.activation)
-    weights, momentum = _behind(spans, inputs, steps, state)
+    weights = _weights_left(spans, inputs, steps, state)
+    momentum = _momentum_left(spans, inputs, steps, state.momentum)
     return network.answer(tokens.q, x), state._replace(weights=weights, momentum=momentum)
 
 
-def _behind(spans: list[Spans], inputs: Layers, steps: Layers, state: MemoryState) -> tuple[Layers, Layers]:
-    """Weights and momentum behind the chunk."""
-    weights, momentum = [], []
+def _weights_left(spans: list[Spans], inputs: Layers, steps: Layers, state: MemoryState) -> Layers:
+    """The weights behind the chunk."""
+    weights = []
     for layer, span in enumerate(spans):
-        pushed = state.momentum[layer] if state.momentum else None
-        weight, push = _left(span, inputs[layer], steps[layer], state.weights[layer], pushed)
+        weight = span.start[:, :, -1].unsqueeze(-1) * state.weights[layer]
+        weight = weight + (inputs[layer] * span.writes[..., -1, :].mT).mT @ steps[layer]
+        if span.carried is not None:
+            weight = weight + span.carried[:, :, -1].unsqueeze(-1) * state.momentum[layer]
         weights.append(weight)
-        momentum.extend([] if push is None else [push])
-    return tuple(weights), tuple(momentum)
+    return tuple(weights)
+
+
+def _momentum_left(spans: list[Spans], inputs: Layers, steps: Layers, S: Layers) -> Layers:
+    """The momentum behind the chunk; none where there is none."""
+    return tuple(
+        span.pushed[..., -1, None, None] * S[layer] + (inputs[layer] * span.pushes[..., -1, :, None]).mT @ steps[layer]
+        for layer, span in enumerate(spans)
+        if span.pushes is not None and span.pushed is not None
+    )
 
 
 def _written(network: Network, tokens: Tokens, state: MemoryState) -> tuple[list[Spans], Layers, Layers]:
@@ -120,17 +131,17 @@ def _written(network: Network, tokens: Tokens, state: MemoryState) -> tuple[list
     window also those before the chunk, and with all weights and rates in the spans."""
     rule, W, S = network.rule, state.weights, state.momentum
     each = range(len(W)) if rule.retention == "channel" else [0]
-    spans = [_spans(tokens, layer) for layer in each] * (len(W) // len(each))
+    spans = [_spans(tokens, layer) for layer in each]
+    given, rate = Pairs(tokens.k, tokens.v, tokens.threshold), tokens.rate.unsqueeze(-1)
+    if state.window:
+        weights = rate * weights_of(tokens, state.window)
+        spans = [_over_pairs(span, weights) for span in spans]
+        given, rate = pairs_of(tokens, state.window), torch.ones_like(rate[:1, :1, :1])
     if rule.gradient_at == "chunk":
-        source = state.anchor if rule.anchored else W
-        if state.window:
-            inputs, slopes = network.gradients(source, *pairs_of(tokens, state.window))
-            weights = tokens.rate.unsqueeze(-1) * weights_of(tokens, state.window)
-            return [_over_pairs(span, weights) for span in spans], inputs, tuple(-slope for slope in slopes)
-        inputs, slopes = network.gradients(source, tokens.k, tokens.v, tokens.threshold)
+        inputs, slopes = network.gradients(state.anchor if rule.anchored else W, *given)
     else:
         inputs, slopes = (tokens.k,), (_errors_in_turn(tokens, W[0], S[0] if S else None, spans[0], network),)
-    return spans, inputs, tuple(-tokens.rate.unsqueeze(-1) * slope for slope in slopes)
+    return spans * (len(W) // len(each)), inputs, tuple(-rate * slope for slope in slopes)
 
 
 def _over_pairs(span: Spans, weights_BHLP: Tensor) -> Spans:
@@ -145,15 +156,6 @@ def _ends(part: Tokens, chunk: int) -> Tensor:
     if length < chunk or part.counts is None:
         return torch.full((rows,), length == chunk, device=part.q.device)
     return part.counts[:, -1]
-
-
-def _left(span: Spans, x_BHLI: Tensor, step_BHLO: Tensor, W: Tensor, S: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """One layer's weights and momentum behind the chunk."""
-    weight = span.start[:, :, -1].unsqueeze(-1) * W + (x_BHLI * span.writes[..., -1, :].mT).mT @ step_BHLO
-    if S is None or span.carried is None or span.pushes is None or span.pushed is None:
-        return weight, None
-    push = span.pushed[..., -1, None, None] * S + (x_BHLI * span.pushes[..., -1, :, None]).mT @ step_BHLO
-    return weight + span.carried[:, :, -1].unsqueeze(-1) * S, push
 
 
 def _spans(tokens: Tokens, layer: int) -> Spans:

@@ -9,11 +9,13 @@ import pytest
 from clplat.architectures.associative_memory.mixer import ProjectionOptions
 from clplat.architectures.associative_memory.presets import (
     TTTMLP,
+    Atlas,
     DeltaNet,
     GatedDeltaNet,
     LayerKind,
     LinearAttention,
     MemoryLayer,
+    OmegaNet,
     TitansLMM,
     TTTLinear,
 )
@@ -41,6 +43,9 @@ LAYERS: dict[str, list[LayerKind]] = {
     "titans": [TitansLMM(num_heads=2, chunk=4, expand=2)],
     "titans-matrix-behind-attention": [AttentionLayer(), TitansLMM(chunk=4, depth=1, residual=False)],
     "channels-and-huber": [CHANNELS],
+    "omega-net": [OmegaNet(num_heads=2, chunk=4, window=6, expand=2, rank=8)],
+    "atlas": [Atlas(num_heads=2, chunk=4, window=3, expand=2, rank=8)],
+    "atlas-of-exponentials": [Atlas(num_heads=2, chunk=3, window=1, depth=1, feature="taylor", rank=None)],
 }
 
 

@@ -14,11 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from clplat.architectures.associative_memory.mixer import MemoryMixer, ProjectionOptions
 from clplat.architectures.associative_memory.presets import (
     TTTMLP,
+    Atlas,
     DeltaNet,
     GatedDeltaNet,
     LayerKind,
     LinearAttention,
     MemoryLayer,
+    OmegaNet,
     TitansLMM,
     TTTLinear,
 )
@@ -36,7 +38,8 @@ from clplat.study_file import expand, load_study
 TEXT = Spec(kind="language", input_shape=(16,), num_outputs=23)
 KINDS: list[LayerKind] = [
     LinearAttention(chunk=4), DeltaNet(chunk=4), GatedDeltaNet(chunk=4), TTTLinear(chunk=4), TTTMLP(chunk=4, expand=2),
-    TitansLMM(chunk=4, expand=2), AttentionLayer(num_heads=2),
+    TitansLMM(chunk=4, expand=2), OmegaNet(chunk=4, window=6, expand=2, rank=8),
+    Atlas(chunk=4, window=6, expand=2, rank=8), AttentionLayer(num_heads=2),
 ]  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: type(kind).__name__)
 
@@ -162,7 +165,9 @@ def test_the_record_is_told_what_computed_the_memories() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [TTTMLP(chunk=4), TitansLMM(chunk=4), TTTLinear(chunk=4)], ids=lambda k: type(k).__name__
+    "kind",
+    [TTTMLP(chunk=4), TitansLMM(chunk=4), TTTLinear(chunk=4), OmegaNet(chunk=4, window=7), Atlas(chunk=4, window=3)],
+    ids=lambda k: type(k).__name__,
 )
 def test_flops_are_those_that_torch_counts_within_a_tenth(kind: LayerKind) -> None:
     torch.manual_seed(0)
