@@ -28,9 +28,9 @@ def least_squares(
 
     q, k (B, T, H, D), v (B, T, H, E); `weight` ≥ 0 and `log_forget` ≤ 0 (B, T, H), by default 1 and 0: nothing is
     forgotten. What is solved stands in `reference.py`. Computed in float32 or wider; small ridges want float64, as P
-    begins at 1 / ridge. `chunk` changes speed and rounding alone: where the share of the past that is left after a chunk comes
-    near the precision times P, torch refuses its factor, and smaller chunks are needed. `state` continues an earlier
-    call, whose ridge stays.
+    begins at 1 / ridge. `chunk` changes speed and rounding alone: where P over the share of the past that is left after
+    a chunk comes near the inverse of the precision, torch refuses to factor, and smaller chunks are needed. `state`
+    continues an earlier call, whose ridge stays.
     Differentiable. Plain PyTorch on every device. Raises ValueError for shapes and values that do not fit.
     """
     _check(q, k, v, {"weight": weight, "log_forget": log_forget}, ridge, chunk, backend)
