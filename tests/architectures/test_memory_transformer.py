@@ -101,6 +101,8 @@ def test_a_key_that_repeats_for_a_thousand_tokens_does_not_blow_the_memory_up(ki
     with torch.no_grad():
         if "rate" in mixer.starts:
             mixer.gates.bias[: mixer.num_heads] = 20.0  # the largest steps that the layer can take
+        if "window" in mixer.starts:
+            mixer.gates.bias[-len(mixer.starts["window"]) :] = 20.0  # of all pairs that a window has
         x = torch.randn(1, 1, 32).expand(1, 1000, 32)
         given = mixer._tokens(x, mixer.qkv(x), None, None)
         answers, state = mixer.memory(given)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -125,3 +128,11 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             least_squares(**(given | change))
+
+
+def test_the_pages_example_runs_as_printed() -> None:
+    names: dict[str, Tensor] = {}
+    page = (Path(__file__).parents[2] / "docs" / "memories.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    assert names["outputs"].shape == (2, 100, 4, 16)
