@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from clplat.architectures.associative_memory.chunked import chunked, one_more
+from clplat.architectures.associative_memory.features import FeatureMap
 from clplat.architectures.associative_memory.layout import Documents, bounds, continued, separated
-from clplat.architectures.associative_memory.network import Network, featured
+from clplat.architectures.associative_memory.network import Network
 from clplat.architectures.associative_memory.operations import by_name, operation_for
 from clplat.architectures.associative_memory.rule import MemoryRule
-from clplat.architectures.associative_memory.state import LOWEST_GATE, MemoryState, Tokens
+from clplat.architectures.associative_memory.state import LOWEST_GATE, Layers, MemoryState, Tokens
 from clplat.architectures.associative_memory.token_loop import token_loop
+from clplat.architectures.associative_memory.window import empty_window
 
 
 class AssociativeMemory(nn.Module):
@@ -35,11 +37,13 @@ class AssociativeMemory(nn.Module):
             raise ValueError("learned_start: an MLP that begins from zero has no gradient; only memory.depth 1 may")
         if rule.map.kind == "norm" and not learned_start:
             raise ValueError("learned_start: weights that begin from zero have no norm to keep; map.kind norm needs it")
-        if (rule.memory.residual or rule.target == "self") and key_size != value_size:
+        width = rule.feature_width(key_size)
+        if (rule.memory.residual or rule.target == "self") and width != value_size:
             asked = "memory.residual" if rule.memory.residual else "target 'self'"
-            raise ValueError(f"{asked}: needs keys as wide as values, got {key_size} and {value_size}")
+            raise ValueError(f"{asked}: needs keys as wide as values, got {width} and {value_size}")
         self.rule, self.num_heads, self.value_size = rule, num_heads, value_size
         self.shapes = [(num_heads, *widths) for widths in rule.widths(key_size, value_size)]
+        self.features = FeatureMap(rule=rule, num_heads=num_heads, key_size=key_size)
         kept = self.shapes if learned_start else []
         self.first = nn.ParameterList(nn.Parameter(torch.empty(shape)) for shape in kept)
         self.scale = nn.Parameter(torch.empty(num_heads, 1, value_size)) if rule.memory.norm else None
@@ -54,7 +58,8 @@ class AssociativeMemory(nn.Module):
     @torch.no_grad()
     def reset_start(self) -> None:
         """A matrix begins near zero; the layers of an MLP such that they keep the scale of what they read, and a matrix
-        under a norm too: the norm's slope grows as what it divides by shrinks."""
+        under a norm too: the norm's slope grows as what it divides by shrinks. Features begin as `features.py` says."""
+        self.features.reset()
         near_zero = self.rule.memory.depth == 1 and not self.rule.memory.norm
         for weight in self.first:
             std = 0.02 if near_zero else 1 / math.sqrt(weight.shape[1])
@@ -68,9 +73,10 @@ class AssociativeMemory(nn.Module):
         """The memory before any token, in float32 or wider."""
         first = list(self.first) or [self.nothing.expand(shape) for shape in self.shapes]
         weights = tuple(part.to(self._wide()).expand(rows, *part.shape) for part in first)
-        momentum = tuple(map(torch.zeros_like, weights)) if self.rule.optimizer == "momentum" else ()
+        momentum = tuple(map(torch.zeros_like, weights)) if self.rule.momentous else ()
         offset = torch.zeros(rows, dtype=torch.long, device=self.nothing.device)
-        return MemoryState(weights, momentum, weights if self.rule.anchored else (), offset)
+        anchor = weights if self.rule.anchored else ()
+        return MemoryState(weights, momentum, anchor, offset, self._empty_window(rows), self._nothing_owed(rows))
 
     def forward(self, tokens: Tokens, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
         """Answers (B, H, T, E) in v's precision or float32, and the state behind the last token.
@@ -115,6 +121,19 @@ class AssociativeMemory(nn.Module):
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self.nothing.dtype, torch.float32)
 
+    def _empty_window(self, rows: int) -> Layers:
+        if self.rule.window == 1:
+            return ()
+        widths = (self.shapes[0][1], self.value_size, *((1,) if self.rule.bias.kind == "huber" else ()))
+        return empty_window(rows, self.num_heads, widths, self.rule.window - 1, self.nothing.to(self._wide()))
+
+    def _nothing_owed(self, rows: int) -> Layers:
+        if not self.rule.orthogonal:
+            return ()
+        channels = [inputs if self.rule.retention == "channel" else 1 for _, inputs, _ in self.shapes]
+        like = self.nothing.to(self._wide())
+        return tuple(like.new_zeros(rows, self.num_heads, count, 1) for count in channels)
+
     def _network(self) -> Network:
         scale, shift = (None if part is None else part.to(self._wide()) for part in (self.scale, self.shift))
         norms = self.rule.map.norms(tuple(part.to(self._wide()) for part in self.first))
@@ -125,13 +144,16 @@ class AssociativeMemory(nn.Module):
         rule = self.rule
         wanted = {
             "log_decay": (rule.retention != "none", bool(tokens.log_decay)),
-            "log_momentum": (rule.optimizer == "momentum", tokens.log_momentum is not None),
+            "log_momentum": (rule.momentous, tokens.log_momentum is not None),
             "threshold": (rule.bias.kind == "huber", tokens.threshold is not None),
+            "window": (rule.window > 1, tokens.window is not None),
         }
         for name, (asked, given) in wanted.items():
             if asked != given:
                 raise ValueError(f"{name}: the memory's rule {'needs' if asked else 'has no use for'} it")
-        return tokens._replace(q=featured(tokens.q, rule.feature), k=featured(tokens.k, rule.feature))
+        if tokens.window is not None and tokens.window.shape[-1] != rule.window:
+            raise ValueError(f"window: must weigh {rule.window} pairs, got {tokens.window.shape[-1]}")
+        return tokens._replace(q=self.features(tokens.q), k=self.features(tokens.k))
 
     def _by_chunks(self, tokens: Tokens, state: MemoryState, fresh: bool) -> tuple[Tensor, MemoryState]:
         network, length = self._network(), tokens.q.shape[2]
@@ -155,7 +177,7 @@ class AssociativeMemory(nn.Module):
 
 def _prepared(tokens: Tokens, wide: torch.dtype) -> Tokens:
     """All in the state's precision, with gates no lower than they may be."""
-    q, k, v, rate, log_decay, log_momentum, threshold, counts, erase = tokens
+    q, k, v, rate, log_decay, log_momentum, threshold, counts, erase, window = tokens
     return Tokens(
         q.to(wide),
         k.to(wide),
@@ -166,4 +188,5 @@ def _prepared(tokens: Tokens, wide: torch.dtype) -> Tokens:
         None if threshold is None else threshold.to(wide),
         counts,
         None if erase is None else erase.to(wide),
+        None if window is None else window.to(wide),
     )

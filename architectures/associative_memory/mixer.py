@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clplat.architectures.associative_memory.carrying import CarryingMixer, OutputGate
+from clplat.architectures.associative_memory.costs import operations_per_token
 from clplat.architectures.associative_memory.layout import Documents
 from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.rule import MemoryRule, check_rate
@@ -28,10 +29,13 @@ class ProjectionOptions:
     `conv_width` tokens are read by a short convolution of queries, keys and values, with SiLU behind it; 1 is neither.
     `learned_rate` gives every token a step size `max_rate` · sigmoid(·), otherwise each takes `max_rate`. `max_rate`
     defaults to 1, and for rules with a gradient at the chunk's start to 1 / chunk: unit keys that repeat all through a
-    chunk then do not overshoot; under a map that makes steps smaller, to as much more. `gate_rank`: gates are a linear
-    map of the token through so few numbers, None for a full one. `damped` multiplies it by 1 − momentum, for the same
-    reason. `normaliser` divides answers by the sum of what was read with, as linear attention does. `output_gate`
-    multiplies normed answers by silu(gate(x)). `learned_start`: the memory's first weights are trained, otherwise 0.
+    chunk then do not overshoot; under a map that makes steps smaller, to as much more; with a window of c pairs to c
+    times less, as each may weigh 1, but not for orthogonal steps, which are as long as their rate. `gate_rank`: gates
+    are a linear map of the token through so few numbers, None for a full one. `damped` multiplies rates by
+    1 − momentum, for the same reason. `normaliser` divides answers by the sum of what was read with, as linear
+    attention does. `output_gate` multiplies normed answers by silu(gate(x)). `learned_start`: the memory's first
+    weights are trained, otherwise 0. Gates begin where `decay_start`, `momentum_start` and `window_start`, of each pair
+    of a window, say.
     """
 
     group: ClassVar[str] = "projection"
@@ -46,13 +50,14 @@ class ProjectionOptions:
     learned_start: bool = True
     decay_start: float = 0.99
     momentum_start: float = 0.9
+    window_start: float = 0.5
 
     def __post_init__(self) -> None:
         check_choices(self, output_gate=OutputGate)
         check_at_least(self, 1, "conv_width", "gate_rank")
         if self.max_rate is not None and self.max_rate <= 0:
             raise ValueError(f"projection.max_rate: must be above 0, got {self.max_rate}")
-        for name in ("decay_start", "momentum_start"):
+        for name in ("decay_start", "momentum_start", "window_start"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"projection.{name}: must lie between 0 and 1, got {getattr(self, name)}")
         if self.normaliser and self.learned_start:
@@ -68,9 +73,7 @@ class MemoryMixer(CarryingMixer):
             conv_width=projection.conv_width, output_gate=projection.output_gate,
         )  # fmt: skip
         self.rule, self.options = rule, projection
-        shared = rule.steps_together and rule.delta == "none"
-        stable = rule.map.step_scale(self.head_size) * (1 / rule.chunk if shared else 1.0)
-        self.max_rate = projection.max_rate or stable
+        self.max_rate = projection.max_rate or self._stable_rate()
         check_rate("projection.max_rate", self.max_rate, rule)
         self.starts = self._gate_starts()
         narrowed = projection.gate_rank if self.starts else None
@@ -92,19 +95,16 @@ class MemoryMixer(CarryingMixer):
         self.memory.reset_start()
 
     def mixing_flops(self, tokens: int) -> float:
-        """Operations of the memory beyond 2 for each weight that it begins with. For every number of a layer: 2 to ask
-        it with the key, to write it, to read it, behind the first layer to send the error back, and 4 for momentum; 2
-        more where a map's last token reads for itself. Inside chunks, where queries are answered in turn: products of
-        queries and keys with each other and with steps, and of momentum with decay."""
-        rule, momentum, total = self.rule, self.rule.optimizer == "momentum", 0.0
-        first = 2 if rule.memory.kind == "swiglu" else 1
-        for layer, (heads, inputs, outputs) in enumerate(self.memory.shapes):
-            passes = 6.0 + 2.0 * (layer >= first) + 4.0 * momentum
-            passes += 2.0 / rule.chunk * (rule.mapped and rule.read == "post")
-            inside = 2.0 * rule.chunk * (inputs + outputs) * rule.reads_in_turn
-            total += heads * (passes * inputs * outputs + inside)
-        total += 2.0 * self.num_heads * self.rule.chunk**2 * momentum
-        return tokens * (total - 2.0 * sum(part.numel() for part in self.memory.first))
+        """Operations of the memory beyond 2 for each weight that it begins with; see `costs.py`."""
+        first = sum(part.numel() for part in self.memory.first)
+        return tokens * (operations_per_token(self.rule, self.head_size, self.memory.shapes) - 2.0 * first)
+
+    def _stable_rate(self) -> float:
+        """The largest step that overshoots nowhere, for `max_rate`."""
+        rule = self.rule
+        # Erasing tokens know of each other; an orthogonal step is as long as its rate, whatever the losses weigh.
+        together = rule.chunk if rule.steps_together and rule.delta == "none" else 1
+        return rule.map.step_scale(self.head_size) / (together * (1 if rule.orthogonal else rule.window))
 
     def _gate_starts(self) -> dict[str, Tensor]:
         """Biases with which the gates begin, in the order of their outputs, heads first."""
@@ -113,8 +113,10 @@ class MemoryMixer(CarryingMixer):
         decays = {"none": 0, "decay": heads, "channel": heads * sum(widths)}[rule.retention]
         starts = {"rate": torch.zeros(heads if options.learned_rate else 0)}
         starts["decay"] = torch.full((decays,), torch.tensor(options.decay_start).logit().item())
-        momenta = heads if rule.optimizer == "momentum" else 0
+        momenta = heads if rule.momentous else 0
         starts["momentum"] = torch.full((momenta,), torch.tensor(options.momentum_start).logit().item())
+        pairs = heads * rule.window if rule.window > 1 else 0
+        starts["window"] = torch.full((pairs,), torch.tensor(options.window_start).logit().item())
         starts["threshold"] = torch.full((heads if rule.bias.kind == "huber" else 0,), math.log(math.e - 1))
         return {name: part for name, part in starts.items() if len(part)}
 
@@ -134,10 +136,15 @@ class MemoryMixer(CarryingMixer):
         if self.options.damped and momentum is not None:
             rate = rate * -momentum.expm1()
         threshold = F.softplus(gates["threshold"]) if "threshold" in gates else None
-        return Tokens(q, k, v, self.max_rate * rate, self._decays(gates), momentum, threshold, counts_BT)
+        window = None
+        if "window" in gates:
+            window = gates["window"].unflatten(1, (self.num_heads, -1)).mT.sigmoid()
+        return Tokens(
+            q, k, v, self.max_rate * rate, self._decays(gates), momentum, threshold, counts=counts_BT, window=window
+        )
 
     def _gates(self, x_BTC: Tensor, wide: torch.dtype) -> dict[str, Tensor]:
-        """Gates by name before their squashing, (B, H, T), that of channels (B, H·channels, T)."""
+        """Gates by name before their squashing, (B, H, T), those of channels and of a window (B, H·each, T)."""
         if self.gates is None:
             return {}
         if self.gate_inputs is not None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clplat.architectures.associative_memory.rule import Activation, BiasOptions, Feature, MemoryRule
+from clplat.architectures.associative_memory.rule import Activation, BiasOptions, MemoryRule
 from clplat.architectures.associative_memory.state import Layers
 
 Applied = Callable[[int, Tensor], Tensor]
@@ -22,13 +22,6 @@ Applied = Callable[[int, Tensor], Tensor]
 
 EPSILON = 1e-6
 """Added to the variance under the layer norm."""
-
-
-def featured(x: Tensor, kind: Feature) -> Tensor:
-    """The feature map φ(x) of queries and keys."""
-    if kind == "unit":
-        return F.normalize(x, dim=-1)
-    return F.elu(x) + 1 if kind == "elu" else x
 
 
 def activated(x: Tensor, kind: Activation) -> Tensor:
@@ -102,7 +95,7 @@ class Network:
     def read_by(self, layer: Applied, x_BHTD: Tensor) -> Tensor:
         """The answers (B, H, T, E) of layers that may be others for each token."""
         *_, last = self._through(layer, x_BHTD)
-        return self._answer(x_BHTD, last)
+        return self.answer(x_BHTD, last)
 
     def weights(self, state: Layers) -> Layers:
         """The weights of what a memory's state holds behind a chunk."""
@@ -112,7 +105,7 @@ class Network:
         """What a memory's state holds behind a chunk, of what its last token left."""
         return self.rule.map.settled(state, self.norms)
 
-    def _answer(self, x_BHTD: Tensor, last_BHTE: Tensor) -> Tensor:
+    def answer(self, x_BHTD: Tensor, last_BHTE: Tensor) -> Tensor:
         """From what the last layer gives: normalised, and added to what was asked."""
         if self.scale is not None and self.shift is not None:
             last_BHTE = self.scale * _standardised(last_BHTE)[0] + self.shift
@@ -127,7 +120,7 @@ class Network:
         target = self.read(weights, v_BHTE) if self.rule.target == "self" else v_BHTE
         # With `single` the erasing takes the old answer off, and the gradient is that of a layer that gave nothing.
         given = torch.zeros_like(last) if self.rule.delta == "single" else last
-        slope = loss_slope(self._answer(k_BHTD, given), target, self.rule.bias, threshold)
+        slope = loss_slope(self.answer(k_BHTD, given), target, self.rule.bias, threshold)
         if self.scale is not None:
             slope = _slope_below_norm(last, self.scale * slope)
         if self.rule.memory.kind == "swiglu":

@@ -35,6 +35,8 @@ def operation_for(rule: MemoryRule) -> Operation | None:
         return None
     if rule.retention == "channel" or rule.mapped or rule.read != "post" or rule.max_gradient is not None:
         return None
+    if rule.window > 1 or rule.orthogonal:
+        return None
     # Erasing is the gated delta rule where keys have unit length and gradients know no memory.
     if rule.delta != "none" and not (rule.hebbian and rule.feature == "unit" and rule.optimizer == "gd"):
         return None

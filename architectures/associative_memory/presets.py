@@ -11,7 +11,14 @@ from abc import ABC, abstractmethod
 from torch import nn
 
 from clplat.architectures.associative_memory.mixer import MemoryMixer, ProjectionOptions
-from clplat.architectures.associative_memory.rule import BiasOptions, Feature, MemoryRule, NetworkOptions
+from clplat.architectures.associative_memory.rule import (
+    BiasOptions,
+    Feature,
+    InnerOptimizer,
+    MemoryRule,
+    NetworkOptions,
+    PolynomialOptions,
+)
 
 
 class LayerKind(ABC):
@@ -143,3 +150,49 @@ class TitansLMM(MemoryLayer):
             projection=ProjectionOptions(conv_width=conv_width, max_rate=max_rate, damped=damped),
             num_heads=num_heads,
         )  # fmt: skip
+
+
+class OmegaNet(MemoryLayer):
+    """OmegaNet: an MLP over polynomials of keys that learns the last pairs together at each token, and forgets."""
+
+    paper = "Behrouz et al. 2025, arXiv:2505.23735"
+
+    def __init__(
+        self, *, num_heads: int = 4, conv_width: int = 4, chunk: int = 16, window: int = 16, depth: int = 2,
+        expand: int = 4, feature: Feature = "poly", degree: int = 2, rank: int | None = 64,
+        max_rate: float | None = None,
+    ) -> None:  # fmt: skip
+        """`window` in pairs. `degree` and `rank`: see `PolynomialOptions`. Their sizes are ours."""
+        super().__init__(
+            rule=_atlas_rule("gd", chunk, window, NetworkOptions(depth=depth, expand=expand, activation="silu"),
+                             feature, PolynomialOptions(degree=degree, rank=rank)),
+            projection=ProjectionOptions(conv_width=conv_width, max_rate=max_rate), num_heads=num_heads,
+        )  # fmt: skip
+
+
+class Atlas(MemoryLayer):
+    """Atlas: OmegaNet with momentum whose steps are orthogonalised, once a chunk."""
+
+    paper = "Behrouz et al. 2025, arXiv:2505.23735"
+
+    def __init__(
+        self, *, num_heads: int = 4, conv_width: int = 4, chunk: int = 16, window: int = 16, depth: int = 2,
+        expand: int = 4, feature: Feature = "poly", degree: int = 2, rank: int | None = 64,
+        max_rate: float | None = None, damped: bool = True,
+    ) -> None:  # fmt: skip
+        """As in `OmegaNet`; `chunk` 1 orthogonalises at each token, as in the paper."""
+        super().__init__(
+            rule=_atlas_rule("muon", chunk, window, NetworkOptions(depth=depth, expand=expand, activation="silu"),
+                             feature, PolynomialOptions(degree=degree, rank=rank)),
+            projection=ProjectionOptions(conv_width=conv_width, max_rate=max_rate, damped=damped), num_heads=num_heads,
+        )  # fmt: skip
+
+
+def _atlas_rule(
+    optimizer: InnerOptimizer, chunk: int, window: int, memory: NetworkOptions, feature: Feature,
+    polynomial: PolynomialOptions,
+) -> MemoryRule:  # fmt: skip
+    return MemoryRule(
+        memory=memory, feature=feature, polynomial=polynomial, retention="decay", optimizer=optimizer, chunk=chunk,
+        window=window,
+    )  # fmt: skip

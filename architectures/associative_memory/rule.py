@@ -15,11 +15,11 @@ from clplat.architectures.option_checks import check_at_least, check_choices
 
 NetworkKind = Literal["mlp", "swiglu"]
 Activation = Literal["gelu", "silu"]
-Feature = Literal["identity", "unit", "elu"]
+Feature = Literal["identity", "unit", "elu", "poly", "taylor"]
 BiasKind = Literal["dot", "l2", "lp", "huber"]
 HuberForm = Literal["feature", "norm", "switch"]
 Retention = Literal["none", "decay", "channel"]
-InnerOptimizer = Literal["gd", "momentum"]
+InnerOptimizer = Literal["gd", "momentum", "muon"]
 GradientAt = Literal["chunk", "token", "decayed"]
 Read = Literal["post", "chunk_start"]
 Target = Literal["value", "self"]
@@ -30,9 +30,9 @@ DeltaOn = Literal["every", "first", "last"]
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
     """The memory itself. `kind` mlp of `depth` 1 is a matrix, more is an MLP without biases whose inner layers are
-    `expand` times as wide as a key, or `inner_size` wide; swiglu, of depth 2, is down(σ(gate(x)) ⊙ up(x)), three
-    matrices. `residual` adds the key to the answer; `norm` normalises the answer before (layer norm, whose scale and
-    shift are trained by the outer loss alone, as in TTT)."""
+    `expand` times as wide as a key before its features, or `inner_size` wide; swiglu, of depth 2, is
+    down(σ(gate(x)) ⊙ up(x)), three matrices. `residual` adds the key to the answer; `norm` normalises the answer before
+    (layer norm, whose scale and shift are trained by the outer loss alone, as in TTT)."""
 
     group: ClassVar[str] = "memory"
 
@@ -76,18 +76,37 @@ class BiasOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PolynomialOptions:
+    """The features `poly` and `taylor`: products of up to `degree` numbers of a key, see `features.py`. `rank` learned
+    products of each degree; None are all of them, head size ** degree."""
+
+    group: ClassVar[str] = "polynomial"
+
+    degree: int = 2
+    rank: int | None = 64
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "degree", "rank")
+
+    def widths(self, key_size: int) -> list[int]:
+        """Features of each degree, from 1."""
+        return [key_size, *(self.rank or key_size**degree for degree in range(2, self.degree + 1))]
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryRule:
     """How a memory is written and read.
 
-    `feature` map of queries and keys: none, unit length, or elu + 1, which is positive. `retention`: nothing is
-    forgotten, one gate a token and head, or one for each input channel of each layer. `map`: what makes the memory's
-    weights of that on which steps and decay act, where retention is not linear (`maps.py`). `optimizer`: a gradient
-    step a token, or one with momentum. `gradient_at`: where a token's gradient is taken: at the memory as it was when
-    its chunk began, as it was before the token, or that decayed (the gated delta rule). `chunk`: tokens that are
-    computed at once; with `gradient_at: chunk`, `read: chunk_start` or a map it is part of the function, otherwise it
-    changes rounding and speed alone. `read`: a query asks the memory behind its own token's write, or as it was when
-    its chunk began. `target` of a key's answer: the token's value, or the answer that the memory itself gives to that
-    value.
+    `feature` map of queries and keys: none, unit length, elu + 1, which is positive, or polynomials of the unit key.
+    `retention`: nothing is forgotten, one gate a token and head, or one for each input channel of each layer. `map`:
+    what makes the memory's weights of that on which steps and decay act, where retention is not linear (`maps.py`).
+    `optimizer`: a gradient step a token, one with momentum, or muon: momentum that is orthogonalised, one step a chunk.
+    `window`: how many pairs, up to its own, a token's step learns. `gradient_at`: where a token's gradient is taken: at
+    the memory as it was when its chunk began, as it was before the token, or that decayed (the gated delta rule).
+    `chunk`: tokens that are computed at once; with `gradient_at: chunk`, `read: chunk_start` or a map it is part of the
+    function, otherwise it changes rounding and speed alone. `read`: a query asks the memory behind its own token's
+    write, or as it was when its chunk began. `target` of a key's answer: the token's value, or the answer that the
+    memory itself gives to that value.
 
     `delta`: each token also erases what a layer answers to its direction, with the strength of its step. `double` is
     the rule as printed for Hope, whose gradient takes the old answer off once more: alone, a pair is learned to half of
@@ -98,6 +117,7 @@ class MemoryRule:
 
     memory: NetworkOptions = field(default_factory=NetworkOptions)
     feature: Feature = "unit"
+    polynomial: PolynomialOptions = field(default_factory=PolynomialOptions)
     bias: BiasOptions = field(default_factory=BiasOptions)
     retention: Retention = "none"
     map: MapOptions = field(default_factory=MapOptions)
@@ -109,30 +129,47 @@ class MemoryRule:
     delta: Delta = "none"
     delta_on: DeltaOn = "every"
     max_gradient: float | None = None
+    window: int = 1
 
     def __post_init__(self) -> None:
         check_choices(
             self, feature=Feature, retention=Retention, optimizer=InnerOptimizer, gradient_at=GradientAt, read=Read,
             target=Target, delta=Delta, delta_on=DeltaOn,
         )  # fmt: skip
-        check_at_least(self, 1, "chunk")
-        if self.max_gradient is not None and not (self.max_gradient > 0 and self.gradient_at == "chunk"):
-            raise ValueError("max_gradient: must be above 0, and gradient_at: chunk")
+        check_at_least(self, 1, "chunk", "window")
+        self._check_gradients()
+        self._check_erasing()
+        if self.orthogonal and self.map.kind in ("lq", "kl"):
+            raise ValueError(f"map.kind: {self.map.kind!r} is not computed with optimizer muon; norm or none is")
+
+    def _check_gradients(self) -> None:
         plain = self.memory.depth == 1 and not (self.memory.norm or self.memory.residual)
         if self.gradient_at != "chunk" and not (plain and self.bias.kind == "l2" and self.target == "value"):
             raise ValueError(
                 f"gradient_at: {self.gradient_at!r} is computed for a matrix memory (depth 1, no norm, no residual), "
                 "bias l2 and target value alone; chunk with chunk: 1 takes every gradient before its token, too"
             )
-        if self.gradient_at != "chunk" and self.mapped:
-            raise ValueError("map.kind: a map acts between chunks, so that it needs gradient_at: chunk")
+        asked = {
+            "window": self.window > 1, "optimizer": self.orthogonal, "delta": self.delta != "none",
+            "map": self.mapped, "max_gradient": self.max_gradient is not None,
+        }  # fmt: skip
+        for name in (name for name, is_asked in asked.items() if is_asked):
+            if self.gradient_at != "chunk":
+                given = self.map.kind if name == "map" else getattr(self, name)
+                raise ValueError(f"{name}: {given!r} needs gradient_at: chunk, got {self.gradient_at!r}")
+        if self.max_gradient is not None and self.max_gradient <= 0:
+            raise ValueError(f"max_gradient: must be above 0, got {self.max_gradient}")
 
-        if self.delta != "none" and self.gradient_at != "chunk":
-            raise ValueError(f"delta: {self.delta!r} is computed with gradient_at: chunk, got {self.gradient_at!r}")
+    def _check_erasing(self) -> None:
+        if self.delta == "none":
+            return
         if self.delta == "single" and self.memory.norm:
             raise ValueError("delta: 'single' has no meaning under memory.norm, which has no slope at an answer of 0")
-        if self.delta != "none" and (self.mapped or self.memory.kind != "mlp"):
-            raise ValueError(f"delta: {self.delta!r} is computed for memory.kind mlp without a map alone")
+        if self.mapped or self.orthogonal or self.window > 1 or self.memory.kind != "mlp":
+            raise ValueError(
+                f"delta: {self.delta!r} is computed for memory.kind mlp, optimizer gd or momentum and window 1 alone, "
+                "without a map"
+            )
 
     @property
     def hebbian(self) -> bool:
@@ -163,20 +200,36 @@ class MemoryRule:
     @property
     def steps_together(self) -> bool:
         """Whether all tokens of a chunk step from the same weights, each without knowing of the others."""
-        return self.gradient_at == "chunk" and not self.hebbian
+        return self.gradient_at == "chunk" and (self.orthogonal or not self.hebbian)
 
     @property
     def anchored(self) -> bool:
         """Whether chunks are part of the function."""
         return self.steps_together or self.read == "chunk_start" or self.mapped
 
+    @property
+    def orthogonal(self) -> bool:
+        """Whether momentum is orthogonalised."""
+        return self.optimizer == "muon"
+
+    @property
+    def momentous(self) -> bool:
+        """Whether there is momentum."""
+        return self.optimizer != "gd"
+
+    def feature_width(self, key_size: int) -> int:
+        """Features of a key of that size."""
+        if self.feature not in ("poly", "taylor"):
+            return key_size
+        return sum(self.polynomial.widths(key_size)) + (self.feature == "taylor")
+
     def widths(self, key_size: int, value_size: int) -> list[tuple[int, int]]:
         """Inputs and outputs of every layer; of a swiglu: gate, up, down."""
-        inside = self.memory.inner_size or self.memory.expand * key_size
+        read, inside = self.feature_width(key_size), self.memory.inner_size or self.memory.expand * key_size
         if self.memory.kind == "swiglu":
-            return [(key_size, inside), (key_size, inside), (inside, value_size)]
+            return [(read, inside), (read, inside), (inside, value_size)]
         inner = [inside] * (self.memory.depth - 1)
-        return list(zip([key_size, *inner], [*inner, value_size], strict=True))
+        return list(zip([read, *inner], [*inner, value_size], strict=True))
 
 
 def check_rate(name: str, max_rate: float, rule: MemoryRule) -> None:

@@ -30,6 +30,11 @@ class MemoryState(NamedTuple):
     """The weights when the open chunk began; empty where chunks are not part of the function."""
     offset: Tensor
     """(B,) long, how many tokens of the open chunk are written; 0 where a new one begins."""
+    window: Layers = ()
+    """Keys (B, H, c − 1, D), values (B, H, c − 1, E) and, of the Huber bias, thresholds (B, H, c − 1, 1) of the last
+    pairs, oldest first, where the rule's window is c > 1; keys of zeros, which write nothing, before the first pair."""
+    owed: Layers = ()
+    """With orthogonal steps, (B, H, X, 1) of each layer: how far the next one goes for the open chunk's tokens."""
 
 
 class Tokens(NamedTuple):
@@ -53,6 +58,8 @@ class Tokens(NamedTuple):
     """(B, T) bool: a token that does not count changes nothing. None: all count."""
     erase: Tensor | None = None
     """(B, H, T), how much of its direction a token erases under a rule with `delta`. None: as much as its step size."""
+    window: Tensor | None = None
+    """(B, H, T, c), ≥ 0: what the losses of the last c pairs weigh in a token's step, its own first."""
 
     @property
     def strength(self) -> Tensor:
@@ -94,16 +101,27 @@ class Tokens(NamedTuple):
         )
 
     def _each(self, change: Callable[[Tensor, int], Tensor]) -> Tokens:
-        parts = [None if part is None else change(part, 2) for part in (*self[:4], *self[5:7])]
-        q, k, v, rate, log_momentum, threshold = parts
+        parts = [None if part is None else change(part, 2) for part in (*self[:4], *self[5:7], *self[8:])]
+        q, k, v, rate, log_momentum, threshold, erase, window = parts
         assert q is not None and k is not None and v is not None and rate is not None
         log_decay = tuple(change(gate, 2) for gate in self.log_decay)
         counts = None if self.counts is None else change(self.counts, 1)
-        erase = None if self.erase is None else change(self.erase, 2)
-        return Tokens(q, k, v, rate, log_decay, log_momentum, threshold, counts, erase)
+        return Tokens(q, k, v, rate, log_decay, log_momentum, threshold, counts, erase, window)
 
 
 def chosen(condition_B: Tensor, yes: Sequence[Tensor], no: Sequence[Tensor]) -> Layers:
     """For each row the tensors of `yes` where the condition holds, else those of `no`."""
     mask = condition_B[:, None, None, None]
     return tuple(torch.where(mask, a, b) for a, b in zip(yes, no, strict=True))
+
+
+def either(condition_B: Tensor, yes: MemoryState, no: MemoryState) -> MemoryState:
+    """For each row `yes` where the condition holds, else `no`."""
+    return MemoryState(
+        weights=chosen(condition_B, yes.weights, no.weights),
+        momentum=chosen(condition_B, yes.momentum, no.momentum),
+        anchor=chosen(condition_B, yes.anchor, no.anchor),
+        offset=torch.where(condition_B, yes.offset, no.offset),
+        window=chosen(condition_B, yes.window, no.window),
+        owed=chosen(condition_B, yes.owed, no.owed),
+    )

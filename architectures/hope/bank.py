@@ -13,9 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clplat.architectures.associative_memory.chunked import Spans, Write, erasure, layer_left, layer_read, layer_spans
-from clplat.architectures.associative_memory.chunked import one_token_earlier as earlier
 from clplat.architectures.associative_memory.network import Network, activated
+from clplat.architectures.associative_memory.spans import (
+    Spans,
+    Write,
+    erasure,
+    layer_left,
+    layer_pushed,
+    layer_read,
+    layer_spans,
+)
+from clplat.architectures.associative_memory.spans import one_token_earlier as earlier
 from clplat.architectures.associative_memory.state import Layers, Tokens
 from clplat.architectures.hope.options import Read
 
@@ -58,8 +66,11 @@ class Bank:
             if self.network.rule.erases(layer):
                 write = erasure(span, writes[layer][0], strengths[layer], W[layer], S[layer] if S else None)
                 writes[layer].append(write)
-        left = [layer_left(*parts, S[n] if S else None) for n, parts in enumerate(zip(spans, writes, W, strict=True))]
-        behind = tuple(weight for weight, _ in left), tuple(push for _, push in left if push is not None)
+        layers = list(zip(spans, writes, W, strict=True))
+        behind = (
+            tuple(layer_left(*parts, S[n] if S else None) for n, parts in enumerate(layers)),
+            tuple(layer_pushed(span, write[0], part) for span, write, part in zip(spans, writes, S)),
+        )
         answers = None
         if read == "chunk_start":
             answers = self.network.read(tuple(part[:, -tokens.q.shape[1] :] for part in anchor), tokens.q)

@@ -123,8 +123,9 @@ def _stepped(memory: SelfModifyingMemory, inputs: HeadInputs, courses: list[Cour
 def _behind(course: Course, tokens: Tokens) -> Course:
     """With one token's write."""
     bank = course.group.bank
-    W, S = written(bank.network, bank.copied(tokens), course.W, course.S, course.anchor)
-    return replace(course, W=W, S=S)
+    before = MemoryState(course.W, course.S, course.anchor, torch.zeros(len(tokens.q), dtype=torch.long))
+    after = written(bank.network, bank.copied(tokens), before)
+    return replace(course, W=after.weights, S=after.momentum)
 
 
 def _last(weights: Layers, q_BHTD: Tensor) -> Layers:

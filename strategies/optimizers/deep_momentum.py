@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from clplat.kernels.newton_schulz import newton_schulz
 from clplat.strategies.optimizers.joined import NamedWeights, check_numbers, evaluated, with_gradient
-from clplat.strategies.optimizers.newton_schulz import newton_schulz
 
 
 class DeepMomentum(Optimizer):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from clplat.kernels.newton_schulz import orthogonalised
 from clplat.strategies.optimizers.joined import (
     Joined,
     NamedWeights,
@@ -19,7 +20,6 @@ from clplat.strategies.optimizers.joined import (
     shared_out,
     with_gradient,
 )
-from clplat.strategies.optimizers.newton_schulz import orthogonalised
 
 Variant = Literal["ema", "literal"]
 

@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from associative_memories import (
     HEADS,
+    LAYERED,
     ROWS,
     RULES,
     assert_same,
+    layers_of,
     memory,
     packed,
     solution,
     tokens,
 )  # fmt: skip
+from torch import Tensor
 
 from clplat.architectures.associative_memory import operations
 from clplat.architectures.associative_memory.memory import AssociativeMemory
-from clplat.architectures.associative_memory.network import loss
+from clplat.architectures.associative_memory.network import Network, loss
 from clplat.architectures.associative_memory.state import MemoryState, Tokens
+from clplat.kernels.newton_schulz import newton_schulz
 
 every_rule = pytest.mark.parametrize("name", RULES)
+
+
+def inner_loss(own: Network, given: Tokens, source: list[Tensor], b: int, h: int, t: int) -> Callable[..., Tensor]:
+    """Of weights: what a token's step lowers, the weighted losses of its window's pairs."""
+    rule = own.rule
+
+    def inner(weights: list[Tensor]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for back in range(min(rule.window, t + 1)):
+            pair = (b, h, slice(t - back, t - back + 1))
+            target = own.read(source, given.v[pair]) if rule.target == "self" else given.v[pair]
+            limit = None if given.threshold is None else given.threshold[pair]
+            answer = own.read(weights, given.k[pair])
+            if rule.delta == "single":  # linear in what the layers give, with the slope at nothing given
+                nothing = own.answer(given.k[pair], torch.zeros_like(target))
+                slope = torch.func.grad(lambda x, v=target, most=limit: loss(x, v, rule.bias, most).sum())(nothing)
+                return (answer * slope).sum()
+            weight = 1.0 if given.window is None else given.window[b, h, t, back]
+            total = total + weight * loss(answer, target, rule.bias, limit).sum()
+        return total
+
+    return inner
 
 
 def by_autograd(made: AssociativeMemory, given: Tokens) -> torch.Tensor:
@@ -41,36 +69,28 @@ def by_autograd(made: AssociativeMemory, given: Tokens) -> torch.Tensor:
             for t in range(given.q.shape[2]):
                 if t % rule.chunk == 0:
                     anchor = W
+                    owed = [torch.zeros(1, dtype=torch.float64)] * len(W)
                 decays = [gate[b, h, t].exp().unsqueeze(-1) for gate in given.log_decay] or [1.0] * len(W)
                 kept = [a * weight for a, weight in zip(decays, W)]
                 source = {"chunk": own.weights(anchor), "token": W, "decayed": kept}[rule.gradient_at]
-                target = given.v[b, h, t]
-                if rule.target == "self":
-                    target = own.read(source, given.v[b, h, t : t + 1])[0]
-                limit = None if given.threshold is None else given.threshold[b, h, t]
-
-                def inner(weights, own=own, key=given.k[b, h, t : t + 1], target=target, limit=limit):
-                    answer = own.read(weights, key)[0]
-                    if rule.delta == "single":  # linear in what the layers give, with the slope at nothing given
-                        nothing = own._answer(key, torch.zeros_like(key))[0]
-                        return answer @ torch.func.grad(loss)(nothing, target, rule.bias, limit)
-                    return loss(answer, target, rule.bias, limit)
-
-                slopes = torch.func.grad(inner)([weight.detach() for weight in source])
+                slopes = torch.func.grad(inner_loss(own, given, source, b, h, t))([part.detach() for part in source])
                 momentum = 0.0 if given.log_momentum is None else given.log_momentum[b, h, t].exp()
-                S = [momentum * s - given.rate[b, h, t] * slope for s, slope in zip(S, slopes)]
+                rate = given.rate[b, h, t]
+                S = [momentum * s - (1.0 if rule.orthogonal else rate) * slope for s, slope in zip(S, slopes)]
                 if rule.delta != "none":
-                    read = own._through(source, given.k[b, h, t])[0]
+                    read = own._through(lambda n, x, source=source: x @ source[n], given.k[b, h, t])[0]
                     erased = [torch.outer(x, x @ old) / (x @ x) for x, old in zip(read, W)]
-                    kept = [
-                        old - given.rate[b, h, t] * part * rule.erases(n)
-                        for n, (old, part) in enumerate(zip(kept, erased))
-                    ]
-                W = [old + s for old, s in zip(kept, S)]
-                if closes := rule.mapped and t % rule.chunk == rule.chunk - 1:
+                    kept = [old - rate * part * rule.erases(n) for n, (old, part) in enumerate(zip(kept, erased))]
+                W = [old if rule.orthogonal else old + s for old, s in zip(kept, S)]
+                owed = [a * far + rate for a, far in zip(decays, owed)]
+                closes = (t + 1) % rule.chunk == 0
+                if rule.orthogonal and closes:
+                    W = [w + far * newton_schulz(s) for w, far, s in zip(W, owed, S)]
+                if rule.mapped and closes:
                     W = own.settled(W)
-                asked = own.weights(W if closes and rule.read == "post" else anchor)
-                if rule.read == "post" and not closes and (factors := rule.map.inside(anchor)) is not None:
+                asked = own.weights(W if rule.mapped and closes and rule.read == "post" else anchor)
+                factors = None if rule.mapped and closes else rule.map.inside(anchor)
+                if rule.read == "post" and factors is not None:
                     asked = [factor * weight for factor, weight in zip(factors, W)]
                 answers[b, h, t] = own.read(asked, given.q[b, h, t : t + 1])[0]
     return answers
@@ -113,7 +133,9 @@ def test_a_resumed_state_is_learned_through_and_rows_may_stand_at_different_plac
     with torch.no_grad():
         start = made(before._replace(counts=counts))[1]
     assert torch.equal(start.offset, torch.tensor([6, 1, 3]) % rule.chunk if rule.anchored else torch.zeros(3).long())
-    start = MemoryState(*(tuple(w.clone().requires_grad_() for w in layers) for layers in start[:3]), start.offset)
+    start = start._replace(
+        **{name: tuple(w.clone().requires_grad_() for w in getattr(start, name)) for name in LAYERED}
+    )
     expected = solution(made, given, lambda: made.by_definition(given, start), start)
     assert_same(solution(made, given, lambda: made(given, start), start), expected)
 
@@ -127,9 +149,7 @@ def test_tokens_that_do_not_count_change_nothing(name: str) -> None:
     for row, length in enumerate([9, 2, 6]):
         _, alone = made(given.part(0, length))
         for other in (end, defined):
-            for found, expected in zip(
-                (*other.weights, *other.momentum, *other.anchor), (*alone.weights, *alone.momentum, *alone.anchor)
-            ):
+            for found, expected in zip(layers_of(other), layers_of(alone), strict=True):
                 torch.testing.assert_close(found[row], expected[row], rtol=0, atol=1e-12)
             assert other.offset[row] == alone.offset[row]
 

@@ -11,11 +11,13 @@ from clplat.architectures.associative_memory.miras import Memora, Moneta, Yaad
 from clplat.architectures.associative_memory.mixer import ProjectionOptions
 from clplat.architectures.associative_memory.presets import (
     TTTMLP,
+    Atlas,
     DeltaNet,
     GatedDeltaNet,
     LayerKind,
     LinearAttention,
     MemoryLayer,
+    OmegaNet,
     TitansLMM,
     TTTLinear,
 )
@@ -48,6 +50,9 @@ LAYERS: dict[str, list[LayerKind]] = {
     "memora": [Memora(num_heads=2, chunk=4, expand=2, gate_rank=3)],
     "lact-and-attention": [LaCT(num_heads=2, chunk=4), AttentionLayer(num_heads=2)],
     "channels-and-huber": [CHANNELS],
+    "omega-net": [OmegaNet(num_heads=2, chunk=4, window=6, expand=2, rank=8)],
+    "atlas": [Atlas(num_heads=2, chunk=4, window=3, expand=2, rank=8)],
+    "atlas-of-exponentials": [Atlas(num_heads=2, chunk=3, window=1, depth=1, feature="taylor", rank=None)],
 }
 
 

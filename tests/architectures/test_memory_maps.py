@@ -216,7 +216,7 @@ def test_lact_points_to_the_values_of_a_chunk_that_it_has_written() -> None:
 
 
 def test_what_cannot_be_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="map.kind: a map acts between chunks"):
+    with pytest.raises(ValueError, match="map: .lq. needs gradient_at: chunk"):
         MemoryRule(gradient_at="token", map=MapOptions(kind="lq"))
     with pytest.raises(ValueError, match="map.power: must be at least 2"):
         MapOptions(kind="lq", power=1.5)

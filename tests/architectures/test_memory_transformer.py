@@ -16,11 +16,13 @@ from clplat.architectures.associative_memory.miras import Memora, Moneta, Yaad
 from clplat.architectures.associative_memory.mixer import MemoryMixer, ProjectionOptions
 from clplat.architectures.associative_memory.presets import (
     TTTMLP,
+    Atlas,
     DeltaNet,
     GatedDeltaNet,
     LayerKind,
     LinearAttention,
     MemoryLayer,
+    OmegaNet,
     TitansLMM,
     TTTLinear,
 )
@@ -39,7 +41,8 @@ TEXT = Spec(kind="language", input_shape=(16,), num_outputs=23)
 KINDS: list[LayerKind] = [
     LinearAttention(chunk=4), DeltaNet(chunk=4), GatedDeltaNet(chunk=4), TTTLinear(chunk=4), TTTMLP(chunk=4, expand=2),
     TitansLMM(chunk=4, expand=2), Moneta(chunk=4, expand=2), Yaad(chunk=4, expand=2), Memora(chunk=4, expand=2),
-    LaCT(chunk=4), AttentionLayer(num_heads=2),
+    LaCT(chunk=4), OmegaNet(chunk=4, window=6, expand=2, rank=8), Atlas(chunk=4, window=6, expand=2, rank=8),
+    AttentionLayer(num_heads=2),
 ]  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: type(kind).__name__)
 
@@ -101,6 +104,8 @@ def test_a_key_that_repeats_for_a_thousand_tokens_does_not_blow_the_memory_up(ki
     with torch.no_grad():
         if "rate" in mixer.starts:
             mixer.gates.bias[: mixer.num_heads] = 20.0  # the largest steps that the layer can take
+        if "window" in mixer.starts:
+            mixer.gates.bias[-len(mixer.starts["window"]) :] = 20.0  # of all pairs that a window has
         x = torch.randn(1, 1, 32).expand(1, 1000, 32)
         given = mixer._tokens(x, mixer.qkv(x), None, None)
         answers, state = mixer.memory(given)
@@ -177,7 +182,16 @@ def test_the_record_is_told_what_computed_the_memories() -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [TTTMLP(chunk=4), TitansLMM(chunk=4), TTTLinear(chunk=4), Moneta(chunk=4), Memora(chunk=4), LaCT(chunk=4)],
+    [
+        TTTMLP(chunk=4),
+        TitansLMM(chunk=4),
+        TTTLinear(chunk=4),
+        Moneta(chunk=4),
+        Memora(chunk=4),
+        LaCT(chunk=4),
+        OmegaNet(chunk=4, window=7),
+        Atlas(chunk=4, window=3),
+    ],
     ids=lambda kind: type(kind).__name__,
 )
 def test_flops_are_those_that_torch_counts_within_a_tenth(kind: LayerKind) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from clplat.architectures.associative_memory.layout import Documents, documents_of
 from clplat.architectures.associative_memory.maps import MapOptions
 from clplat.architectures.associative_memory.memory import AssociativeMemory
-from clplat.architectures.associative_memory.rule import BiasOptions, MemoryRule, NetworkOptions
+from clplat.architectures.associative_memory.rule import BiasOptions, MemoryRule, NetworkOptions, PolynomialOptions
 from clplat.architectures.associative_memory.state import MemoryState, Tokens
 
 MLP = NetworkOptions(depth=2, expand=2)
@@ -84,10 +84,37 @@ RULES = {
         memory=NetworkOptions(depth=3, expand=2, activation="silu", residual=True), delta="single", delta_on="last",
         bias=BiasOptions(kind="huber"), chunk=4,
     ),
+    "omega-memora": MemoryRule(memory=MLP, retention="decay", map=MapOptions(kind="kl"), window=3, chunk=4),
+    "swiglu-lact-muon": MemoryRule(
+        memory=SWIGLU, bias=BiasOptions(kind="dot"), optimizer="muon", retention="decay", map=MapOptions(kind="norm"),
+        chunk=4, read="chunk_start",
+    ),
+    "swiglu-omega-muon": MemoryRule(memory=SWIGLU, optimizer="muon", map=MapOptions(kind="norm"), window=3, chunk=4),
+    "omega": MemoryRule(retention="decay", window=3, chunk=4),
+    "omega-hebb": MemoryRule(bias=BiasOptions(kind="dot"), retention="decay", window=3, chunk=4),
+    "omega-titans": MemoryRule(retention="channel", optimizer="momentum", window=2, chunk=4),
+    "omega-poly": MemoryRule(
+        feature="poly", polynomial=PolynomialOptions(rank=3), retention="decay", window=4, chunk=4
+    ),
+    "omega-self": MemoryRule(target="self", window=6, chunk=3),
+    "mlp-omega": MemoryRule(
+        memory=TTT, bias=BiasOptions(kind="huber"), retention="decay", optimizer="momentum", window=7, chunk=4
+    ),
+    "mlp-omega-each-token": MemoryRule(memory=MLP, bias=BiasOptions(kind="lp"), window=3, chunk=1),
+    "muon": MemoryRule(optimizer="muon", chunk=4),
+    "muon-hebb": MemoryRule(bias=BiasOptions(kind="dot"), optimizer="muon", retention="decay", chunk=3),
+    "mlp-muon-channel": MemoryRule(memory=MLP, optimizer="muon", retention="channel", chunk=4),
+    "mlp-muon-each-token": MemoryRule(memory=TTT, optimizer="muon", retention="decay", chunk=1),
+    "atlas": MemoryRule(
+        memory=MLP, feature="taylor", polynomial=PolynomialOptions(degree=3, rank=2), optimizer="muon",
+        retention="decay", window=6, chunk=4,
+    ),
 }  # fmt: skip
 """Every choice of every part, with each other part that it is computed together with."""
 
 ROWS, HEADS, WIDTH = 3, 2, 5
+LAYERED = ("weights", "momentum", "anchor", "window", "owed")
+"""The parts of a state that are tuples of tensors."""
 
 
 def memory(rule: MemoryRule, *, width: int = WIDTH, learned_start: bool = True) -> AssociativeMemory:
@@ -120,22 +147,23 @@ def tokens(rule: MemoryRule, length: int, *, seed: int = 0, width: int = WIDTH) 
         "decay": (together,) * len(inputs),
         "channel": tuple(uniform(0.5, 1.0, wide).log() for wide in inputs),
     }[rule.retention]
-    momentum = uniform(0.3, 0.9).log() if rule.optimizer == "momentum" else None
+    momentum = uniform(0.3, 0.9).log() if rule.momentous else None
     threshold = uniform(0.3, 1.0) if rule.bias.kind == "huber" else None
     given = Tokens(normal(width), normal(width), normal(width), uniform(0.05, 0.3), decay, momentum, threshold)
-    return leaves(given)
+    return leaves(given._replace(window=uniform(0.1, 1.0, rule.window) if rule.window > 1 else None))
 
 
 def leaves(given: Tokens) -> Tokens:
     """The same numbers as tensors that gradients end at; gates that layers share stay shared."""
     own = {id(part): part.detach().clone().requires_grad_() for part in _tensors(given)}
     decay = tuple(own[id(gate)] for gate in given.log_decay)
-    q, k, v, rate, momentum, threshold = (None if part is None else own[id(part)] for part in (*given[:4], *given[5:7]))
-    return Tokens(q, k, v, rate, decay, momentum, threshold, given.counts)
+    own_parts = (None if part is None else own[id(part)] for part in (*given[:4], *given[5:7], given.window))
+    q, k, v, rate, momentum, threshold, window = own_parts
+    return Tokens(q, k, v, rate, decay, momentum, threshold, given.counts, window=window)
 
 
 def _tensors(given: Tokens) -> list[Tensor]:
-    return [part for part in (*given[:4], *given.log_decay, *given[5:7]) if part is not None]
+    return [part for part in (*given[:4], *given.log_decay, *given[5:7], given.window) if part is not None]
 
 
 def packed() -> Documents:
@@ -144,6 +172,11 @@ def packed() -> Documents:
     found = documents_of(ids)
     assert found is not None
     return found
+
+
+def layers_of(state: MemoryState) -> list[Tensor]:
+    """All tensors of a state but the offset."""
+    return [part for name in LAYERED for part in getattr(state, name)]
 
 
 def solution(
@@ -156,14 +189,14 @@ def solution(
     answers, end = solve()
     found = {"answers": answers}
     if end is not None:
-        for name in ("weights", "momentum", "anchor"):
+        for name in LAYERED:
             found |= {f"{name}.{layer}": part for layer, part in enumerate(getattr(end, name))}
     draw = torch.Generator().manual_seed(7)
     outer = sum((part * torch.randn(part.shape, generator=draw, dtype=part.dtype)).sum() for part in found.values())
     named = dict(made.named_parameters())
     named |= {f"token.{number}": part for number, part in enumerate(_tensors(given))}
     if start is not None:
-        named |= {f"start.{n}": part for n, part in enumerate((*start.weights, *start.momentum, *start.anchor))}
+        named |= {f"start.{n}": part for n, part in enumerate(layers_of(start))}
     gradients = torch.autograd.grad(outer, list(named.values()), allow_unused=True, materialize_grads=True)
     found |= {f"gradient of {name}": gradient for name, gradient in zip(named, gradients, strict=True)}
     if end is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from clplat.strategies.optimizers.newton_schulz import QUINTIC
+from clplat.kernels.newton_schulz import QUINTIC
 
 SHAPES = [(5, 3), (3, 5), (4, 3, 2, 2), (6,), ()]
 MATRICES = [(5, 3), (3, 5), (5, 3), (4, 4)]
