@@ -11,9 +11,12 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients with the steepest slope at 0: singular values come near 1 in five steps, and stay within about 0.3 of it
 (K. Jordan 2024, kellerjordan.github.io/posts/muon)."""
 
+STEPS = 5
+"""As many as Muon takes."""
+
 
 def newton_schulz(
-    matrix_BMN: Tensor, steps: int = 5, coefficients: tuple[float, float, float] = QUINTIC, eps: float = 1e-7
+    matrix_BMN: Tensor, steps: int = STEPS, coefficients: tuple[float, float, float] = QUINTIC, eps: float = 1e-7
 ) -> Tensor:
     """U Vᵀ of each matrix U S Vᵀ, roughly: X ← a X + (b X Xᵀ + c (X Xᵀ)²) X from X = matrix / its Frobenius norm.
 
@@ -29,7 +32,7 @@ def newton_schulz(
     return x.mT if tall else x
 
 
-def orthogonalised(matrices: Sequence[Tensor], steps: int = 5) -> list[Tensor]:
+def orthogonalised(matrices: Sequence[Tensor], steps: int = STEPS) -> list[Tensor]:
     """`newton_schulz` of every matrix, those of one shape in one batch."""
     by_shape: dict[tuple[torch.Size, torch.device, torch.dtype], list[int]] = {}
     for place, matrix in enumerate(matrices):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from clplat.architectures.associative_memory.rule import MemoryRule
-
-NEWTON_SCHULZ_STEPS = 5
+from clplat.kernels.newton_schulz import STEPS
 
 
 def operations_per_token(rule: MemoryRule, key_size: int, shapes: Sequence[tuple[int, int, int]]) -> float:
@@ -40,4 +39,4 @@ def operations_per_token(rule: MemoryRule, key_size: int, shapes: Sequence[tuple
 def orthogonal_operations(inputs: int, outputs: int) -> float:
     """Of Newton-Schulz: two products with the smaller side's Gram matrix and its square, a step."""
     small, large = min(inputs, outputs), max(inputs, outputs)
-    return NEWTON_SCHULZ_STEPS * (4.0 * small**2 * large + 2.0 * small**3)
+    return STEPS * (4.0 * small**2 * large + 2.0 * small**3)
