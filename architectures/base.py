@@ -149,6 +149,25 @@ class GeneratesWeights(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class LevelPeriod:
+    """Parameters that are to be trained together, once in `period` steps; `lr` None is the optimizer's."""
+
+    parameters: tuple[str, ...]
+    period: int
+    lr: float | None
+    reduction: Literal["sum", "mean"]
+
+
+@runtime_checkable
+class HasLevels(Protocol):
+    """Capability: parts of the model are to be trained at periods of their own, as `LevelClock` does."""
+
+    def levels(self) -> Mapping[str, LevelPeriod]:
+        """By name; empty where this model has none. Parameters that are in none step every time."""
+        ...
+
+
 def device_of(module: nn.Module) -> torch.device:
     """The device of the module's first parameter."""
     return next(module.parameters()).device

@@ -29,8 +29,30 @@ ADDED = (
     "mlp.down.weight",
     "mlp.down",
     "mlp.shared.down.weight",
+    "fast.first.2",
 )
 """Ends of the names of weights whose products are added to the residual stream."""
+
+
+class ReadingFeed(nn.Module, ABC):
+    """Base of feed-forward layers that learn while they read: they are told what the mixing layers are, and have a
+    state of their own. A layer that looks at one token alone needs none of this and is any `nn.Module`."""
+
+    @abstractmethod
+    def forward(self, x_BTC: Tensor, *context: Any) -> Tensor:
+        """What is added to the stream, in a full pass."""
+
+    @abstractmethod
+    def continued(self, x_BTC: Tensor, state: State, *context: Any) -> tuple[Tensor, State]:
+        """The same for tokens that follow those in `state`, and the state after them."""
+
+    @abstractmethod
+    def empty_state(self, batch_size: int) -> State:
+        """The state before any token."""
+
+    @abstractmethod
+    def mixing_flops(self, tokens: int) -> float:
+        """Operations beyond 2 for each weight and token."""
 
 
 class Block(nn.Module):
@@ -38,7 +60,7 @@ class Block(nn.Module):
     norm of their own.
 
     `attention` is the mixing layer, whatever it is. `mlp` is a layer from x to what is added, or to that and an
-    auxiliary loss, as a mixture of experts gives it; None leaves it out.
+    auxiliary loss, as a mixture of experts gives it; or a `ReadingFeed`; None leaves it out.
     """
 
     def __init__(self, *, hidden_size: int, attention: nn.Module, mlp: nn.Module | None, dropout: float) -> None:
@@ -51,12 +73,31 @@ class Block(nn.Module):
 
     def forward(self, x_BTC: Tensor, *context: Any) -> tuple[Tensor, Tensor | None]:
         """The stream after both layers, and the auxiliary loss where the second has one."""
-        return self._fed(x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), *context)))
+        x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), *context))
+        if not isinstance(self.mlp, ReadingFeed):
+            return self._fed(x_BTC)
+        return x_BTC + self.dropout(self.mlp(self.mlp_norm(x_BTC), *context)), None
 
     def continued(self, x_BTC: Tensor, state: State, *context: Any) -> tuple[Tensor, State]:
         """The same for tokens that follow those in `state`; returns the state after them too."""
-        mixed, state = self.attention.continued(self.attention_norm(x_BTC), state, *context)
-        return self._fed(x_BTC + self.dropout(mixed))[0], state
+        mixed, mixing = self.attention.continued(self.attention_norm(x_BTC), mixing_state(state), *context)
+        x_BTC = x_BTC + self.dropout(mixed)
+        if not isinstance(self.mlp, ReadingFeed):
+            return self._fed(x_BTC)[0], mixing
+        fed, feeding = self.mlp.continued(self.mlp_norm(x_BTC), state["feeding"], *context)
+        return x_BTC + self.dropout(fed), {"mixing": mixing, "feeding": feeding}
+
+    def empty_state(self, batch_size: int) -> State:
+        """The mixing layer's state before any token, with the feed-forward layer's where it has one."""
+        mixing = self.attention.empty_state(batch_size)
+        if not isinstance(self.mlp, ReadingFeed):
+            return mixing
+        return {"mixing": mixing, "feeding": self.mlp.empty_state(batch_size)}
+
+    def mixing_flops(self, tokens: int) -> float:
+        """Operations of both layers beyond 2 for each weight and token."""
+        fed = self.mlp.mixing_flops(tokens) if isinstance(self.mlp, ReadingFeed) else 0.0
+        return self.attention.mixing_flops(tokens) + fed
 
     def _fed(self, x_BTC: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.mlp is None or self.mlp_norm is None:
@@ -64,6 +105,11 @@ class Block(nn.Module):
         fed = self.mlp(self.mlp_norm(x_BTC))
         fed, loss = fed if isinstance(fed, tuple) else (fed, None)
         return x_BTC + self.dropout(fed), loss
+
+
+def mixing_state(state: State) -> State:
+    """The mixing layer's part of a block's state."""
+    return state["mixing"] if isinstance(state, dict) else state
 
 
 class Decoder(Architecture, ABC):
@@ -119,7 +165,7 @@ class Decoder(Architecture, ABC):
 
     def init_state(self, batch_size: int) -> State:
         """The state of each block before any token."""
-        return [block.attention.empty_state(batch_size) for block in self.blocks]
+        return [block.empty_state(batch_size) for block in self.blocks]
 
     def decode(self, tokens: Tensor, state: State, lengths: Tensor) -> tuple[Tensor, State]:
         """Logits (B, T, V) of `tokens` (B, T), which follow the `lengths` (B,) tokens that each row has in `state`.
@@ -133,7 +179,7 @@ class Decoder(Architecture, ABC):
         """Forward operations for a row of T tokens: 2 for every weight that a token passes through, head included
         and lookup not, and what the mixing layers do beyond products with weights."""
         weights = self.embedding.weight.numel() + sum(p.numel() for p in self.blocks.parameters() if p.ndim >= 2)
-        mixing = sum(block.attention.mixing_flops(self.row_length) for block in self.blocks)
+        mixing = sum(block.mixing_flops(self.row_length) for block in self.blocks)
         return 2.0 * self.row_length * (weights - idle_weights(self)) + mixing
 
     def active_parameters(self) -> int:

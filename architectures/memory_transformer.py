@@ -13,7 +13,6 @@ Shapes: B rows, T tokens, S tokens in an attention layer's cache, C hidden size,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,11 +21,16 @@ from torch import Tensor, nn
 
 from clplat.architectures.associative_memory.carrying import CarryingMixer
 from clplat.architectures.associative_memory.layout import documents_of
+from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.presets import LayerKind, TitansLMM
 from clplat.architectures.associative_memory.reading import Reading
-from clplat.architectures.base import State
-from clplat.architectures.decoder import Block, Decoder, check_language
-from clplat.architectures.layers import Angles, Attention, Cache, SwiGLU, causal_document_mask, rotary_angles
+from clplat.architectures.base import LevelPeriod, State
+from clplat.architectures.continuum_memory.feed import ContinuumFeed
+from clplat.architectures.continuum_memory.levels import StepLevel
+from clplat.architectures.continuum_memory.options import DenseFeed, FeedForwardKind
+from clplat.architectures.continuum_memory.start import begin_from, weights_in
+from clplat.architectures.decoder import Block, Decoder, check_language, mixing_state
+from clplat.architectures.layers import Angles, Attention, Cache, causal_document_mask, rotary_angles
 from clplat.streams.base import Spec
 
 
@@ -93,25 +97,31 @@ class MemoryTransformer(Decoder):
         hidden_size: int = 256,
         layers: Sequence[LayerKind] | None = None,
         repeat: int = 1,
+        feed_forward: FeedForwardKind | None = None,
         mlp_ratio: float = 8 / 3,
         dropout: float = 0.0,
         document_mask: bool = True,
         tie_head: bool = True,
         initial_std: float = 0.02,
+        start_from: str | None = None,
     ) -> None:
         """`layers` from the input to the output, `repeat` times over; None are four of TitansLMM. Each has a SwiGLU
-        behind it, whose inner size is `mlp_ratio` times the hidden size, rounded up to a multiple of 32.
-        `document_mask` begins every document of a row with an empty memory. The rest is as in `Transformer`."""
+        behind it, whose inner size is `mlp_ratio` times the hidden size, rounded up to a multiple of 32, or what
+        `feed_forward` says: `ContinuumMemory`, whose levels have `expand` in place of `mlp_ratio`. `document_mask`
+        begins every document of a row with an empty memory. `start_from`: a file of weights, or a run's checkpoint, of
+        a decoder that this one begins as (with AttentionLayers, of a `Transformer`); levels begin as its SwiGLU. The
+        rest is as in `Transformer`."""
         check_language(type(self), spec)
         kinds = [TitansLMM()] * 4 if layers is None else list(layers)
         if not kinds or repeat < 1:
             name, value = ("layers", "an empty list") if not kinds else ("repeat", repeat)
             raise ValueError(f"MemoryTransformer.{name}: must give at least one layer, got {value}")
+        fed = DenseFeed(mlp_ratio=mlp_ratio) if feed_forward is None else feed_forward
         blocks = (
             Block(
                 hidden_size=hidden_size,
                 attention=kind.build(hidden_size),
-                mlp=SwiGLU(hidden_size=hidden_size, inner_size=32 * math.ceil(mlp_ratio * hidden_size / 32)),
+                mlp=fed.build(hidden_size),
                 dropout=dropout,
             )
             for kind in kinds * repeat
@@ -122,36 +132,60 @@ class MemoryTransformer(Decoder):
         )  # fmt: skip
         for memory in self._memories():
             memory.reset_dynamics()
+        if start_from is not None:
+            begin_from(self, weights_in(start_from))
 
     def facts(self) -> Mapping[str, str]:
-        """What computed the memories' last pass, by layer's number where layers differ."""
-        layers = {n: block.attention for n, block in enumerate(self.blocks)}
-        taken = {n: layer.memory.backend for n, layer in layers.items() if isinstance(layer, CarryingMixer)}
+        """What computed the memories' last pass, by layer's number where layers differ, and what the levels of a
+        continuum memory learn from."""
+        mixers = {n: block.attention for n, block in enumerate(self.blocks)}
+        taken = {n: layer.memory.backend for n, layer in mixers.items() if isinstance(layer, CarryingMixer)}
+        fed = self.blocks[0].mlp
+        learned = fed.facts() if isinstance(fed, ContinuumFeed) else {}
         if len(set(taken.values())) == 1:
-            return {"memory_backend": next(iter(taken.values()))}
-        return {f"memory_backend.{n}": backend for n, backend in taken.items()}
+            return {"memory_backend": next(iter(taken.values()))} | learned
+        return {f"memory_backend.{n}": backend for n, backend in taken.items()} | learned
+
+    def levels(self) -> Mapping[str, LevelPeriod]:
+        """The levels of a continuum memory at the clock of training steps, each with its parameters in all blocks."""
+        found: dict[str, LevelPeriod] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, StepLevel):
+                size, before = module.size, found.get(module.size.name)
+                names = (
+                    *(before.parameters if before else ()),
+                    *(f"{name}.{own}" for own, _ in module.named_parameters()),
+                )
+                found[size.name] = LevelPeriod(
+                    parameters=names, period=size.period, lr=size.lr, reduction=size.reduction
+                )
+        return found
 
     def _memories(self) -> list[CarryingMixer]:
         return [module for module in self.modules() if isinstance(module, CarryingMixer)]
+
+    def _learns_while_reading(self) -> bool:
+        return any(isinstance(module, AssociativeMemory | CarryingMixer) for module in self.modules())
 
     def _context(self, tokens: Tensor, segment_ids: Tensor | None) -> tuple[Any, ...]:
         positions, before = torch.arange(tokens.shape[1], device=tokens.device), torch.zeros_like(tokens[:, 0])
         mask = documents = None
         if segment_ids is not None:
             mask = causal_document_mask(segment_ids)
-            documents = documents_of(segment_ids) if self._memories() else None
+            documents = documents_of(segment_ids) if self._learns_while_reading() else None
         return (Reading(positions=positions, mask=mask, documents=documents, lengths=before),)
 
     def _continued_context(self, tokens: Tensor, state: State, lengths: Tensor) -> tuple[Any, ...]:
         positions = lengths.unsqueeze(1) + torch.arange(tokens.shape[1], device=tokens.device)
         # A cache is a pair; all caches are equally wide, and without one nobody looks at the mask.
-        width = next((held[0].shape[1] for held in state if len(held) == 2), 0)
+        width = next((held[0].shape[1] for held in map(mixing_state, state) if len(held) == 2), 0)
         columns = torch.arange(width + tokens.shape[1], device=tokens.device)
         mask = (columns <= positions.unsqueeze(-1)).unsqueeze(1)
         return (Reading(positions=positions, mask=mask, documents=None, lengths=lengths),)
 
     def _held(self, tokens: Tensor, state: State) -> Tensor:
-        if len(state[0]) == 2:
-            return torch.full_like(tokens[:, 0], state[0][0].shape[1])
-        _, _, pending, held = state[0]
+        first = mixing_state(state[0])
+        if len(first) == 2:
+            return torch.full_like(tokens[:, 0], first[0].shape[1])
+        _, _, pending, held = first
         return held + pending.shape[1]

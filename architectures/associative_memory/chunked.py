@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clplat.architectures.associative_memory.network import Network, activated
+from clplat.architectures.associative_memory.network import Network
 from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens, chosen
 
 
@@ -70,7 +70,10 @@ def chunked(
         if rule.anchored and number:
             anchor = W
             last = chosen(offset + count >= number * rule.chunk, W, last)
-        answer, W, S = chunk_step(network, tokens.part(start, start + rule.chunk), W, S, anchor)
+        part = tokens.part(start, start + rule.chunk)
+        answer, W, S = chunk_step(network, part, W, S, anchor)
+        if rule.mapped and part.q.shape[2] == rule.chunk:
+            answer, W = _closed(network, part, answer, W, part.counted()[:, -1])
         answers.append(answer)
     if not rule.anchored:
         return torch.cat(answers, 2), MemoryState(W, S, (), offset)
@@ -83,35 +86,65 @@ def one_more(network: Network, token: Tokens, state: MemoryState) -> tuple[Tenso
     W, S, anchor, offset = state
     anchor = chosen(offset == 0, W, anchor)
     answer, W, S = chunk_step(network, token.silenced(), W, S, anchor)
-    count = 1 if token.counts is None else token.counts[:, 0].long()
+    count = token.counted()[:, 0].long()
     offset = (offset + count) % network.rule.chunk
+    if network.rule.mapped:
+        answer, W = _closed(network, token, answer, W, (count > 0) & (offset == 0))
     return answer, MemoryState(W, S, chosen(offset == 0, W, anchor), offset)
 
 
 def chunk_step(network: Network, tokens: Tokens, W: Layers, S: Layers, anchor: Layers) -> tuple[Tensor, Layers, Layers]:
     """One chunk of L tokens: answers (B, H, L, E), weights and momentum behind it."""
-    each = range(len(W)) if network.rule.retention == "channel" else [0]
-    spans = [layer_spans(tokens, layer) for layer in each] * (len(W) // len(each))
-    if network.rule.gradient_at == "chunk":
-        source = anchor if network.rule.anchored else W
+    rule = network.rule
+    factors = None if rule.read == "chunk_start" else rule.map.inside(anchor if rule.mapped else W)
+    each = range(len(W)) if rule.retention == "channel" else [0]
+    # Where no query asks behind its own token's write, what is left at the chunk's end is all that is needed.
+    plain = rule.gradient_at == "chunk" and rule.optimizer == "gd" and rule.delta == "none"
+    spanned = _ends if factors is None and plain else layer_spans
+    spans = [spanned(tokens, layer) for layer in each] * (len(W) // len(each))
+    if rule.gradient_at == "chunk":
+        source = network.weights(anchor) if rule.anchored else W
         inputs, slopes = network.gradients(source, tokens.k, tokens.v, tokens.threshold)
     else:
         inputs, slopes = (tokens.k,), (_errors_in_turn(tokens, W[0], S[0] if S else None, spans[0], network),)
     steps = [-tokens.rate.unsqueeze(-1) * slope for slope in slopes]
     writes = [[Write(x, step, span.writes)] for x, step, span in zip(inputs, steps, spans, strict=True)]
     for layer, span in enumerate(spans):
-        if network.rule.erases(layer):
+        if rule.erases(layer):
             writes[layer].append(erasure(span, writes[layer][0], tokens.strength, W[layer], S[layer] if S else None))
-    x = tokens.q
-    for layer, span in enumerate(spans):
-        read = layer_read(span, writes[layer], x, W[layer], S[layer] if S else None)
-        x = read if layer == len(W) - 1 else activated(read, network.rule.memory.activation)
+    if factors is None:
+        answers = network.read(network.weights(anchor), tokens.q)
+    else:
+        answers = _read_in_turn(network, tokens.q, spans, writes, W, S, factors)
     W_after, S_after = [], []
     for layer, span in enumerate(spans):
         weight, push = layer_left(span, writes[layer], W[layer], S[layer] if S else None)
         W_after.append(weight)
         S_after.extend([] if push is None else [push])
-    return network.answer(tokens.q, x), tuple(W_after), tuple(S_after)
+    return answers, tuple(W_after), tuple(S_after)
+
+
+def _read_in_turn(
+    network: Network, q_BHLD: Tensor, spans: list[Spans], writes: list[list[Write]], W: Layers, S: Layers,
+    factors: tuple[Tensor | float, ...],
+) -> Tensor:  # fmt: skip
+    """Each query's answer (B, H, L, E) behind its own token's write."""
+
+    def applied(layer: int, x: Tensor) -> Tensor:
+        momentum = S[layer] if S else None
+        return factors[layer] * layer_read(spans[layer], writes[layer], x, W[layer], momentum)
+
+    return network.read_by(applied, q_BHLD)
+
+
+def _closed(network: Network, tokens: Tokens, answer: Tensor, W: Layers, closed_B: Tensor) -> tuple[Tensor, Layers]:
+    """Answers and state where a chunk's last token is written: the map acts, and that token's query asks behind it."""
+    W = chosen(closed_B, network.settled(W), W)
+    if network.rule.read == "chunk_start":
+        return answer, W
+    last = network.read(network.weights(W), tokens.q[:, :, -1:])
+    (last,) = chosen(closed_B, [last], [answer[:, :, -1:]])
+    return torch.cat([answer[:, :, :-1], last], 2), W
 
 
 def layer_read(span: Spans, writes: list[Write], x_BHLI: Tensor, W: Tensor, S: Tensor | None) -> Tensor:
@@ -160,6 +193,15 @@ def layer_left(span: Spans, writes: list[Write], W: Tensor, S: Tensor | None) ->
     steps = writes[0]
     push = span.pushed[..., -1, None, None] * S + (steps.along * span.pushes[..., -1, :, None]).mT @ steps.step
     return weight + span.carried[:, :, -1].unsqueeze(-1) * S, push
+
+
+def _ends(tokens: Tokens, layer: int) -> Spans:
+    """`layer_spans` without momentum, behind the last token alone: L numbers instead of L × L."""
+    log_decay = tokens.log_decay[layer] if tokens.log_decay else torch.zeros_like(tokens.rate).unsqueeze(-1)
+    total = log_decay.mT.cumsum(-1)
+    last = total[..., -1:]
+    left = (last - total).exp().unsqueeze(-2)
+    return Spans(left, left, last.exp().mT, None, None, None)
 
 
 def layer_spans(tokens: Tokens, layer: int) -> Spans:

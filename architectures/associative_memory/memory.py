@@ -35,6 +35,8 @@ class AssociativeMemory(nn.Module):
         super().__init__()
         if rule.memory.depth > 1 and not learned_start:
             raise ValueError("learned_start: an MLP that begins from zero has no gradient; only memory.depth 1 may")
+        if rule.map.kind == "norm" and not learned_start:
+            raise ValueError("learned_start: weights that begin from zero have no norm to keep; map.kind norm needs it")
         if (rule.memory.residual or rule.target == "self") and key_size != value_size:
             asked = "memory.residual" if rule.memory.residual else "target 'self'"
             raise ValueError(f"{asked}: needs keys as wide as values, got {key_size} and {value_size}")
@@ -56,7 +58,9 @@ class AssociativeMemory(nn.Module):
         under a norm too: the norm's slope grows as what it divides by shrinks."""
         near_zero = self.rule.memory.depth == 1 and not self.rule.memory.norm
         for weight in self.first:
-            nn.init.normal_(weight, std=0.02 if near_zero else 1 / math.sqrt(weight.shape[1]))
+            std = 0.02 if near_zero else 1 / math.sqrt(weight.shape[1])
+            # Weights are some root of I times smaller than their logarithms, the slices' mass over I.
+            nn.init.normal_(weight, std=std * math.sqrt(weight.shape[1]) if self.rule.map.kind == "kl" else std)
         if self.scale is not None and self.shift is not None:
             nn.init.ones_(self.scale)
             nn.init.zeros_(self.shift)
@@ -118,7 +122,8 @@ class AssociativeMemory(nn.Module):
 
     def _network(self) -> Network:
         scale, shift = (None if part is None else part.to(self._wide()) for part in (self.scale, self.shift))
-        return Network(rule=self.rule, scale=scale, shift=shift)
+        norms = self.rule.map.norms(tuple(part.to(self._wide()) for part in self.first))
+        return Network(rule=self.rule, scale=scale, shift=shift, norms=norms)
 
     def _checked(self, tokens: Tokens) -> Tokens:
         """The tokens with the feature map of queries and keys, if their gates are those of the rule."""
@@ -148,16 +153,10 @@ class AssociativeMemory(nn.Module):
         rule = self.rule
         matrix = rule.memory.depth == 1 and not rule.memory.norm and not rule.memory.residual
         if rule.delta != "none":  # the gated delta rule, where keys have unit length and gradients know no memory
-            matrix = (
-                matrix and rule.hebbian and rule.feature == "unit" and rule.optimizer == "gd" and tokens.erase is None
-            )
-        known = (
-            matrix
-            and rule.max_gradient is None
-            and rule.target == "value"
-            and rule.bias.kind in ("dot", "l2")
-            and rule.retention != "channel"
-        )
+            blind = rule.hebbian and rule.feature == "unit" and rule.optimizer == "gd"
+            matrix = matrix and blind and tokens.erase is None
+        known = matrix and rule.target == "value" and rule.bias.kind in ("dot", "l2") and rule.retention != "channel"
+        known = known and rule.read == "post" and not rule.mapped and rule.max_gradient is None
         if not known or tokens.counts is not None:
             return None
         q, k, v = (part.transpose(1, 2) for part in tokens[:3])

@@ -66,7 +66,7 @@ class MemoryMixer(CarryingMixer):
             conv_width=projection.conv_width, output_gate=projection.output_gate,
         )  # fmt: skip
         self.rule, self.options = rule, projection
-        self.max_rate = projection.max_rate or (1 / rule.chunk if rule.anchored and rule.delta == "none" else 1.0)
+        self.max_rate = projection.max_rate or (1 / rule.chunk if rule.steps_together and rule.delta == "none" else 1.0)
         check_rate("projection.max_rate", self.max_rate, rule)
         self.starts = self._gate_starts()
         self.gates = nn.Linear(hidden_size, sum(len(part) for part in self.starts.values())) if self.starts else None

@@ -7,7 +7,7 @@ training, and the outer loss reaches everything through the ordinary operations 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from clplat.architectures.associative_memory.rule import Activation, BiasOptions, Feature, MemoryRule
 from clplat.architectures.associative_memory.state import Layers
+
+Applied = Callable[[int, Tensor], Tensor]
+"""From a layer's number and its inputs (B, H, T, I) to its outputs (B, H, T, O)."""
 
 EPSILON = 1e-6
 """Added to the variance under the layer norm."""
@@ -51,8 +54,17 @@ def loss(answer: Tensor, target: Tensor, bias: BiasOptions, threshold: Tensor | 
         return (error.square() + bias.smoothing).pow(bias.power / 2).sum(-1) / bias.power
     if threshold is None:
         return 0.5 * error.square().sum(-1)
-    size, most = error.abs(), threshold.unsqueeze(-1)
-    return torch.where(size <= most, 0.5 * size.square(), most * size - 0.5 * most.square()).sum(-1)
+    if bias.huber == "feature":
+        return _huber(error.abs(), threshold.unsqueeze(-1)).sum(-1)
+    size = torch.linalg.vector_norm(error, dim=-1)
+    if bias.huber == "norm":
+        return _huber(size, threshold)
+    beyond = threshold * error.abs().sum(-1) - 0.5 * threshold.square()
+    return torch.where(size <= threshold, 0.5 * size.square(), beyond)
+
+
+def _huber(size: Tensor, most: Tensor) -> Tensor:
+    return torch.where(size <= most, 0.5 * size.square(), most * size - 0.5 * most.square())
 
 
 def loss_slope(answer: Tensor, target: Tensor, bias: BiasOptions, threshold: Tensor | None) -> Tensor:
@@ -65,23 +77,42 @@ def loss_slope(answer: Tensor, target: Tensor, bias: BiasOptions, threshold: Ten
     if threshold is None:
         return error
     most = threshold.unsqueeze(-1)
-    return torch.minimum(torch.maximum(error, -most), most)
+    if bias.huber == "feature":
+        return torch.minimum(torch.maximum(error, -most), most)
+    size = torch.linalg.vector_norm(error, dim=-1, keepdim=True)
+    if bias.huber == "norm":
+        return error * (most / torch.maximum(size, most))
+    return torch.where(size <= most, error, most * error.sign())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """The form of the memory; its weights are passed in. `scale` and `shift` (H, 1, E) belong to its norm, if any."""
+    """The form of the memory; its weights are passed in. `scale` and `shift` (H, 1, E) belong to its norm, if any, and
+    `norms` (H, 1, O) of every layer to a map that keeps them."""
 
     rule: MemoryRule
     scale: Tensor | None
     shift: Tensor | None
+    norms: Layers = ()
 
     def read(self, weights: Sequence[Tensor], x_BHTD: Tensor) -> Tensor:
         """The answers (B, H, T, E) of weights that all tokens share."""
-        *_, last = self._through(weights, x_BHTD)
-        return self.answer(x_BHTD, last)
+        return self.read_by(_applied(weights), x_BHTD)
 
-    def answer(self, x_BHTD: Tensor, last_BHTE: Tensor) -> Tensor:
+    def read_by(self, layer: Applied, x_BHTD: Tensor) -> Tensor:
+        """The answers (B, H, T, E) of layers that may be others for each token."""
+        *_, last = self._through(layer, x_BHTD)
+        return self._answer(x_BHTD, last)
+
+    def weights(self, state: Layers) -> Layers:
+        """The weights of what a memory's state holds behind a chunk."""
+        return self.rule.map.weights(state)
+
+    def settled(self, state: Layers) -> Layers:
+        """What a memory's state holds behind a chunk, of what its last token left."""
+        return self.rule.map.settled(state, self.norms)
+
+    def _answer(self, x_BHTD: Tensor, last_BHTE: Tensor) -> Tensor:
         """From what the last layer gives: normalised, and added to what was asked."""
         if self.scale is not None and self.shift is not None:
             last_BHTE = self.scale * _standardised(last_BHTE)[0] + self.shift
@@ -92,17 +123,20 @@ class Network:
     ) -> tuple[Layers, Layers]:
         """What each layer read, (B, H, T, I), and the slope of the loss at its output, (B, H, T, O): a token's gradient
         of that layer is their outer product."""
-        inputs, before, last = self._through(weights, k_BHTD)
+        inputs, before, last = self._through(_applied(weights), k_BHTD)
         target = self.read(weights, v_BHTE) if self.rule.target == "self" else v_BHTE
         # With `single` the erasing takes the old answer off, and the gradient is that of a layer that gave nothing.
         given = torch.zeros_like(last) if self.rule.delta == "single" else last
-        slope = loss_slope(self.answer(k_BHTD, given), target, self.rule.bias, threshold)
+        slope = loss_slope(self._answer(k_BHTD, given), target, self.rule.bias, threshold)
         if self.scale is not None:
             slope = _slope_below_norm(last, self.scale * slope)
-        slopes = [slope]
-        for weight, x in zip(reversed(weights[1:]), reversed(before)):
-            slopes.append((slopes[-1] @ weight.mT) * activation_slope(x, self.rule.memory.activation))
-        slopes.reverse()
+        if self.rule.memory.kind == "swiglu":
+            (gate, up), back, kind = before, slope @ weights[2].mT, self.rule.memory.activation
+            slopes = [back * up * activation_slope(gate, kind), back * activated(gate, kind), slope]
+        else:
+            slopes = [slope]
+            for weight, x in zip(reversed(weights[1:]), reversed(before)):
+                slopes.insert(0, (slopes[0] @ weight.mT) * activation_slope(x, self.rule.memory.activation))
         if self.rule.max_gradient is not None:
             slopes = [self._shortened(x, slope) for x, slope in zip(inputs, slopes, strict=True)]
         return tuple(inputs), tuple(slopes)
@@ -113,13 +147,21 @@ class Network:
         length = (x.square().sum(-1, keepdim=True) * slope.square().sum(-1, keepdim=True)).clamp(min=1e-30).sqrt()
         return slope / (length / self.rule.max_gradient).clamp(min=1.0)
 
-    def _through(self, weights: Sequence[Tensor], x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def _through(self, layer: Applied, x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Inputs of all layers, inner layers before their activation, and what the last one gives."""
+        if self.rule.memory.kind == "swiglu":
+            before = [layer(0, x), layer(1, x)]
+            inputs = [x, x, activated(before[0], self.rule.memory.activation) * before[1]]
+            return inputs, before, layer(2, inputs[2])
         inputs, before = [x], []
-        for weight in weights[:-1]:
-            before.append(inputs[-1] @ weight)
+        for number in range(self.rule.memory.depth - 1):
+            before.append(layer(number, inputs[-1]))
             inputs.append(activated(before[-1], self.rule.memory.activation))
-        return inputs, before, inputs[-1] @ weights[-1]
+        return inputs, before, layer(self.rule.memory.depth - 1, inputs[-1])
+
+
+def _applied(weights: Sequence[Tensor]) -> Applied:
+    return lambda number, x: x @ weights[number]
 
 
 def _standardised(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,14 +10,18 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from clplat.architectures.associative_memory.maps import MapOptions
 from clplat.architectures.option_checks import check_at_least, check_choices
 
+NetworkKind = Literal["mlp", "swiglu"]
 Activation = Literal["gelu", "silu"]
 Feature = Literal["identity", "unit", "elu"]
 BiasKind = Literal["dot", "l2", "lp", "huber"]
+HuberForm = Literal["feature", "norm", "switch"]
 Retention = Literal["none", "decay", "channel"]
 InnerOptimizer = Literal["gd", "momentum"]
 GradientAt = Literal["chunk", "token", "decayed"]
+Read = Literal["post", "chunk_start"]
 Target = Literal["value", "self"]
 Delta = Literal["none", "single", "double"]
 DeltaOn = Literal["every", "first", "last"]
@@ -25,21 +29,26 @@ DeltaOn = Literal["every", "first", "last"]
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
-    """The memory itself. `depth` 1 is a matrix, more is an MLP without biases whose inner layers are `expand` times as
-    wide as a key. `residual` adds the key to the answer; `norm` normalises the answer before (layer norm, whose scale
-    and shift are trained by the outer loss alone, as in TTT)."""
+    """The memory itself. `kind` mlp of `depth` 1 is a matrix, more is an MLP without biases whose inner layers are
+    `expand` times as wide as a key, or `inner_size` wide; swiglu, of depth 2, is down(σ(gate(x)) ⊙ up(x)), three
+    matrices. `residual` adds the key to the answer; `norm` normalises the answer before (layer norm, whose scale and
+    shift are trained by the outer loss alone, as in TTT)."""
 
     group: ClassVar[str] = "memory"
 
+    kind: NetworkKind = "mlp"
     depth: int = 1
     expand: int = 4
+    inner_size: int | None = None
     activation: Activation = "gelu"
     residual: bool = False
     norm: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self, activation=Activation)
-        check_at_least(self, 1, "depth", "expand")
+        check_choices(self, kind=NetworkKind, activation=Activation)
+        check_at_least(self, 1, "depth", "expand", "inner_size")
+        if self.kind == "swiglu" and self.depth != 2:
+            raise ValueError(f"memory.depth: a swiglu has depth 2, got {self.depth}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +56,8 @@ class BiasOptions:
     """The inner loss of an answer p to a key whose target is v, the attentional bias. With e = p − v:
 
     dot −⟨p, v⟩ · l2 ½‖e‖² · lp Σ (e² + smoothing)^(power/2) / power, which is ℓ_p with its corner rounded ·
-    huber Σ ½e² where |e| ≤ δ, else δ|e| − ½δ², with a threshold δ for every token and head.
+    huber with a threshold δ for every token and head, and H(a) = ½a² where |a| ≤ δ, else δ|a| − ½δ². `huber` says of
+    what: feature Σ H(e) · norm H(‖e‖₂) · switch, as Yaad has it, ½‖e‖² where ‖e‖₂ ≤ δ, else δ‖e‖₁ − ½δ².
     """
 
     group: ClassVar[str] = "bias"
@@ -55,9 +65,10 @@ class BiasOptions:
     kind: BiasKind = "l2"
     power: float = 3.0
     smoothing: float = 1e-6
+    huber: HuberForm = "feature"
 
     def __post_init__(self) -> None:
-        check_choices(self, kind=BiasKind)
+        check_choices(self, kind=BiasKind, huber=HuberForm)
         check_at_least(self, 1, "power")
         check_at_least(self, 0, "smoothing")
         if self.power < 2 and not self.smoothing:
@@ -69,25 +80,31 @@ class MemoryRule:
     """How a memory is written and read.
 
     `feature` map of queries and keys: none, unit length, or elu + 1, which is positive. `retention`: nothing is
-    forgotten, one gate a token and head, or one for each input channel of each layer. `optimizer`: a gradient step a
-    token, or one with momentum. `gradient_at`: where a token's gradient is taken: at the memory as it was when its
-    chunk began, as it was before the token, or that decayed (the gated delta rule). `chunk`: tokens that are computed
-    at once; with `gradient_at: chunk` it is part of the function, otherwise it changes rounding and speed alone.
-    `target` of a key's answer: the token's value, or the answer that the memory itself gives to that value.
+    forgotten, one gate a token and head, or one for each input channel of each layer. `map`: what makes the memory's
+    weights of that on which steps and decay act, where retention is not linear (`maps.py`). `optimizer`: a gradient
+    step a token, or one with momentum. `gradient_at`: where a token's gradient is taken: at the memory as it was when
+    its chunk began, as it was before the token, or that decayed (the gated delta rule). `chunk`: tokens that are
+    computed at once; with `gradient_at: chunk`, `read: chunk_start` or a map it is part of the function, otherwise it
+    changes rounding and speed alone. `read`: a query asks the memory behind its own token's write, or as it was when
+    its chunk began. `target` of a key's answer: the token's value, or the answer that the memory itself gives to that
+    value.
+
     `delta`: each token also erases what a layer answers to its direction, with the strength of its step. `double` is
     the rule as printed for Hope, whose gradient takes the old answer off once more: alone, a pair is learned to half of
     its value. `single` leaves the old answer out of the gradient, as the gated delta rule does. `delta_on`: layers that
-    erase: all, the one that reads keys, or the one that gives answers. `max_gradient`: a token's gradient of a layer,
-    if longer, is shortened to this norm.
+    erase: all, those that read keys, or the one that gives answers. `max_gradient`: a token's gradient of a layer, if
+    longer, is shortened to this norm.
     """
 
     memory: NetworkOptions = field(default_factory=NetworkOptions)
     feature: Feature = "unit"
     bias: BiasOptions = field(default_factory=BiasOptions)
     retention: Retention = "none"
+    map: MapOptions = field(default_factory=MapOptions)
     optimizer: InnerOptimizer = "gd"
     gradient_at: GradientAt = "chunk"
     chunk: int = 16
+    read: Read = "post"
     target: Target = "value"
     delta: Delta = "none"
     delta_on: DeltaOn = "every"
@@ -95,8 +112,8 @@ class MemoryRule:
 
     def __post_init__(self) -> None:
         check_choices(
-            self, feature=Feature, retention=Retention, optimizer=InnerOptimizer, gradient_at=GradientAt, target=Target,
-            delta=Delta, delta_on=DeltaOn,
+            self, feature=Feature, retention=Retention, optimizer=InnerOptimizer, gradient_at=GradientAt, read=Read,
+            target=Target, delta=Delta, delta_on=DeltaOn,
         )  # fmt: skip
         check_at_least(self, 1, "chunk")
         if self.max_gradient is not None and not (self.max_gradient > 0 and self.gradient_at == "chunk"):
@@ -107,9 +124,15 @@ class MemoryRule:
                 f"gradient_at: {self.gradient_at!r} is computed for a matrix memory (depth 1, no norm, no residual), "
                 "bias l2 and target value alone; chunk with chunk: 1 takes every gradient before its token, too"
             )
+        if self.gradient_at != "chunk" and self.mapped:
+            raise ValueError("map.kind: a map acts between chunks, so that it needs gradient_at: chunk")
 
         if self.delta != "none" and self.gradient_at != "chunk":
             raise ValueError(f"delta: {self.delta!r} is computed with gradient_at: chunk, got {self.gradient_at!r}")
+        if self.delta != "none" and self.mapped:
+            raise ValueError(
+                f"delta: {self.delta!r} erases what the weights answer, which a map ({self.map.kind}) hides"
+            )
         if self.delta == "single" and self.memory.norm:
             raise ValueError("delta: 'single' has no meaning under memory.norm, which has no slope at an answer of 0")
 
@@ -126,17 +149,31 @@ class MemoryRule:
 
     def erases(self, layer: int) -> bool:
         """Whether tokens erase in that layer, counted from the keys."""
-        last = self.memory.depth - 1
-        return self.delta != "none" and {"every": True, "first": layer == 0, "last": layer == last}[self.delta_on]
+        first = layer == 0 or (self.memory.kind == "swiglu" and layer == 1)
+        last = layer == (2 if self.memory.kind == "swiglu" else self.memory.depth - 1)
+        return self.delta != "none" and {"every": True, "first": first, "last": last}[self.delta_on]
+
+    @property
+    def mapped(self) -> bool:
+        """Whether something happens to the weights where a chunk ends."""
+        return self.map.kind != "none"
+
+    @property
+    def steps_together(self) -> bool:
+        """Whether all tokens of a chunk step from the same weights, each without knowing of the others."""
+        return self.gradient_at == "chunk" and not self.hebbian
 
     @property
     def anchored(self) -> bool:
         """Whether chunks are part of the function."""
-        return self.gradient_at == "chunk" and not self.hebbian
+        return self.steps_together or self.read == "chunk_start" or self.mapped
 
     def widths(self, key_size: int, value_size: int) -> list[tuple[int, int]]:
-        """Inputs and outputs of every layer."""
-        inner = [self.memory.expand * key_size] * (self.memory.depth - 1)
+        """Inputs and outputs of every layer; of a swiglu: gate, up, down."""
+        inside = self.memory.inner_size or self.memory.expand * key_size
+        if self.memory.kind == "swiglu":
+            return [(key_size, inside), (key_size, inside), (inside, value_size)]
+        inner = [inside] * (self.memory.depth - 1)
         return list(zip([key_size, *inner], [*inner, value_size], strict=True))
 
 

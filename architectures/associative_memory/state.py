@@ -75,6 +75,12 @@ class Tokens(NamedTuple):
         moved, here = self._each(gathered), source_BN >= 0
         return moved._replace(counts=here if moved.counts is None else here & moved.counts)
 
+    def counted(self) -> Tensor:
+        """(B, T) bool, which tokens count."""
+        if self.counts is not None:
+            return self.counts
+        return torch.ones(len(self.rate), self.rate.shape[2], dtype=torch.bool, device=self.rate.device)
+
     def silenced(self) -> Tokens:
         """Gates of tokens that do not count as they must be to change nothing."""
         if self.counts is None:

@@ -7,10 +7,14 @@ For token t, with a = exp(log_decay), η = exp(log_momentum), and for each layer
     W_t = a_t ⊙ W_{t−1} + S_t                           the memory; a weighs a layer's inputs, together or each
           − e_t h_t h_tᵀ W_{t−1}                        with `delta`: h_t is what the layer read in W_src from k_t,
                                                         at unit length, and e_t is rate_t where it is not given
-    y_t = M_t(q_t)                                      what is read, this token's write included
+    y_t = M_t(q_t)                                      what is read, this token's write included; with
+                                                        `read: chunk_start` by W when the token's chunk began
 
 `gradient_at` says what W_src is: W as it was when the token's chunk began, W_{t−1}, or a_t ⊙ W_{t−1}. `target` is v_t,
 or M_src(v_t), which the inner gradient takes as given and the outer loss does not.
+
+With a map (`maps.py`), decay and steps act on A instead. Behind a chunk's last token W = map(A); before it, W is A
+times the map's factor at the chunk's start, or, where the map has none, still what it was there.
 
 Sources: Behrouz et al. 2024 (Titans, arXiv:2501.00663, Eq. 8-14) for the rule with momentum and decay, Sun et al. 2024
 (TTT, 2407.04620, Eq. 3-7) for gradients at a chunk's start, Behrouz et al. 2025 (Nested Learning, 2512.24695, Eq. 88)
@@ -43,7 +47,9 @@ def token_loop(
         W, S = chosen(here, new_W, W), chosen(here, new_S, S)
         if network.rule.anchored:
             offset = (offset + here.long()) % network.rule.chunk
-        answers.append(network.read(W, token.q))
+        if network.rule.mapped:
+            W = chosen(here & (offset == 0), network.settled(W), W)
+        answers.append(network.read(_asked(network, W, anchor, here & (offset == 0)), token.q))
     if network.rule.anchored:
         anchor = chosen(offset == 0, W, anchor)
     return torch.cat(answers, 2), MemoryState(W, S, anchor, offset)
@@ -58,11 +64,23 @@ def _begun(begins_B: Tensor, first: MemoryState, state: MemoryState) -> MemorySt
     )
 
 
+def _asked(network: Network, W: Layers, anchor: Layers, closed_B: Tensor) -> Layers:
+    """The weights that a query asks."""
+    if network.rule.read == "chunk_start":
+        return network.weights(anchor)
+    if not network.rule.mapped:
+        return W
+    factors = network.rule.map.inside(anchor)
+    inside = network.weights(anchor) if factors is None else tuple(f * w for f, w in zip(factors, W, strict=True))
+    return chosen(closed_B, network.weights(W), inside)
+
+
 def written(network: Network, token: Tokens, W: Layers, S: Layers, anchor: Layers) -> tuple[Layers, Layers]:
     """Weights and momentum with one token's write."""
     decay = [gate[:, :, 0].exp().unsqueeze(-1) for gate in token.log_decay]
     kept = tuple(a * w for a, w in zip(decay, W, strict=True)) if decay else W
-    source = {"chunk": anchor if network.rule.anchored else W, "token": W, "decayed": kept}[network.rule.gradient_at]
+    start = network.weights(anchor) if network.rule.anchored else W
+    source = {"chunk": start, "token": W, "decayed": kept}[network.rule.gradient_at]
     inputs, slopes = network.gradients(source, token.k, token.v, token.threshold)
     if network.rule.delta != "none":
         kept = tuple(w - part for w, part in zip(kept, _erased(network, token, W, inputs), strict=True))

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from clplat.architectures.base import HasLevels
 from clplat.strategies.optimizers.joined import (
     Joined,
     NamedWeights,
@@ -18,19 +19,22 @@ from clplat.strategies.optimizers.joined import (
     some_names,
 )
 
+Reduction = Literal["sum", "mean"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
     """Parameters that step together, once in `period` steps.
 
-    `match` are patterns of their names (`*` for anything, dots included). `lr` replaces their optimizer's rate, and
-    `optimizer` the optimizer that all levels share.
+    `match` are patterns of their names (`*` for anything, dots included). `lr` replaces their optimizer's rate,
+    `optimizer` the optimizer that all levels share, and `reduction` that of all levels.
     """
 
     match: list[str] = field(default_factory=lambda: ["*"])
     period: int = 1
     lr: float | None = None
     optimizer: OptimizerFactory | None = None
+    reduction: Reduction | None = None
 
 
 class LevelClock(Joined):
@@ -48,17 +52,19 @@ class LevelClock(Joined):
         self,
         params: Iterable[Any],
         *,
-        levels: Mapping[str, Level],
+        levels: Mapping[str, Level] | None = None,
         optimizer: OptimizerFactory | None = None,
-        reduction: Literal["sum", "mean"] = "sum",
+        reduction: Reduction = "sum",
         unfinished: Literal["carry", "drop"] = "carry",
     ) -> None:
-        """A parameter belongs to the first of `levels`, in order, that matches its name; to one it must. `optimizer` is
-        that of levels without their own. `reduction`: a period's gradients are added up (as printed), or averaged.
-        `unfinished`: at the end of a task a period is gone on with in the next (needs `optimizer_state: keep`), or what
-        it had gathered is dropped (`reset`)."""
+        """A parameter belongs to the first of `levels`, in order, that matches its name; to one it must. None takes the
+        levels that the model itself has (`HasLevels`, as a continuum memory does), and lets all else step every time.
+        `optimizer` is that of levels without their own. `reduction`: a period's gradients are added up (as printed), or
+        averaged. `unfinished`: at the end of a task a period is gone on with in the next (needs `optimizer_state:
+        keep`), or what it had gathered is dropped (`reset`)."""
         named = NamedWeights.given(params)
-        self.levels, self.reduction, self.unfinished = dict(levels), reduction, unfinished
+        self.levels = levels_of(named.module) if levels is None else dict(levels)
+        self.reduction, self.unfinished = reduction, unfinished
         parts = _parts(named, self.levels)
         children = []
         for name, level in self.levels.items():
@@ -84,7 +90,7 @@ class LevelClock(Joined):
             self._gather(weights)
             clock = groups[0]["clock"] + 1
             if clock == level.period:
-                self._release(child, weights, level.period)
+                self._release(child, weights, level)
             for group in groups:
                 group["clock"] = clock % level.period
 
@@ -99,13 +105,14 @@ class LevelClock(Joined):
         if known:
             torch._foreach_add_([self.state[p]["pending"] for p in known], [p.grad for p in known])
 
-    def _release(self, child: torch.optim.Optimizer, weights: list[Tensor], period: int) -> None:
+    def _release(self, child: torch.optim.Optimizer, weights: list[Tensor], level: Level) -> None:
         """Let the child step with what was gathered; the gradients of this step stay what they were."""
         own = [p.grad for p in weights]
         # Taken out before the child looks: optimizers of torch take a parameter whose state is empty for a new one.
         gathered = [self.state[p].pop("pending") if "pending" in self.state.get(p, ()) else None for p in weights]
-        if self.reduction == "mean" and (some := [one for one in gathered if one is not None]):
-            torch._foreach_div_(some, period)
+        mean = (level.reduction or self.reduction) == "mean"
+        if mean and (some := [one for one in gathered if one is not None]):
+            torch._foreach_div_(some, level.period)
         for p, gradient in zip(weights, gathered, strict=True):
             p.grad = gradient
         try:
@@ -113,6 +120,29 @@ class LevelClock(Joined):
         finally:
             for p, gradient in zip(weights, own, strict=True):
                 p.grad = gradient
+
+
+REST = "rest"
+"""The level of parameters that are in none of the model's own; they step every time."""
+
+
+def levels_of(module: nn.Module | None) -> dict[str, Level]:
+    """The levels that a model has; ValueError where it has none."""
+    own = module.levels() if isinstance(module, HasLevels) else {}
+    if not own:
+        name = "this model" if module is None else type(module).__name__
+        raise ValueError(
+            f"levels: {name} has none at the clock of training steps; name them here, for example "
+            "{slow: {match: ['blocks.0.*'], period: 8}, rest: {}}, or give the model a ContinuumMemory"
+        )
+    found = {
+        name: Level(match=list(level.parameters), period=level.period, lr=level.lr, reduction=level.reduction)
+        for name, level in own.items()
+    }
+    assert module is not None
+    taken = {name for level in own.values() for name in level.parameters}
+    left = any(p.requires_grad and name not in taken for name, p in module.named_parameters())
+    return found | ({REST: Level()} if left else {})
 
 
 def _parts(named: NamedWeights, levels: Mapping[str, Level]) -> dict[str, NamedWeights]:

@@ -34,6 +34,7 @@ def by_autograd(made: AssociativeMemory, given: Tokens) -> torch.Tensor:
                 rule=rule,
                 scale=None if network.scale is None else network.scale[h],
                 shift=None if network.shift is None else network.shift[h],
+                norms=tuple(norm[h] for norm in network.norms),
             )
             W = [weight[b, h] for weight in start.weights]
             S = [torch.zeros_like(weight) for weight in W]
@@ -42,7 +43,7 @@ def by_autograd(made: AssociativeMemory, given: Tokens) -> torch.Tensor:
                     anchor = W
                 decays = [gate[b, h, t].exp().unsqueeze(-1) for gate in given.log_decay] or [1.0] * len(W)
                 kept = [a * weight for a, weight in zip(decays, W)]
-                source = {"chunk": anchor, "token": W, "decayed": kept}[rule.gradient_at]
+                source = {"chunk": own.weights(anchor), "token": W, "decayed": kept}[rule.gradient_at]
                 target = given.v[b, h, t]
                 if rule.target == "self":
                     target = own.read(source, given.v[b, h, t : t + 1])[0]
@@ -51,7 +52,7 @@ def by_autograd(made: AssociativeMemory, given: Tokens) -> torch.Tensor:
                 def inner(weights, own=own, key=given.k[b, h, t : t + 1], target=target, limit=limit):
                     answer = own.read(weights, key)[0]
                     if rule.delta == "single":  # linear in what the layers give, with the slope at nothing given
-                        nothing = own.answer(key, torch.zeros_like(key))[0]
+                        nothing = own._answer(key, torch.zeros_like(key))[0]
                         return answer @ torch.func.grad(loss)(nothing, target, rule.bias, limit)
                     return loss(answer, target, rule.bias, limit)
 
@@ -59,14 +60,19 @@ def by_autograd(made: AssociativeMemory, given: Tokens) -> torch.Tensor:
                 momentum = 0.0 if given.log_momentum is None else given.log_momentum[b, h, t].exp()
                 S = [momentum * s - given.rate[b, h, t] * slope for s, slope in zip(S, slopes)]
                 if rule.delta != "none":
-                    read = own._through(source, given.k[b, h, t])[0]
+                    read = own._through(lambda n, x, source=source: x @ source[n], given.k[b, h, t])[0]
                     erased = [torch.outer(x, x @ old) / (x @ x) for x, old in zip(read, W)]
                     kept = [
                         old - given.rate[b, h, t] * part * rule.erases(n)
                         for n, (old, part) in enumerate(zip(kept, erased))
                     ]
                 W = [old + s for old, s in zip(kept, S)]
-                answers[b, h, t] = own.read(W, given.q[b, h, t : t + 1])[0]
+                if closes := rule.mapped and t % rule.chunk == rule.chunk - 1:
+                    W = own.settled(W)
+                asked = own.weights(W if closes and rule.read == "post" else anchor)
+                if rule.read == "post" and not closes and (factors := rule.map.inside(anchor)) is not None:
+                    asked = [factor * weight for factor, weight in zip(factors, W)]
+                answers[b, h, t] = own.read(asked, given.q[b, h, t : t + 1])[0]
     return answers
 
 
@@ -173,7 +179,8 @@ def test_without_steps_and_forgetting_it_stays_as_it_began(name: str) -> None:
     answers, end = made(still)
     for found, expected in zip(end.weights, first):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
-    expected = made._network().read(first, made._checked(given).q)
+    network = made._network()
+    expected = network.read(network.weights(first), made._checked(given).q)
     torch.testing.assert_close(answers, expected, rtol=0, atol=1e-12)
 
 

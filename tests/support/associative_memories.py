@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from clplat.architectures.associative_memory.layout import Documents, documents_of
+from clplat.architectures.associative_memory.maps import MapOptions
 from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.rule import BiasOptions, MemoryRule, NetworkOptions
 from clplat.architectures.associative_memory.state import MemoryState, Tokens
 
 MLP = NetworkOptions(depth=2, expand=2)
 TTT = NetworkOptions(depth=2, expand=2, residual=True, norm=True)
+SWIGLU = NetworkOptions(kind="swiglu", depth=2, expand=2, activation="silu")
 
 RULES = {
     "hebb": MemoryRule(bias=BiasOptions(kind="dot"), retention="decay", chunk=4),
@@ -35,6 +37,38 @@ RULES = {
     "mlp-deep": MemoryRule(
         memory=NetworkOptions(depth=3, expand=2, activation="silu", norm=True), bias=BiasOptions(kind="lp", power=1.5),
         retention="decay", optimizer="momentum", chunk=4, target="self", feature="elu",
+    ),
+    "hebb-read-first": MemoryRule(bias=BiasOptions(kind="dot"), retention="decay", chunk=4, read="chunk_start"),
+    "gdn-read-first": MemoryRule(gradient_at="decayed", retention="channel", chunk=4, read="chunk_start"),
+    "mlp-read-first": MemoryRule(memory=TTT, retention="decay", optimizer="momentum", chunk=4, read="chunk_start"),
+    "huber-norm": MemoryRule(bias=BiasOptions(kind="huber", huber="norm"), chunk=4),
+    "mlp-yaad": MemoryRule(
+        memory=TTT, bias=BiasOptions(kind="huber", huber="switch"), retention="channel", chunk=4
+    ),
+    "lq": MemoryRule(map=MapOptions(kind="lq"), retention="decay", optimizer="momentum", chunk=4),
+    "lq-conjugate": MemoryRule(map=MapOptions(kind="lq", form="conjugate"), retention="decay", chunk=4),
+    "lq-read-first": MemoryRule(map=MapOptions(kind="lq", power=3.0), retention="channel", chunk=4, read="chunk_start"),
+    "mlp-moneta": MemoryRule(
+        memory=TTT, bias=BiasOptions(kind="lp", power=3.0), retention="channel", map=MapOptions(kind="lq"), chunk=4
+    ),
+    "mlp-moneta-each-token": MemoryRule(
+        memory=TTT, bias=BiasOptions(kind="lp"), retention="decay", map=MapOptions(kind="lq"), chunk=1
+    ),
+    "kl": MemoryRule(map=MapOptions(kind="kl"), retention="decay", optimizer="momentum", chunk=4),
+    "kl-hebb": MemoryRule(map=MapOptions(kind="kl"), bias=BiasOptions(kind="dot"), retention="decay", chunk=4),
+    "mlp-memora": MemoryRule(memory=TTT, retention="channel", map=MapOptions(kind="kl"), chunk=4),
+    "mlp-memora-positive-each-token": MemoryRule(
+        memory=MLP, retention="decay", map=MapOptions(kind="kl", signs="positive", mass=2.0), chunk=1
+    ),
+    "mlp-weight-norm": MemoryRule(memory=MLP, optimizer="momentum", map=MapOptions(kind="norm"), chunk=4),
+    "swiglu": MemoryRule(memory=SWIGLU, retention="decay", optimizer="momentum", chunk=4),
+    "swiglu-lact": MemoryRule(
+        memory=SWIGLU, bias=BiasOptions(kind="dot"), retention="channel", map=MapOptions(kind="norm"), chunk=4,
+        read="chunk_start",
+    ),
+    "swiglu-norm": MemoryRule(
+        memory=NetworkOptions(kind="swiglu", depth=2, expand=2, residual=True, norm=True), target="self",
+        retention="channel", chunk=4,
     ),
     "mlp-huber-each-token": MemoryRule(memory=MLP, bias=BiasOptions(kind="huber"), optimizer="momentum", chunk=1),
     "delta-single": MemoryRule(delta="single", retention="decay", feature="identity", chunk=4),

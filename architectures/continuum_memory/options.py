@@ -1,0 +1,118 @@
+"""What a continuum memory is made of, as a configuration says it:
+
+feed_forward:
+  class_path: ContinuumMemory
+  init_args:
+    levels: [{period: 1}, {period: 16, lr: 1e-3}, {period: 64, clock: token}]
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from clplat.architectures.continuum_memory.feed import ContinuumFeed
+from clplat.architectures.continuum_memory.levels import Clock, LevelSize, Reduction
+from clplat.architectures.layers import SwiGLU
+from clplat.architectures.option_checks import check_at_least, check_choices
+
+Carry = Literal["sequential", "independent"]
+
+
+class FeedForwardKind(ABC):
+    """Base of what may stand behind the mixing layers of a `MemoryTransformer`."""
+
+    @abstractmethod
+    def build(self, hidden_size: int) -> nn.Module:
+        """The layer for a stream of that width: from x to what is added, or a `decoder.ReadingFeed`."""
+
+
+class DenseFeed(FeedForwardKind):
+    """A SwiGLU whose inner size is `mlp_ratio` times the hidden size, rounded up to a multiple of 32."""
+
+    def __init__(self, *, mlp_ratio: float = 8 / 3) -> None:
+        self.mlp_ratio = mlp_ratio
+
+    def build(self, hidden_size: int) -> SwiGLU:
+        """The layer."""
+        return SwiGLU(hidden_size=hidden_size, inner_size=32 * math.ceil(self.mlp_ratio * hidden_size / 32))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CMSLevel:
+    """One level of a continuum memory: a SwiGLU that changes at every `period`-th beat of its clock alone.
+
+    `clock`: step, the training steps of the run, where the level learns by the run's own loss under `LevelClock`; or
+    token, the tokens of a sequence, where each row has weights of its own that begin at the trained ones and learn from
+    a local loss, ½ mean (F(x) − W_v x)², while they read. `lr`: of the level's updates. At the step clock None leaves
+    it to the optimizer, and it changes the rate of this level alone; at the token clock None is ½ a period: a unit
+    input that fills a period is then halfway learned. 0 is a level that stands still. `reduction` of a period's
+    gradients: added up, as printed, or averaged. `expand`: inner over hidden size, rounded up to a multiple of 32.
+    `name` defaults to the clock and the period: step16, token64.
+    """
+
+    group: ClassVar[str] = "levels"
+
+    period: int = 1
+    clock: Clock = "step"
+    lr: float | None = None
+    reduction: Reduction = "sum"
+    expand: float = 8 / 3
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self, clock=Clock, reduction=Reduction)
+        check_at_least(self, 1, "period")
+        check_at_least(self, 0, "lr")
+        if self.expand <= 0:
+            raise ValueError(f"levels.expand: must be above 0, got {self.expand}")
+        if self.name is not None and not self.name.isidentifier():
+            raise ValueError(f"levels.name: must be a word of letters, digits and '_', got {self.name!r}")
+
+    @property
+    def called(self) -> str:
+        """Its name."""
+        return self.name or f"{self.clock}{self.period}"
+
+    def sized(self, hidden_size: int) -> LevelSize:
+        """The same for a stream of that width, with nothing left open."""
+        lr = self.lr
+        if self.clock == "token" and lr is None:
+            lr = 0.5 / self.period if self.reduction == "sum" else 0.5
+        inner = 32 * math.ceil(self.expand * hidden_size / 32)
+        return LevelSize(
+            name=self.called, period=self.period, clock=self.clock, lr=lr, reduction=self.reduction,
+            hidden_size=hidden_size, inner_size=inner,
+        )  # fmt: skip
+
+
+class ContinuumMemory(FeedForwardKind):
+    """Levels in place of the feed-forward layer, from the input to the output.
+
+    Behrouz et al. 2025 (Nested Learning, arXiv:2512.24695), Eq. 70-71 and 73-74. One level of period 1 is the usual
+    SwiGLU.
+    """
+
+    def __init__(self, *, levels: Sequence[CMSLevel], carry: Carry = "sequential", residual: bool = True) -> None:
+        """`carry`: sequential, each level reads what the one before gives; or independent, all read the input and are
+        added up with trained weights. `residual`: levels one after another add to what they read, with a trained gain
+        each; False is the bare composition, as printed."""
+        self.levels, self.carry, self.residual = tuple(levels), carry, residual
+        check_choices(self, carry=Carry)
+        if not self.levels:
+            raise ValueError("ContinuumMemory.levels: must give at least one level")
+        names = [level.called for level in self.levels]
+        if twins := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"ContinuumMemory.levels: two are called {twins[0]!r}; give them a `name` each")
+        if carry == "independent" and not residual:
+            raise ValueError("ContinuumMemory.residual: false is for carry: sequential")
+
+    def build(self, hidden_size: int) -> ContinuumFeed:
+        """The layer."""
+        sizes = [level.sized(hidden_size) for level in self.levels]
+        return ContinuumFeed(levels=sizes, independent=self.carry == "independent", residual=self.residual)

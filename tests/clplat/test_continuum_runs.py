@@ -1,0 +1,60 @@
+"""Continuum memories in real runs: from YAML, stopped inside a period and resumed, begun with another run's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from interruptions import assert_resumes_as_if_never_stopped
+from studies import run_folder, study
+
+from clplat.assembly import assemble
+from clplat.checkpoint import Checkpoints
+from clplat.execution import execute
+from clplat.journal import read
+from clplat.strategies.world import World
+from clplat.study_file import expand, load_study
+
+LEVELS: list[dict[str, Any]] = [{"period": 1}, {"period": 5, "lr": 0.01}, {"period": 4, "clock": "token"}]
+STREAM = {"class_path": "MQAR", "init_args": {"pairs": [2, 3], "lengths": [12], "vocab_size": 16, "train_rows": 64,
+                                             "val_rows": 8, "test_rows": 8, "multiples": []}}  # fmt: skip
+
+
+def continuum(**options: Any) -> dict[str, Any]:
+    memory = {"class_path": "ContinuumMemory", "init_args": {"levels": LEVELS}}
+    attention = {"class_path": "AttentionLayer", "init_args": {"num_heads": 2}}
+    layers = {"hidden_size": 16, "layers": [attention, "TitansLMM"], "feed_forward": memory}
+    optimizer = {"class_path": "LevelClock", "init_args": {"optimizer": {"class_path": "AdamW", "init_args": {}}}}
+    return study(
+        stream=STREAM, architecture={"class_path": "MemoryTransformer", "init_args": layers | options},
+        training={"budget": {"steps": 7}, "batch_size": 4, "optimizer": optimizer, "optimizer_state": "keep"},
+    )  # fmt: skip
+
+
+def test_a_run_stopped_inside_a_period_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    assert_resumes_as_if_never_stopped(continuum(), step=8, folder=tmp_path)
+    state = Checkpoints(tmp_path / "whole" / "run", every_seconds=0).load()
+    assert state is not None
+    clocks = {group["level"]: group["clock"] for group in state["optimizer"]["param_groups"]}
+    assert clocks == {"step1": 0, "step5": 14 % 5, "rest": 0}
+    told = [entry["values"] for entry in read(tmp_path / "whole" / "run") if entry["kind"] == "tags"]
+    assert any(tags.get("architecture.level.token4") == "4 tokens, local loss" for tags in told)
+
+
+def test_a_run_may_begin_with_the_checkpoint_of_another(tmp_path: Path) -> None:
+    attention = {"hidden_size": 16, "num_layers": 2, "num_heads": 2}
+    base = continuum() | {"architecture": {"class_path": "Transformer", "init_args": attention}}
+    base["training"] |= {"optimizer": {"class_path": "AdamW", "init_args": {}}}
+    folder = run_folder(tmp_path, base)
+    assert execute(folder).status == "FINISHED"
+    path = max((folder / "checkpoints").glob("*.pt"))
+    layer = {"class_path": "AttentionLayer", "init_args": {"num_heads": 2}}
+    data = continuum(layers=[layer] * 2, start_from=str(path))
+    parts = assemble(expand(load_study(data))[0], World())
+    state = Checkpoints(folder, every_seconds=0).load()
+    assert state is not None
+    own, trained = parts.architecture.state_dict(), state["architecture"]
+    level, layer_name = "blocks.1.mlp.levels.step5.mlp.down.weight", "blocks.0.attention.attention.qkv.weight"
+    assert torch.equal(own[level], trained["blocks.1.mlp.down.weight"])
+    assert torch.equal(own[layer_name], trained["blocks.0.attention.qkv.weight"])
