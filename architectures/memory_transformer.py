@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clplat.architectures.associative_memory.carrying import CarryingMixer
 from clplat.architectures.associative_memory.layout import documents_of
 from clplat.architectures.associative_memory.memory import AssociativeMemory
-from clplat.architectures.associative_memory.mixer import MemoryMixer
 from clplat.architectures.associative_memory.presets import LayerKind, TitansLMM
 from clplat.architectures.associative_memory.reading import Reading
 from clplat.architectures.base import LevelPeriod, State
@@ -139,7 +139,7 @@ class MemoryTransformer(Decoder):
         """What computed the memories' last pass, by layer's number where layers differ, and what the levels of a
         continuum memory learn from."""
         mixers = {n: block.attention for n, block in enumerate(self.blocks)}
-        taken = {n: layer.memory.backend for n, layer in mixers.items() if isinstance(layer, MemoryMixer)}
+        taken = {n: layer.memory.backend for n, layer in mixers.items() if isinstance(layer, CarryingMixer)}
         fed = self.blocks[0].mlp
         learned = fed.facts() if isinstance(fed, ContinuumFeed) else {}
         if len(set(taken.values())) == 1:
@@ -161,11 +161,11 @@ class MemoryTransformer(Decoder):
                 )
         return found
 
-    def _memories(self) -> list[MemoryMixer]:
-        return [module for module in self.modules() if isinstance(module, MemoryMixer)]
+    def _memories(self) -> list[CarryingMixer]:
+        return [module for module in self.modules() if isinstance(module, CarryingMixer)]
 
     def _learns_while_reading(self) -> bool:
-        return any(isinstance(module, AssociativeMemory) for module in self.modules())
+        return any(isinstance(module, AssociativeMemory | CarryingMixer) for module in self.modules())
 
     def _context(self, tokens: Tensor, segment_ids: Tensor | None) -> tuple[Any, ...]:
         positions, before = torch.arange(tokens.shape[1], device=tokens.device), torch.zeros_like(tokens[:, 0])

@@ -87,7 +87,7 @@ class AssociativeMemory(nn.Module):
             self.backend = "chunked PyTorch" if form is None else f"delta_memory {form}"
             if form is not None:
                 given = state._replace(anchor=()) if fresh else state
-                o, end = delta_memory(**_by_name(tokens), **self._mode(), state=_matrix_state(given))
+                o, end = delta_memory(**_by_name(self.rule, tokens), **self._mode(), state=_matrix_state(given))
                 return o.transpose(1, 2), self._own_state(end, state)
             return self._by_chunks(_prepared(tokens, self._wide()), state, fresh)
 
@@ -100,7 +100,7 @@ class AssociativeMemory(nn.Module):
             self.backend = "chunked PyTorch" if form is None else f"delta_memory {form}"
             if form is not None:
                 state = _matrix_state(self.empty_state(len(documents.starts))._replace(anchor=()))
-                named = {name: part.flatten(0, 1).unsqueeze(0) for name, part in _by_name(tokens).items()}
+                named = {name: part.flatten(0, 1).unsqueeze(0) for name, part in _by_name(self.rule, tokens).items()}
                 ends = bounds(documents, tokens.q.device)
                 o, _ = delta_memory(**named, **self._mode(), state=state, cu_seqlens=ends)
                 return o.squeeze(0).unflatten(0, (rows, length)).transpose(1, 2)
@@ -152,8 +152,12 @@ class AssociativeMemory(nn.Module):
         """The form in which `delta_memory` takes this call; None where it has no such rule."""
         rule = self.rule
         matrix = rule.memory.depth == 1 and not rule.memory.norm and not rule.memory.residual
+        if rule.delta != "none":  # the gated delta rule, where keys have unit length and gradients know no memory
+            blind = rule.hebbian and rule.feature == "unit" and rule.optimizer == "gd"
+            matrix = matrix and blind and tokens.erase is None
         known = matrix and rule.target == "value" and rule.bias.kind in ("dot", "l2") and rule.retention != "channel"
-        if not known or rule.read != "post" or rule.mapped or tokens.counts is not None:
+        known = known and rule.read == "post" and not rule.mapped and rule.max_gradient is None
+        if not known or tokens.counts is not None:
             return None
         q, k, v = (part.transpose(1, 2) for part in tokens[:3])
         form = which_backend(q, k, v, chunk=rule.chunk)
@@ -161,6 +165,8 @@ class AssociativeMemory(nn.Module):
         return None if form == "torch" and not even else form
 
     def _mode(self) -> dict[str, Any]:
+        if self.rule.delta != "none":
+            return {"mode": "gdn", "chunk": self.rule.chunk}
         modes = {"chunk": "frozen", "token": "exact", "decayed": "gdn"}
         return {"mode": "hebb" if self.rule.hebbian else modes[self.rule.gradient_at], "chunk": self.rule.chunk}
 
@@ -172,8 +178,13 @@ class AssociativeMemory(nn.Module):
         return MemoryState((end.W,), momentum, (end.W if end.anchor is None else end.anchor,), offset)
 
 
-def _by_name(tokens: Tokens) -> dict[str, Tensor]:
+def _by_name(rule: MemoryRule, tokens: Tokens) -> dict[str, Tensor]:
     """The arguments of `delta_memory`, tokens before heads."""
+    if rule.delta != "none" and tokens.log_decay:
+        # a W − η k kᵀ W + η k vᵀ is its a (I − β k kᵀ) W + β k wᵀ with β = η / a and w = a v.
+        log_decay = tokens.log_decay[0].clamp(min=LOWEST_GATE)
+        rate = tokens.rate * torch.exp(-log_decay.squeeze(-1))
+        tokens = tokens._replace(v=(tokens.v * log_decay.exp()).to(tokens.v.dtype), rate=rate)
     parts = {"q": tokens.q, "k": tokens.k, "v": tokens.v, "rate": tokens.rate, "log_momentum": tokens.log_momentum}
     parts["log_decay"] = tokens.log_decay[0].squeeze(-1) if tokens.log_decay else None
     return {name: part.transpose(1, 2) for name, part in parts.items() if part is not None}
@@ -186,7 +197,7 @@ def _matrix_state(state: MemoryState) -> MatrixState:
 
 def _prepared(tokens: Tokens, wide: torch.dtype) -> Tokens:
     """All in the state's precision, with gates no lower than they may be."""
-    q, k, v, rate, log_decay, log_momentum, threshold, counts = tokens
+    q, k, v, rate, log_decay, log_momentum, threshold, counts, erase = tokens
     return Tokens(
         q.to(wide),
         k.to(wide),
@@ -196,4 +207,5 @@ def _prepared(tokens: Tokens, wide: torch.dtype) -> Tokens:
         None if log_momentum is None else log_momentum.to(wide).clamp(min=LOWEST_GATE),
         None if threshold is None else threshold.to(wide),
         counts,
+        None if erase is None else erase.to(wide),
     )

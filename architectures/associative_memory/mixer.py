@@ -7,25 +7,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clplat.architectures.associative_memory.carrying import CarryingMixer, OutputGate
 from clplat.architectures.associative_memory.layout import Documents
 from clplat.architectures.associative_memory.memory import AssociativeMemory
-from clplat.architectures.associative_memory.reading import Reading
-from clplat.architectures.associative_memory.rule import MemoryRule
-from clplat.architectures.associative_memory.state import MemoryState, Tokens
-from clplat.architectures.layers import causal_convolution
+from clplat.architectures.associative_memory.rule import MemoryRule, check_rate
+from clplat.architectures.associative_memory.state import Tokens
 from clplat.architectures.option_checks import check_at_least, check_choices
-
-MixerState = tuple[Tensor, tuple[Any, ...], Tensor, Tensor]
-"""What the convolution read before the pending tokens (B, K − 1, 3C), the memory there (`MemoryState` as plain tuples),
-tokens that were read last and may be padding (B, P, C), and the number of tokens before them (B,)."""
-
-OutputGate = Literal["none", "silu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,65 +57,32 @@ class ProjectionOptions:
             raise ValueError("projection.normaliser: needs learned_start: false, for a sum of positive weights")
 
 
-class MemoryMixer(nn.Module):
-    """Reads tokens into the memories of its heads and answers from them.
-
-    How many of a call's tokens were a row's own and how many padding is known only when the next call says where it
-    continues: as in Mamba's layer the state keeps the last call's inputs, and the next one takes in those that count.
-    """
+class MemoryMixer(CarryingMixer):
+    """Reads tokens into the memories of its heads, all under one rule, and answers from them."""
 
     def __init__(self, *, hidden_size: int, num_heads: int, rule: MemoryRule, projection: ProjectionOptions) -> None:
-        super().__init__()
-        if hidden_size % num_heads:
-            raise ValueError(f"num_heads: {num_heads} does not divide hidden_size ({hidden_size})")
-        self.rule, self.options, self.num_heads = rule, projection, num_heads
-        self.head_size = hidden_size // num_heads
-        self.max_rate = projection.max_rate or (1 / rule.chunk if rule.steps_together else 1.0)
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        wide = projection.conv_width > 1
-        self.conv_weight = nn.Parameter(torch.empty(projection.conv_width, 3 * hidden_size)) if wide else None
+        super().__init__(
+            hidden_size=hidden_size, num_heads=num_heads, channels=3 * hidden_size,
+            conv_width=projection.conv_width, output_gate=projection.output_gate,
+        )  # fmt: skip
+        self.rule, self.options = rule, projection
+        self.max_rate = projection.max_rate or (1 / rule.chunk if rule.steps_together and rule.delta == "none" else 1.0)
+        check_rate("projection.max_rate", self.max_rate, rule)
         self.starts = self._gate_starts()
         self.gates = nn.Linear(hidden_size, sum(len(part) for part in self.starts.values())) if self.starts else None
-        self.memory = AssociativeMemory(
+        self.memory: AssociativeMemory = AssociativeMemory(
             rule=rule, num_heads=num_heads, key_size=self.head_size,
             value_size=self.head_size + projection.normaliser, learned_start=projection.learned_start,
         )  # fmt: skip
-        self.norm = nn.RMSNorm(self.head_size, eps=1e-6)
-        self.output_gate = nn.Linear(hidden_size, hidden_size, bias=False) if projection.output_gate != "none" else None
-        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
         self.reset_dynamics()
 
     @torch.no_grad()
     def reset_dynamics(self) -> None:
         """What is not drawn like a projection: convolution, gates and the memory's first weights."""
-        if self.conv_weight is not None:
-            nn.init.uniform_(self.conv_weight, -(len(self.conv_weight) ** -0.5), len(self.conv_weight) ** -0.5)
+        super().reset_dynamics()
         if self.gates is not None:
             self.gates.bias.copy_(torch.cat(list(self.starts.values())))
         self.memory.reset_start()
-
-    def forward(self, x_BTC: Tensor, reading: Reading) -> Tensor:
-        """A full pass over rows, packed with documents or each of one text."""
-        documents = reading.documents
-        tokens = self._tokens(x_BTC, self.qkv(x_BTC), None, documents)
-        answers = self.memory(tokens)[0] if documents is None else self.memory.read_documents(tokens, documents)
-        return self._given_out(x_BTC, answers)
-
-    def continued(self, x_BTC: Tensor, state: MixerState, reading: Reading) -> tuple[Tensor, MixerState]:
-        """New tokens after the `reading.lengths` (B,) tokens of each row that `state` holds."""
-        before, memory = self._taken_in(state, reading.lengths)
-        answers, _ = self.memory(self._tokens(x_BTC, self.qkv(x_BTC), before, None), memory)
-        return self._given_out(x_BTC, answers), (before, tuple(memory), x_BTC, reading.lengths)
-
-    def empty_state(self, batch_size: int) -> MixerState:
-        """The state before any token, with nothing pending."""
-        weight, hidden = self.out.weight, self.out.in_features
-        return (
-            weight.new_zeros(batch_size, self.options.conv_width - 1, 3 * hidden),
-            tuple(self.memory.empty_state(batch_size)),
-            weight.new_zeros(batch_size, 0, hidden),
-            weight.new_zeros(batch_size, dtype=torch.long),
-        )
 
     def mixing_flops(self, tokens: int) -> float:
         """Operations of the memory beyond 2 for each weight that it begins with. For every number of a layer: 2 to ask
@@ -153,9 +113,7 @@ class MemoryMixer(nn.Module):
         counts_BT: Tensor | None = None,
     ) -> Tokens:  # fmt: skip
         """Queries, keys, values and gates of tokens, whose projections `qkv` follow those `before`."""
-        if self.conv_weight is not None:
-            numbers = None if documents is None else documents.number_BT
-            qkv = F.silu(causal_convolution(qkv, self.conv_weight, None, before, numbers))
+        qkv = self._convolved(qkv, before, documents)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_size)).permute(2, 0, 3, 1, 4).unbind(0)
         if self.options.normaliser:
             v = F.pad(v, (0, 1), value=1.0)
@@ -187,21 +145,4 @@ class MemoryMixer(nn.Module):
     def _given_out(self, x_BTC: Tensor, answers_BHTE: Tensor) -> Tensor:
         if self.options.normaliser:
             answers_BHTE = answers_BHTE[..., :-1] / answers_BHTE[..., -1:]
-        normed = self.norm(answers_BHTE.transpose(1, 2).to(x_BTC.dtype)).flatten(2).to(x_BTC.dtype)
-        if self.output_gate is not None:
-            normed = normed * F.silu(self.output_gate(x_BTC))
-        return self.out(normed)
-
-    def _taken_in(self, state: MixerState, lengths: Tensor) -> tuple[Tensor, MemoryState]:
-        """The convolution's inputs and the memory after the pending tokens that belong to a row."""
-        before, parts, pending, held = state
-        memory = MemoryState(*parts)
-        if not pending.shape[1]:
-            return before, memory
-        count = lengths - held
-        counts_BP = torch.arange(pending.shape[1], device=pending.device) < count.unsqueeze(1)
-        qkv = self.qkv(pending)
-        _, memory = self.memory(self._tokens(pending, qkv, before, None, counts_BP), memory)
-        places = count.unsqueeze(1) + torch.arange(before.shape[1], device=pending.device)
-        both = torch.cat([before.to(qkv.dtype), qkv], dim=1)
-        return both.gather(1, places.unsqueeze(-1).expand(-1, -1, both.shape[-1])), memory
+        return super()._given_out(x_BTC, answers_BHTE)

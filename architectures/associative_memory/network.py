@@ -125,16 +125,27 @@ class Network:
         of that layer is their outer product."""
         inputs, before, last = self._through(_applied(weights), k_BHTD)
         target = self.read(weights, v_BHTE) if self.rule.target == "self" else v_BHTE
-        slope = loss_slope(self._answer(k_BHTD, last), target, self.rule.bias, threshold)
+        # With `single` the erasing takes the old answer off, and the gradient is that of a layer that gave nothing.
+        given = torch.zeros_like(last) if self.rule.delta == "single" else last
+        slope = loss_slope(self._answer(k_BHTD, given), target, self.rule.bias, threshold)
         if self.scale is not None:
             slope = _slope_below_norm(last, self.scale * slope)
         if self.rule.memory.kind == "swiglu":
             (gate, up), back, kind = before, slope @ weights[2].mT, self.rule.memory.activation
-            return tuple(inputs), (back * up * activation_slope(gate, kind), back * activated(gate, kind), slope)
-        slopes = [slope]
-        for weight, x in zip(reversed(weights[1:]), reversed(before)):
-            slopes.append((slopes[-1] @ weight.mT) * activation_slope(x, self.rule.memory.activation))
-        return tuple(inputs), tuple(reversed(slopes))
+            slopes = [back * up * activation_slope(gate, kind), back * activated(gate, kind), slope]
+        else:
+            slopes = [slope]
+            for weight, x in zip(reversed(weights[1:]), reversed(before)):
+                slopes.insert(0, (slopes[0] @ weight.mT) * activation_slope(x, self.rule.memory.activation))
+        if self.rule.max_gradient is not None:
+            slopes = [self._shortened(x, slope) for x, slope in zip(inputs, slopes, strict=True)]
+        return tuple(inputs), tuple(slopes)
+
+    def _shortened(self, x: Tensor, slope: Tensor) -> Tensor:
+        """The slope with which a token's gradient, their outer product, is no longer than `max_gradient`."""
+        assert self.rule.max_gradient is not None
+        length = (x.square().sum(-1, keepdim=True) * slope.square().sum(-1, keepdim=True)).clamp(min=1e-30).sqrt()
+        return slope / (length / self.rule.max_gradient).clamp(min=1.0)
 
     def _through(self, layer: Applied, x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Inputs of all layers, inner layers before their activation, and what the last one gives."""

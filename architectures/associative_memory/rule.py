@@ -6,6 +6,7 @@ of Miras (Behrouz et al. 2025, arXiv:2504.13173).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -22,6 +23,8 @@ InnerOptimizer = Literal["gd", "momentum"]
 GradientAt = Literal["chunk", "token", "decayed"]
 Read = Literal["post", "chunk_start"]
 Target = Literal["value", "self"]
+Delta = Literal["none", "single", "double"]
+DeltaOn = Literal["every", "first", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,12 @@ class MemoryRule:
     changes rounding and speed alone. `read`: a query asks the memory behind its own token's write, or as it was when
     its chunk began. `target` of a key's answer: the token's value, or the answer that the memory itself gives to that
     value.
+
+    `delta`: each token also erases what a layer answers to its direction, with the strength of its step. `double` is
+    the rule as printed for Hope, whose gradient takes the old answer off once more: alone, a pair is learned to half of
+    its value. `single` leaves the old answer out of the gradient, as the gated delta rule does. `delta_on`: layers that
+    erase: all, those that read keys, or the one that gives answers. `max_gradient`: a token's gradient of a layer, if
+    longer, is shortened to this norm.
     """
 
     memory: NetworkOptions = field(default_factory=NetworkOptions)
@@ -97,13 +106,18 @@ class MemoryRule:
     chunk: int = 16
     read: Read = "post"
     target: Target = "value"
+    delta: Delta = "none"
+    delta_on: DeltaOn = "every"
+    max_gradient: float | None = None
 
     def __post_init__(self) -> None:
         check_choices(
             self, feature=Feature, retention=Retention, optimizer=InnerOptimizer, gradient_at=GradientAt, read=Read,
-            target=Target,
+            target=Target, delta=Delta, delta_on=DeltaOn,
         )  # fmt: skip
         check_at_least(self, 1, "chunk")
+        if self.max_gradient is not None and not (self.max_gradient > 0 and self.gradient_at == "chunk"):
+            raise ValueError("max_gradient: must be above 0, and gradient_at: chunk")
         plain = self.memory.depth == 1 and not (self.memory.norm or self.memory.residual)
         if self.gradient_at != "chunk" and not (plain and self.bias.kind == "l2" and self.target == "value"):
             raise ValueError(
@@ -113,10 +127,31 @@ class MemoryRule:
         if self.gradient_at != "chunk" and self.mapped:
             raise ValueError("map.kind: a map acts between chunks, so that it needs gradient_at: chunk")
 
+        if self.delta != "none" and self.gradient_at != "chunk":
+            raise ValueError(f"delta: {self.delta!r} is computed with gradient_at: chunk, got {self.gradient_at!r}")
+        if self.delta != "none" and self.mapped:
+            raise ValueError(
+                f"delta: {self.delta!r} erases what the weights answer, which a map ({self.map.kind}) hides"
+            )
+        if self.delta == "single" and self.memory.norm:
+            raise ValueError("delta: 'single' has no meaning under memory.norm, which has no slope at an answer of 0")
+
     @property
     def hebbian(self) -> bool:
         """Whether no gradient depends on the memory."""
-        return self.bias.kind == "dot" and self.memory.depth == 1 and not self.memory.norm and self.target == "value"
+        blind = self.bias.kind == "dot" or self.delta == "single"
+        return blind and self.memory.depth == 1 and not self.memory.norm and self.target == "value"
+
+    @property
+    def largest_rate(self) -> float:
+        """Of steps on unit keys, above which a memory that erases diverges; infinite for one that does not."""
+        return {"none": math.inf, "single": 2.0, "double": 1.0}[self.delta]
+
+    def erases(self, layer: int) -> bool:
+        """Whether tokens erase in that layer, counted from the keys."""
+        first = layer == 0 or (self.memory.kind == "swiglu" and layer == 1)
+        last = layer == (2 if self.memory.kind == "swiglu" else self.memory.depth - 1)
+        return self.delta != "none" and {"every": True, "first": first, "last": last}[self.delta_on]
 
     @property
     def mapped(self) -> bool:
@@ -140,3 +175,12 @@ class MemoryRule:
             return [(key_size, inside), (key_size, inside), (inside, value_size)]
         inner = [inside] * (self.memory.depth - 1)
         return list(zip([key_size, *inner], [*inner, value_size], strict=True))
+
+
+def check_rate(name: str, max_rate: float, rule: MemoryRule) -> None:
+    """Refuse steps on unit keys with which a memory that erases would diverge."""
+    if not 0 < max_rate <= rule.largest_rate:
+        raise ValueError(
+            f"{name}: must lie above 0 and, for a memory with delta: {rule.delta}, at most at {rule.largest_rate:g}, "
+            f"beyond which it diverges, got {max_rate}"
+        )

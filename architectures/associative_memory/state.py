@@ -51,6 +51,13 @@ class Tokens(NamedTuple):
     """(B, H, T), above 0, of the Huber bias."""
     counts: Tensor | None = None
     """(B, T) bool: a token that does not count changes nothing. None: all count."""
+    erase: Tensor | None = None
+    """(B, H, T), how much of its direction a token erases under a rule with `delta`. None: as much as its step size."""
+
+    @property
+    def strength(self) -> Tensor:
+        """`erase`, or what stands for it."""
+        return self.rate if self.erase is None else self.erase
 
     def part(self, start: int, stop: int) -> Tokens:
         """The tokens start..stop of every row."""
@@ -81,6 +88,7 @@ class Tokens(NamedTuple):
         off = ~self.counts.unsqueeze(1)
         return self._replace(
             rate=self.rate.masked_fill(off, 0.0),
+            erase=None if self.erase is None else self.erase.masked_fill(off, 0.0),
             log_decay=tuple(gate.masked_fill(off.unsqueeze(-1), 0.0) for gate in self.log_decay),
             log_momentum=None if self.log_momentum is None else self.log_momentum.masked_fill(off, 0.0),
         )
@@ -91,7 +99,8 @@ class Tokens(NamedTuple):
         assert q is not None and k is not None and v is not None and rate is not None
         log_decay = tuple(change(gate, 2) for gate in self.log_decay)
         counts = None if self.counts is None else change(self.counts, 1)
-        return Tokens(q, k, v, rate, log_decay, log_momentum, threshold, counts)
+        erase = None if self.erase is None else change(self.erase, 2)
+        return Tokens(q, k, v, rate, log_decay, log_momentum, threshold, counts, erase)
 
 
 def chosen(condition_B: Tensor, yes: Sequence[Tensor], no: Sequence[Tensor]) -> Layers:

@@ -5,6 +5,8 @@ For token t, with a = exp(log_decay), η = exp(log_momentum), and for each layer
     g_t = ∂ loss(M(k_t), target_t) / ∂W at W_src       the gradient (`network.py`)
     S_t = η_t S_{t−1} − rate_t g_t                      the step; without momentum η = 0
     W_t = a_t ⊙ W_{t−1} + S_t                           the memory; a weighs a layer's inputs, together or each
+          − e_t h_t h_tᵀ W_{t−1}                        with `delta`: h_t is what the layer read in W_src from k_t,
+                                                        at unit length, and e_t is rate_t where it is not given
     y_t = M_t(q_t)                                      what is read, this token's write included; with
                                                         `read: chunk_start` by W when the token's chunk began
 
@@ -15,12 +17,14 @@ With a map (`maps.py`), decay and steps act on A instead. Behind a chunk's last 
 times the map's factor at the chunk's start, or, where the map has none, still what it was there.
 
 Sources: Behrouz et al. 2024 (Titans, arXiv:2501.00663, Eq. 8-14) for the rule with momentum and decay, Sun et al. 2024
-(TTT, 2407.04620, Eq. 3-7) for gradients at a chunk's start.
+(TTT, 2407.04620, Eq. 3-7) for gradients at a chunk's start, Behrouz et al. 2025 (Nested Learning, 2512.24695, Eq. 88)
+for erasing.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clplat.architectures.associative_memory.network import Network
@@ -38,7 +42,7 @@ def token_loop(
             W, S, anchor, offset = _begun(begins_BT[:, t], first, MemoryState(W, S, anchor, offset))
         if network.rule.anchored:
             anchor = chosen(offset == 0, W, anchor)
-        new_W, new_S = _written(network, token, W, S, anchor)
+        new_W, new_S = written(network, token, W, S, anchor)
         here = torch.ones_like(offset, dtype=torch.bool) if token.counts is None else token.counts[:, 0]
         W, S = chosen(here, new_W, W), chosen(here, new_S, S)
         if network.rule.anchored:
@@ -71,16 +75,28 @@ def _asked(network: Network, W: Layers, anchor: Layers, closed_B: Tensor) -> Lay
     return chosen(closed_B, network.weights(W), inside)
 
 
-def _written(network: Network, token: Tokens, W: Layers, S: Layers, anchor: Layers) -> tuple[Layers, Layers]:
+def written(network: Network, token: Tokens, W: Layers, S: Layers, anchor: Layers) -> tuple[Layers, Layers]:
     """Weights and momentum with one token's write."""
     decay = [gate[:, :, 0].exp().unsqueeze(-1) for gate in token.log_decay]
     kept = tuple(a * w for a, w in zip(decay, W, strict=True)) if decay else W
     start = network.weights(anchor) if network.rule.anchored else W
     source = {"chunk": start, "token": W, "decayed": kept}[network.rule.gradient_at]
     inputs, slopes = network.gradients(source, token.k, token.v, token.threshold)
+    if network.rule.delta != "none":
+        kept = tuple(w - part for w, part in zip(kept, _erased(network, token, W, inputs), strict=True))
     steps = [-token.rate.unsqueeze(-1) * (x.mT @ slope) for x, slope in zip(inputs, slopes)]
     if token.log_momentum is None:
         return tuple(w + step for w, step in zip(kept, steps)), ()
     momentum = token.log_momentum.exp().unsqueeze(-1)
     S = tuple(momentum * s + step for s, step in zip(S, steps, strict=True))
     return tuple(w + s for w, s in zip(kept, S)), S
+
+
+def _erased(network: Network, token: Tokens, W: Layers, inputs: Layers) -> Layers:
+    """What one token takes off each layer."""
+    units = [F.normalize(x, dim=-1) for x in inputs]
+    strength = token.strength.unsqueeze(-1)
+    return tuple(
+        strength * unit.mT @ (unit @ weight) if network.rule.erases(layer) else torch.zeros_like(weight)
+        for layer, (unit, weight) in enumerate(zip(units, W, strict=True))
+    )

@@ -50,11 +50,22 @@ def by_autograd(made: AssociativeMemory, given: Tokens) -> torch.Tensor:
                 limit = None if given.threshold is None else given.threshold[b, h, t]
 
                 def inner(weights, own=own, key=given.k[b, h, t : t + 1], target=target, limit=limit):
-                    return loss(own.read(weights, key)[0], target, rule.bias, limit)
+                    answer = own.read(weights, key)[0]
+                    if rule.delta == "single":  # linear in what the layers give, with the slope at nothing given
+                        nothing = own._answer(key, torch.zeros_like(key))[0]
+                        return answer @ torch.func.grad(loss)(nothing, target, rule.bias, limit)
+                    return loss(answer, target, rule.bias, limit)
 
                 slopes = torch.func.grad(inner)([weight.detach() for weight in source])
                 momentum = 0.0 if given.log_momentum is None else given.log_momentum[b, h, t].exp()
                 S = [momentum * s - given.rate[b, h, t] * slope for s, slope in zip(S, slopes)]
+                if rule.delta != "none":
+                    read = own._through(lambda n, x, source=source: x @ source[n], given.k[b, h, t])[0]
+                    erased = [torch.outer(x, x @ old) / (x @ x) for x, old in zip(read, W)]
+                    kept = [
+                        old - given.rate[b, h, t] * part * rule.erases(n)
+                        for n, (old, part) in enumerate(zip(kept, erased))
+                    ]
                 W = [old + s for old, s in zip(kept, S)]
                 if closes := rule.mapped and t % rule.chunk == rule.chunk - 1:
                     W = own.settled(W)
@@ -173,7 +184,7 @@ def test_without_steps_and_forgetting_it_stays_as_it_began(name: str) -> None:
     torch.testing.assert_close(answers, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["hebb", "frozen", "titans-matrix", "exact", "gdn"])
+@pytest.mark.parametrize("name", ["hebb", "frozen", "titans-matrix", "exact", "gdn", "delta-single-gdn"])
 def test_calls_that_a_gpu_gives_to_the_kernels_are_the_token_loop_too(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

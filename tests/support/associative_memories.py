@@ -71,6 +71,20 @@ RULES = {
         retention="channel", chunk=4,
     ),
     "mlp-huber-each-token": MemoryRule(memory=MLP, bias=BiasOptions(kind="huber"), optimizer="momentum", chunk=1),
+    "delta-single": MemoryRule(delta="single", retention="decay", feature="identity", chunk=4),
+    "delta-single-gdn": MemoryRule(delta="single", retention="decay", chunk=4),
+    "delta-double": MemoryRule(delta="double", retention="decay", optimizer="momentum", chunk=4),
+    "delta-single-channel": MemoryRule(delta="single", retention="channel", feature="elu", target="self", chunk=4),
+    "delta-dot": MemoryRule(delta="double", bias=BiasOptions(kind="dot"), optimizer="momentum", chunk=4),
+    "mlp-delta": MemoryRule(
+        memory=NetworkOptions(depth=2, expand=2, residual=True), delta="double", retention="decay",
+        optimizer="momentum", target="self", chunk=4,
+    ),
+    "mlp-delta-norm": MemoryRule(memory=TTT, delta="double", delta_on="first", retention="channel", chunk=4),
+    "mlp-delta-single": MemoryRule(
+        memory=NetworkOptions(depth=3, expand=2, activation="silu", residual=True), delta="single", delta_on="last",
+        bias=BiasOptions(kind="huber"), chunk=4,
+    ),
 }  # fmt: skip
 """Every choice of every part, with each other part that it is computed together with."""
 

@@ -1,0 +1,139 @@
+"""`SelfModifyingMemory`: memories that make the keys, values and gates under which they all learn.
+
+For token t of a head, with the memories M_□ as they were when the token's chunk began (`anchor`):
+
+    k_t = unit(M_k(x_t))    v_t = M_v(x_t)
+    η_t = max_rate · sigmoid(⟨r, M_η(x_t)⟩ + b)     α_t = sigmoid(⟨s, M_α(x_t)⟩ + c)
+    y_t = M_mem,t−1(q_t)                                            `read`, here before the token's own write
+    every M_□ learns under k_t, η_t, α_t to answer M_□(v_t) to k_t  `written` of the associative memory's token loop
+
+Source: Behrouz et al. 2025 (Nested Learning, arXiv:2512.24695, §8, Eq. 76-93), read as docs/hope.md says. Shapes: see
+`inputs.py`; n memories, first those that make something, last the one that answers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clplat.architectures.associative_memory.layout import Documents, continued, separated
+from clplat.architectures.associative_memory.network import Network
+from clplat.architectures.associative_memory.state import LOWEST_GATE, MemoryState, Tokens
+from clplat.architectures.hope.bank import Bank
+from clplat.architectures.hope.forms import Group, by_chunks, one_by_one, one_more
+from clplat.architectures.hope.inputs import HeadInputs
+from clplat.architectures.hope.options import SelfModifyingOptions
+
+
+class SelfModifyingMemory(nn.Module):
+    """The memories of H heads, with the weights that each of them begins with, which the outer loss trains."""
+
+    def __init__(self, *, options: SelfModifyingOptions, num_heads: int, head_size: int) -> None:
+        super().__init__()
+        self.options, self.num_heads = options, num_heads
+        self.rule, self.names = options.rule, (*options.generators, "memory")
+        network = Network(rule=self.rule, scale=None, shift=None)
+        self.groups = [Group(bank=Bank(network=network, count=len(names)), chunk=n) for names, n in options.groups]
+        self.generators = Bank(network=network, count=len(options.generators))
+        self.shapes = [(len(self.names) * num_heads, *widths) for widths in self.rule.widths(head_size, head_size)]
+        self.first = nn.ParameterList(nn.Parameter(torch.empty(shape)) for shape in self.shapes)
+        gates = [name for name in ("rate", "decay") if name in options.generators]
+        self.readouts = nn.ParameterDict({name: nn.Parameter(torch.empty(num_heads, 1, head_size)) for name in gates})
+        self.biases = nn.ParameterDict({name: nn.Parameter(torch.empty(num_heads, 1)) for name in gates})
+        self.backend = "chunked PyTorch"
+        self.reset_start()
+
+    @torch.no_grad()
+    def reset_start(self) -> None:
+        """Layers keep the scale of what they read; where the memory that answers is a matrix, it begins near zero."""
+        for weight in [*self.first, *self.readouts.values()]:
+            nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[-1] if weight.shape[1] == 1 else weight.shape[1]))
+        if self.rule.memory.depth == 1:
+            nn.init.normal_(self.first[0][-self.num_heads :], std=0.02)
+        for name, bias in self.biases.items():
+            nn.init.constant_(bias, torch.tensor(getattr(self.options, f"{name}_start")).logit().item())
+
+    def empty_state(self, rows: int) -> MemoryState:
+        """The memories before any token, in float32 or wider; layers of one group after those of another."""
+        weights = tuple(
+            weight[taken].to(self._wide()).expand(rows, -1, -1, -1)
+            for taken in self._rows()
+            for weight in self.first
+        )  # fmt: skip
+        momentum = tuple(map(torch.zeros_like, weights)) if self.options.momentum else ()
+        return MemoryState(weights, momentum, weights, torch.zeros(rows, dtype=torch.long, device=weights[0].device))
+
+    def forward(self, tokens: HeadInputs, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
+        """Answers (B, H, T, D) in float32 or wider and the state behind the last token; `state` continues an earlier
+        call, at any token."""
+        with torch.autocast(tokens.x.device.type, enabled=False):
+            tokens = tokens.widened(self._wide())
+            if state is None:
+                return by_chunks(self, tokens, self.empty_state(len(tokens.x)))
+            if tokens.x.shape[2] == 1:
+                return one_more(self, tokens, state)
+            layout = continued(state.offset, tokens.x.shape[2], self.period)
+            answers, end = by_chunks(self, tokens.taken(layout.source_BN), state)
+            return layout.back(answers), end
+
+    def read_documents(self, tokens: HeadInputs, documents: Documents) -> Tensor:
+        """Answers (B, H, T, D) to packed rows, where each document begins with the first state and a chunk."""
+        rows, length = tokens.x.shape[0], tokens.x.shape[2]
+        with torch.autocast(tokens.x.device.type, enabled=False):
+            layout = separated(documents, rows, length, self.period)
+            moved = tokens.widened(self._wide()).taken(layout.source_BN)
+            return layout.back(by_chunks(self, moved, self.empty_state(rows), layout.begins_Bn)[0])
+
+    def by_definition(
+        self, tokens: HeadInputs, state: MemoryState | None = None, documents: Documents | None = None
+    ) -> tuple[Tensor, MemoryState]:
+        """The same by the loop over tokens, for tests."""
+        state = self.empty_state(len(tokens.x)) if state is None else state
+        begins = None if documents is None else documents.begins()
+        return one_by_one(self, tokens.widened(self._wide()), state, begins)
+
+    @property
+    def period(self) -> int:
+        """Tokens after which chunks of all memories begin together."""
+        return max(group.chunk for group in self.groups)
+
+    def generated(self, inputs: HeadInputs, anchor: tuple[Tensor, ...]) -> Tokens:
+        """What the memories read of tokens: made by those of the first group as they are in `anchor`, or given."""
+        count = len(self.options.generators) * self.num_heads
+        made = dict[str, Tensor]()
+        if count:
+            answers = self.generators.answers(tuple(part[:, :count] for part in anchor), inputs.x)
+            made = dict(zip(self.options.generators, answers, strict=True))
+        q, k, v = (made[name] if name in made else getattr(inputs, name) for name in ("query", "key", "value"))
+        rate = erase = self.options.largest_rate * self._gate("rate", inputs.rate, made).sigmoid()
+        log_momentum = None
+        if inputs.momentum is not None:
+            log_momentum = F.logsigmoid(inputs.momentum)
+            rate = rate * -log_momentum.expm1() if self.options.damped else rate
+            log_momentum = log_momentum.clamp(min=LOWEST_GATE)
+        log_decay: tuple[Tensor, ...] = ()
+        if self.options.decay:
+            gate = F.logsigmoid(self._gate("decay", inputs.decay, made)).clamp(min=LOWEST_GATE)
+            log_decay = (gate.unsqueeze(-1),) * len(self.first)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        v = F.normalize(v, dim=-1) if self.options.unit_values else v
+        return Tokens(q, k, v, rate, log_decay, log_momentum, None, inputs.counts, erase).silenced()
+
+    def _gate(self, name: str, given: Tensor | None, made: dict[str, Tensor]) -> Tensor:
+        if name in made:
+            return (made[name] * self.readouts[name]).sum(-1) + self.biases[name]
+        assert given is not None
+        return given
+
+    def _rows(self) -> list[slice]:
+        """Each group's heads among those of all memories."""
+        ends = [0]
+        for group in self.groups:
+            ends.append(ends[-1] + group.bank.count * self.num_heads)
+        return [slice(start, stop) for start, stop in zip(ends, ends[1:])]
+
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self.first[0].dtype, torch.float32)
