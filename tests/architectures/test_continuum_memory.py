@@ -257,8 +257,9 @@ def test_arms_of_a_shipped_study_have_as_many_feed_forward_weights_and_levels_ha
     monkeypatch.setenv("CLPLAT_DATA", "data")
     sizes = set()
     for run in expand(load_study(f"hope/{name}", [("seeds", "[0]")])):
+        layers = "num_layers" if run.architecture.class_path.endswith("Hope") else "repeat"
         made = built(
-            Component(class_path=run.architecture.class_path, init_args=run.architecture.init_args | {"repeat": 1})
+            Component(class_path=run.architecture.class_path, init_args=run.architecture.init_args | {layers: 1})
         )
         own = {name: p.numel() for name, p in made.named_parameters() if ".mlp." in name and p.ndim >= 2}
         sizes.add(sum(count for name, count in own.items() if not name.endswith("target.weight")))
