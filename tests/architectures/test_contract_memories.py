@@ -18,6 +18,7 @@ from clplat.architectures.associative_memory.presets import (
     TTTLinear,
 )
 from clplat.architectures.associative_memory.rule import BiasOptions, MemoryRule, NetworkOptions
+from clplat.architectures.continuum_memory.options import CMSLevel, ContinuumMemory
 from clplat.architectures.contract import CHECKS
 from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransformer
 from clplat.architectures.probing import Contract
@@ -52,3 +53,22 @@ def factory(layers: list[LayerKind]) -> Callable[[Spec], MemoryTransformer]:
 @pytest.mark.parametrize("name", LAYERS)
 def test_contract(name: str, check: Callable[[Contract], None]) -> None:
     check(Contract(factory=factory(LAYERS[name]), spec=TEXT))
+
+
+CONTINUA: dict[str, ContinuumMemory] = {
+    "sequential": ContinuumMemory(levels=[CMSLevel(), CMSLevel(period=5, clock="token")]),
+    "independent": ContinuumMemory(
+        levels=[CMSLevel(period=3, clock="token", reduction="mean"), CMSLevel(period=4)], carry="independent"
+    ),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", CONTINUA)
+def test_contract_with_a_continuum_memory(name: str, check: Callable[[Contract], None]) -> None:
+    layers = [AttentionLayer(num_heads=2), TitansLMM(num_heads=2, chunk=4, expand=2)]
+
+    def build(spec: Spec) -> MemoryTransformer:
+        return MemoryTransformer(spec=spec, hidden_size=16, layers=layers, dropout=0.2, feed_forward=CONTINUA[name])
+
+    check(Contract(factory=build, spec=TEXT))
