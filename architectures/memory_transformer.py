@@ -6,7 +6,7 @@
       layers: [TitansLMM, {class_path: AttentionLayer, init_args: {num_heads: 8}}]
       repeat: 2
 
-The kinds of layers: `associative_memory/presets.py`; sources and what is inferred: docs/memories.md.
+The kinds of layers: `associative_memory/presets.py`, `hope/presets.py`; sources and what is inferred: docs/memories.md.
 
 Shapes: B rows, T tokens, S tokens in an attention layer's cache, C hidden size, V vocabulary.
 """
@@ -30,6 +30,7 @@ from clplat.architectures.continuum_memory.levels import StepLevel
 from clplat.architectures.continuum_memory.options import DenseFeed, FeedForwardKind
 from clplat.architectures.continuum_memory.start import begin_from, weights_in
 from clplat.architectures.decoder import Block, Decoder, check_language, mixing_state
+from clplat.architectures.hope import presets as _hope  # noqa: F401 - known here, its layers go by bare names
 from clplat.architectures.layers import Angles, Attention, Cache, causal_document_mask, rotary_angles
 from clplat.streams.base import Spec
 
@@ -165,7 +166,7 @@ class MemoryTransformer(Decoder):
         return [module for module in self.modules() if isinstance(module, CarryingMixer)]
 
     def _learns_while_reading(self) -> bool:
-        return any(isinstance(module, AssociativeMemory) for module in self.modules())
+        return any(isinstance(module, AssociativeMemory | CarryingMixer) for module in self.modules())
 
     def _context(self, tokens: Tensor, segment_ids: Tensor | None) -> tuple[Any, ...]:
         positions, before = torch.arange(tokens.shape[1], device=tokens.device), torch.zeros_like(tokens[:, 0])

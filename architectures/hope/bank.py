@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clplat.architectures.associative_memory.network import Network, activated
+from clplat.architectures.associative_memory.network import Network
 from clplat.architectures.associative_memory.spans import (
     Spans,
     Write,
@@ -82,19 +82,20 @@ class Bank:
         self, q_BHLD: Tensor, spans: list[Spans], writes: list[list[Write]], W: Layers, S: Layers, before: bool
     ) -> Tensor:
         """Queries, by the last memory as it is before or behind each token's write."""
-        x, heads, width = q_BHLD, q_BHLD.shape[1], W[0].shape[-1] // self.count
-        for layer, span in enumerate(spans):
+        heads, width = q_BHLD.shape[1], W[0].shape[-1] // self.count
+
+        def applied(layer: int, x: Tensor) -> Tensor:
             columns, rows = (slice(-width, None), slice(None)) if layer == 0 else (slice(None), slice(-heads, None))
-            own = Spans(*(None if part is None else part[:, rows] for part in span))  # type: ignore[arg-type]
+            own = Spans(*(None if part is None else part[:, rows] for part in spans[layer]))  # type: ignore[arg-type]
             own = earlier(own) if before else own
             mine = [
                 Write(write.along[:, rows], write.step[:, rows, :, columns], left)
                 for write, left in zip(writes[layer], (own.writes, own.kept))
             ]
             momentum = S[layer][:, rows, :, columns] if S else None
-            read = layer_read(own, mine, x, W[layer][:, rows, :, columns], momentum)
-            x = read if layer == len(W) - 1 else activated(read, self.network.rule.memory.activation)
-        return self.network.answer(q_BHLD, x)
+            return layer_read(own, mine, x, W[layer][:, rows, :, columns], momentum)
+
+        return self.network.read_by(applied, q_BHLD)
 
     def _copied(self, part_BH: Tensor) -> Tensor:
         return torch.cat([part_BH] * self.count, 1) if self.count > 1 else part_BH

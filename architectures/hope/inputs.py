@@ -49,7 +49,6 @@ class HeadInputs(NamedTuple):
         return self._each(lambda part, _: part if part.dtype == torch.bool else part.to(dtype))
 
     def _each(self, change: Callable[[Tensor, int], Tensor]) -> HeadInputs:
-        parts = [None if part is None else change(part, 2) for part in self[:7]]
+        query, key, value, rate, decay, momentum = (None if part is None else change(part, 2) for part in self[1:7])
         counts = None if self.counts is None else change(self.counts, 1)
-        assert parts[0] is not None
-        return HeadInputs(parts[0], *parts[1:], counts=counts)
+        return HeadInputs(change(self.x, 2), query, key, value, rate, decay, momentum, counts)

@@ -47,16 +47,20 @@ class SelfModifyingMixer(CarryingMixer):
 
     def mixing_flops(self, tokens: int) -> float:
         """Operations of the memories beyond 2 for each weight that they begin with. For every number of a layer: 2 to
-        ask it with the value for a target, and for the error 2 with the key and, behind the first layer, 2 back; 2 to
-        write it, 2 to erase and 4 for momentum; 2 to ask those that make something and one that answers. Inside chunks:
-        products of inputs with each other and with steps."""
+        ask it with the key, 2 with the value for a target, behind the first layer 2 for the error's way back, 2 to
+        write it and 2 for momentum; to erase, 2 to ask it and its momentum each and 2 to write; 2 to ask those that
+        make something and the one that answers. Inside chunks: products of inputs with each other and with steps."""
         options, total, count = self.options, 0.0, len(self.memory.names)
-        chunk = min(group.chunk for group in self.memory.groups)
+        chunk, momentum = min(group.chunk for group in self.memory.groups), options.momentum
         for layer, (heads, inputs, outputs) in enumerate(self.memory.shapes):
-            erases, asked = self.memory.rule.erases(layer), 2.0 * (options.target == "self")
-            passes = 6.0 + asked + 2.0 * bool(layer) + 2.0 * erases + 4.0 * options.momentum
-            inside = 2.0 * chunk * (1 + 2 * erases) * (inputs + outputs)
-            total += heads * (passes * inputs * outputs + inside * (1 if layer else 1 / count))
+            erases = self.memory.rule.erases(layer)
+            passes = 4.0 + 2.0 * (options.target == "self") + 2.0 * bool(layer) + 2.0 * momentum
+            passes += erases * (4.0 + 2.0 * momentum) + 2.0 + 2.0 * momentum / count
+            # The memories' first layers share their keys; one memory is read.
+            sharing = 1.0 if layer else 1.0 / count
+            inside = erases * (2 * inputs * sharing + outputs) + (1 + erases) * (inputs + outputs) / count
+            total += heads * (passes * inputs * outputs + 2.0 * chunk * inside)
+        total += 2.0 * self.num_heads * chunk**2 * momentum
         return tokens * (total - 2.0 * sum(part.numel() for part in self.memory.first))
 
     def _tokens(

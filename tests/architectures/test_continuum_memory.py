@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from clplat.architectures.associative_memory.presets import TitansLMM
 from clplat.architectures.associative_memory.reading import Reading
@@ -17,8 +18,11 @@ from clplat.architectures.continuum_memory.options import CMSLevel, ContinuumMem
 from clplat.architectures.layers import SwiGLU
 from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransformer
 from clplat.architectures.transformer import Transformer
+from clplat.components import Component, build, checked
+from clplat.config import parse_yaml
 from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
+from clplat.study_file import expand, load_study
 
 TEXT = Spec(kind="language", input_shape=(16,), num_outputs=23)
 
@@ -223,3 +227,41 @@ def test_what_cannot_be_is_refused_by_name(options: dict[str, Any], message: str
         ContinuumMemory(levels=[CMSLevel(), CMSLevel()])
     with pytest.raises(ValueError, match="levels: must give at least one"):
         ContinuumMemory(levels=[])
+
+
+@pytest.mark.parametrize("chosen", [CMSLevel(period=4), CMSLevel(period=8, clock="token")], ids=lambda one: one.clock)
+def test_flops_are_those_that_torch_counts_within_a_tenth(chosen: CMSLevel) -> None:
+    made = MemoryTransformer(
+        spec=TEXT, hidden_size=64, layers=[AttentionLayer()], feed_forward=ContinuumMemory(levels=[CMSLevel(), chosen])
+    )
+    with FlopCounterMode(display=False) as counter:
+        made(batch_of(tokens(rows=1)))
+    assert made.flops_per_row() == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def built(component: Component) -> MemoryTransformer:
+    named = checked(component, "architecture", "architecture")
+    return build(named, "architecture", "architecture", {"spec": TEXT})
+
+
+def test_the_pages_example_can_be_built() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "continuum_memory.md").read_text(encoding="utf-8")
+    made = built(Component(**parse_yaml(page.split("```yaml")[1].split("```")[0])["architecture"]))
+    assert list(made.levels()) == ["step1", "step16"] and "token64" in made.blocks[1].mlp.levels
+
+
+@pytest.mark.parametrize("name", ["intents_clinc", "intents_banking", "language", "levels"])
+def test_arms_of_a_shipped_study_have_as_many_feed_forward_weights_and_levels_have_their_clock(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLPLAT_DATA", "data")
+    sizes = set()
+    for run in expand(load_study(f"hope/{name}", [("seeds", "[0]")])):
+        layers = "num_layers" if run.architecture.class_path.endswith("Hope") else "repeat"
+        made = built(
+            Component(class_path=run.architecture.class_path, init_args=run.architecture.init_args | {layers: 1})
+        )
+        own = {name: p.numel() for name, p in made.named_parameters() if ".mlp." in name and p.ndim >= 2}
+        sizes.add(sum(count for name, count in own.items() if not name.endswith("target.weight")))
+        assert bool(made.levels()) == run.training.optimizer.class_path.endswith("LevelClock")
+    assert len(sizes) == 1

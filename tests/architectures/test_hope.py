@@ -1,0 +1,138 @@
+"""Hope as a decoder: the contract, documents, decoding in parts, stability, options and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from clplat.architectures.associative_memory.rule import NetworkOptions
+from clplat.architectures.continuum_memory.options import CMSLevel
+from clplat.architectures.contract import CHECKS
+from clplat.architectures.hope.mixer import SelfModifyingMixer
+from clplat.architectures.hope.model import Hope, HopeAttention
+from clplat.architectures.hope.options import SelfModifyingOptions
+from clplat.architectures.hope.presets import SelfModifyingLayer, SelfModifyingTitans
+from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransformer
+from clplat.architectures.probing import Contract
+from clplat.components import Component, build, checked
+from clplat.streams.base import Spec
+from clplat.streams.batch import Batch
+
+TEXT = Spec(kind="language", input_shape=(12,), num_outputs=23)
+LEVELS = [CMSLevel(period=1), CMSLevel(period=3, clock="token")]
+TITANS = SelfModifyingTitans(num_heads=2, chunk=3, generator_chunk=6, expand=2)
+MATRICES = SelfModifyingTitans(
+    num_heads=2, chunk=4, generator_chunk=4, depth=1, momentum=False, generated=("key", "rate")
+)
+
+
+def hope(spec: Spec, **options: Any) -> Hope:
+    return Hope(spec=spec, hidden_size=16, num_layers=1, levels=LEVELS, **options)
+
+
+MODELS: dict[str, Callable[[Spec], MemoryTransformer]] = {
+    "hope": lambda spec: hope(spec, layer=TITANS, dropout=0.2),
+    "hope-attention": lambda spec: HopeAttention(spec=spec, hidden_size=16, num_layers=1, levels=LEVELS),
+    "matrices": lambda spec: MemoryTransformer(spec=spec, hidden_size=16, layers=[MATRICES], mlp_ratio=2.0),
+}
+
+
+def rows(count: int = 2, length: int = 12) -> torch.Tensor:
+    return torch.randint(23, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+def batch_of(tokens: torch.Tensor, segments: torch.Tensor | None = None) -> Batch:
+    return Batch(inputs=tokens, targets=tokens, task=torch.zeros(len(tokens), dtype=torch.long), segment_ids=segments)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", MODELS)
+def test_contract(name: str, check: Callable[[Contract], None]) -> None:
+    check(Contract(factory=MODELS[name], spec=TEXT))
+
+
+def test_a_packed_document_is_read_as_if_it_stood_alone() -> None:
+    torch.manual_seed(0)
+    made, packed = hope(TEXT, layer=TITANS).double().eval(), rows()
+    segments = torch.tensor([[0] * 5 + [1] + [2] * 6, [4] * 9 + [3] * 3])
+    read = made(batch_of(packed, segments)).logits
+    for row, start, stop in [(0, 0, 5), (0, 5, 6), (0, 6, 12), (1, 0, 9), (1, 9, 12)]:
+        alone = made(batch_of(packed[row : row + 1, start:stop])).logits[0]
+        torch.testing.assert_close(read[row, start:stop], alone, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_read_in_parts_with_carried_state_equals_one_pass_and_the_state_does_not_grow(name: str) -> None:
+    torch.manual_seed(0)
+    made, row = MODELS[name](TEXT).double().eval(), rows()
+    state, parts, sizes = made.init_state(2), [], []
+    for part in row.split([5, 1, 1, 1, 4], dim=1):
+        output = made(batch_of(part), state)
+        state = output.state
+        parts.append(output.logits)
+        sizes.append(sum(leaf.numel() for leaf in torch.utils._pytree.tree_leaves(state)))
+    torch.testing.assert_close(torch.cat(parts, dim=1), made(batch_of(row)).logits, rtol=0, atol=1e-10)
+    if name != "hope-attention":
+        assert sizes[1] == sizes[2] == sizes[3]
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("network", [NetworkOptions(), NetworkOptions(depth=2, residual=True)])
+def test_the_largest_steps_over_a_thousand_tokens_do_not_blow_the_memories_up(
+    network: NetworkOptions, same: bool
+) -> None:
+    """Without `max_gradient` MLPs do; so do both without `damped`, whatever they read: docs/hope.md."""
+    torch.manual_seed(0)
+    mixer = SelfModifyingMixer(hidden_size=32, num_heads=2, options=SelfModifyingOptions(network=network))
+    x = torch.randn(1, 1 if same else 1000, 32).expand(1, 1000, 32)
+    with torch.no_grad():
+        mixer.memory.biases["rate"].fill_(20.0)
+        answers, state = mixer.memory(mixer._tokens(x, mixer.qkv(x), None, None))
+    assert answers.isfinite().all() and answers.abs().max() < 10
+    assert max(float(part.abs().max()) for part in state.weights) < 10
+
+
+def test_each_switch_of_the_papers_table_is_another_model() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 40, 16)
+    switches: list[dict[str, Any]] = [
+        {}, {"delta": "none"}, {"momentum": False}, {"decay": False}, {"generated": ("value", "rate", "decay")},
+        {"generated": ("key", "rate", "decay")}, {"generated": ("query", "key", "value", "rate", "decay")},
+        {"delta": "single"}, {"read": "after"},
+    ]  # fmt: skip
+    answers = []
+    for switch in switches:
+        torch.manual_seed(1)
+        mixer = SelfModifyingTitans(num_heads=2, chunk=8, generator_chunk=8, **switch).build(16)
+        given = mixer._tokens(x, mixer.qkv(x), None, None)
+        assert (given.key is None) == ("key" in mixer.options.generated)
+        answers.append(mixer.memory(given)[0])
+    assert not any(torch.allclose(a, b) for n, a in enumerate(answers) for b in answers[:n])
+
+
+@pytest.mark.parametrize("layer", [SelfModifyingTitans(chunk=4, generator_chunk=4), MATRICES])
+def test_flops_are_those_that_torch_counts_within_a_tenth(layer: SelfModifyingTitans) -> None:
+    torch.manual_seed(0)
+    made = MemoryTransformer(spec=TEXT, hidden_size=64, layers=[layer], mlp_ratio=2.0)
+    with FlopCounterMode(display=False) as counter:
+        made(batch_of(rows(1)))
+    assert made.flops_per_row() == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_hope_is_its_layers_by_name_and_hope_attention_attends() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "hope.md").read_text()
+    for block in page.split("```yaml")[1:]:
+        component = Component(**yaml.safe_load(block.split("```")[0])["architecture"])
+        made = build(checked(component, "architecture", "a"), "architecture", "a", {"spec": TEXT})
+        assert made(batch_of(rows())).logits.shape == (2, 12, 23)
+    attends = HopeAttention(spec=TEXT, hidden_size=16, num_layers=1, num_heads=2)
+    assert type(attends.blocks[0].attention) is type(AttentionLayer(num_heads=2).build(16))
+    assert Hope(spec=TEXT, hidden_size=16, num_layers=1).facts()["memory_backend"] == "chunked PyTorch"
+    with pytest.raises(ValueError, match="SelfModifyingLayer.num_heads: 5 does not divide hidden_size"):
+        SelfModifyingLayer(num_heads=5).build(16)
