@@ -112,7 +112,9 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, inner: int, chunk: int) -> str:
         return ""
     major, tile = torch.cuda.get_device_capability(q.device)[0], chunk * max(q.shape[-1], v.shape[-1])
     if tile > LARGEST_FULL_TILE and (v.dtype == torch.float32 or major < 9):
-        return f"chunks of {chunk} tokens {tile // chunk} wide need half precision and a GPU of capability 9.0 or higher"
+        return (
+            f"chunks of {chunk} tokens {tile // chunk} wide need half precision and a GPU of capability 9.0 or higher"
+        )
     return fault_on_hopper() if major == 9 else ""
 
 
