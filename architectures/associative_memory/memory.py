@@ -126,7 +126,11 @@ class AssociativeMemory(nn.Module):
         for name, (asked, given) in wanted.items():
             if asked != given:
                 raise ValueError(f"{name}: the memory's rule {'needs' if asked else 'has no use for'} it")
-        return tokens._replace(q=featured(tokens.q, rule.feature), k=featured(tokens.k, rule.feature))
+        q, k = featured(tokens.q, rule.feature), featured(tokens.k, rule.feature)
+        if self.operation is not None:
+            # Autocast norms in float32 on a GPU; operations take queries, keys and values of one type.
+            q, k = q.to(tokens.q.dtype), k.to(tokens.k.dtype)
+        return tokens._replace(q=q, k=k)
 
     def _by_chunks(self, tokens: Tokens, state: MemoryState, fresh: bool) -> tuple[Tensor, MemoryState]:
         network, length = self._network(), tokens.q.shape[2]
