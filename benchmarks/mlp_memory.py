@@ -2,6 +2,7 @@
 
     python benchmarks/mlp_memory.py                                   # all shapes in bf16, peers, layers
     python benchmarks/mlp_memory.py --shapes 8,4096,8,64,16 --alternatives     # blocks, warps, stages; no peers
+    python benchmarks/mlp_memory.py --shapes 8,4096,8,64,16 --profile          # milliseconds by kernel
     python benchmarks/mlp_memory.py --markdown docs/results/mlp_memory.md
     python benchmarks/mlp_memory.py --toy                             # the script itself, on a CPU, in seconds
 
@@ -22,143 +23,26 @@ import gc
 import itertools
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import triton
-from kernel_cases import Outputs, worst
-from kernel_peers import Columns
-from torch import Tensor, nn
+from kernel_cases import worst
+from kernel_profile import show
+from mlp_cases import Call, Case, reference, sliced, work
+from torch import nn
 
 from clplat.architectures.associative_memory.presets import GatedDeltaNet, LayerKind, TitansLMM
 from clplat.architectures.associative_memory.reading import Reading
 from clplat.architectures.decoder import Block
 from clplat.architectures.layers import SwiGLU
-from clplat.kernels.delta_memory.reference import Inputs, chunk_bounds
-from clplat.kernels.mlp_memory import MLPState, Rule, mlp_memory
-from clplat.kernels.mlp_memory.reference import chunk_step
+from clplat.kernels.mlp_memory import Rule
 from kernels import AGREES, Clock, markdown, write
 
 SHAPES = ["8,4096,8,64,16", "8,4096,8,64,32", "8,4096,8,64,64", "1,32768,8,64,16", "8,2048,8,128,64", "64,196,6,64,16"]
 TOY_SHAPES = ["2,40,2,16,16"]
 LINES = ["B,T,H,D,C", "pass", "form", "ms", "p20 to p80", "host ms", "peak MB", "its / ours", "error"]
 LAYERS = ["layer", "B,T,H,D", "pass", "ms", "p20 to p80", "peak MB", "of GatedDeltaNet's"]
-PARTS = ("W1", "W2", "S1", "S2")
-Call = Callable[[Inputs, MLPState], Outputs]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One memory at one shape."""
-
-    shape: tuple[int, ...]
-    rule: Rule = Rule(residual=True)
-
-    def drawn(self, device: str, dtype: torch.dtype) -> tuple[Inputs, MLPState, Tensor]:
-        """Inputs on which the memory is stable (unit keys, steps as TitansLMM bounds them), and the gradient of o."""
-        generator = torch.Generator(device).manual_seed(0)
-        B, T, H, D, C = self.shape
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device)
-
-        q, k, v, upstream = (normal(B, T, H, D) for _ in range(4))
-        log_decay, log_momentum = F.logsigmoid(normal(B, T, H) + 4), F.logsigmoid(normal(B, T, H) + 2)
-        rate = normal(B, T, H).sigmoid() / C * -log_momentum.expm1()
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        # All rows and heads begin alike: titans-pytorch knows nothing else.
-        W1, W2 = normal(D, 4 * D) / D**0.5, normal(4 * D, D) / (4 * D) ** 0.5
-        W1, W2 = (part.expand(B, H, *part.shape).contiguous() for part in (W1, W2))
-        state = MLPState(W1, W2, torch.zeros_like(W1), torch.zeros_like(W2))
-        inputs = Inputs(q.to(dtype), k.to(dtype), v.to(dtype), rate, log_decay, log_momentum)
-        return inputs, state, upstream.to(dtype)
-
-    def ours(self, backend: str) -> Call:
-        """`mlp_memory` in one of its forms."""
-
-        def call(inputs: Inputs, state: MLPState) -> Outputs:
-            kind = {"activation": self.rule.activation, "residual": self.rule.residual}
-            o, end = mlp_memory(*inputs, state=state, chunk=self.shape[4], backend=backend, **kind)  # type: ignore[arg-type]
-            return {"o": o} | {name: getattr(end, name) for name in PARTS}
-
-        return call
-
-    def compiled(self) -> Call:
-        """The chunked form with the body of its loop compiled."""
-        torch.compiler.reset()
-        step = torch.compile(chunk_step, dynamic=False)
-
-        def call(inputs: Inputs, state: MLPState) -> Outputs:
-            W, S, outputs = state.weights, state.momentum, []
-            for start, stop in chunk_bounds(self.shape[1], self.shape[4], 0):
-                o, W, S = step(inputs.tokens(start, stop), W, S, W, self.rule)
-                outputs.append(o)
-            return {"o": torch.cat(outputs, 1).to(inputs.v.dtype)} | dict(zip(PARTS, (*W, *(S or ()))))
-
-        return call
-
-    def titans(self) -> Call:
-        """titans-pytorch's memory of two layers, without norms, with gates a token and gradients a chunk."""
-        from titans_pytorch import NeuralMemory
-        from titans_pytorch.memory_models import MemoryMLP
-
-        B, T, H, D, C = self.shape
-        memory = NeuralMemory(
-            dim=D, chunk_size=1, batch_size=C, model=MemoryMLP(D, depth=2, expansion_factor=4.0), pre_rmsnorm=False,
-            mem_model_norm_add_residual=False, adaptive_step_transform=lambda step: step,
-            store_memory_loss_fn=lambda read, target: (read - target).square().sum(-1) / 2,
-        )  # fmt: skip
-        memory.to_queries, memory.to_keys, memory.to_values = (Columns(n * D, (n + 1) * D) for n in range(3))
-        memory.to_adaptive_step = Columns(3 * D, 3 * D + 1, lambda part: part[..., 0])
-        memory.to_momentum = Columns(3 * D + 1, 3 * D + 2, lambda part: part[None])
-        memory.to_decay_factor = Columns(3 * D + 2, 3 * D + 3)
-
-        def call(x: Inputs, state: MLPState) -> Outputs:
-            memory.to(x.q.device)
-            with torch.no_grad():
-                for weight, first in zip(memory.memory_model_parameters, state.weights, strict=True):
-                    weight.copy_(first[0, 0].expand_as(weight))
-            # The library passes gates through sigmoids, and its decay is what is forgotten.
-            gates = (x.rate, x.log_momentum.exp().logit(), -x.log_decay.exp().logit())
-            parts = [part.float() for part in (x.q, x.k, x.v, *(gate[..., None] for gate in gates))]
-            rows = torch.cat(parts, -1).transpose(1, 2).reshape(B * H, T, 3 * D + 3)
-            return {"o": memory(rows)[0].reshape(B, H, T, D).transpose(1, 2)}
-
-        return call
-
-
-def work(call: Call, given: tuple[Inputs, MLPState, Tensor], backward: bool) -> Callable[[], Outputs]:
-    """The forward pass alone, keeping nothing, or both, with gradients of all inputs and of the first weights."""
-    inputs, state, upstream = given
-    if not backward:
-        return torch.no_grad()(lambda: call(inputs, state))
-    leaves = {name: part.detach().requires_grad_() for name, part in inputs._asdict().items() if part is not None}
-    first = {name: getattr(state, name).detach().requires_grad_() for name in ("W1", "W2")}
-
-    def both() -> Outputs:
-        outputs = call(inputs._replace(**leaves), state._replace(**first))
-        everything = leaves | first
-        found = torch.autograd.grad(outputs["o"], list(everything.values()), upstream, allow_unused=True)
-        outputs = {name: part.detach() for name, part in outputs.items()}
-        return outputs | {f"d{name}": part for name, part in zip(everything, found, strict=True) if part is not None}
-
-    return both
-
-
-def sliced(outputs: Outputs) -> Outputs:
-    """The first row's first two heads, on the CPU: neither rows nor heads know each other, gradients included."""
-    states = (*PARTS, "dW1", "dW2")
-    return {name: (part[:1, :2] if name in states else part[:1, :, :2]).float().cpu() for name, part in outputs.items()}
-
-
-def reference(case: Case, given: tuple[Inputs, MLPState, Tensor], backward: bool) -> Outputs:
-    """The slice in fp64 by the chunked form."""
-    inputs, state, upstream = given
-    few = Inputs(*(None if part is None else part[:1, :, :2].double() for part in inputs))
-    rows = MLPState(*(None if part is None else part[:1, :2].double() for part in state))  # type: ignore[arg-type]
-    return sliced(work(case.ours("torch"), (few, rows, upstream[:1, :, :2].double()), backward)())
 
 
 class Benchmark:
@@ -175,8 +59,15 @@ class Benchmark:
         print(self.head(), flush=True)
         for shape in self.options.shapes:
             for backward in (False, True):
-                self.tried(shape, backward) if self.options.alternatives else self.compared(shape, backward)
-        if self.options.layers and not self.options.alternatives:
+                if self.options.profile:
+                    case = Case(shape)
+                    title = f"{shape} {'forward + backward' if backward else 'forward'}"
+                    show(title, work(case.ours(self.backend), case.drawn(self.device, self.type), backward))
+                elif self.options.alternatives:
+                    self.tried(shape, backward)
+                else:
+                    self.compared(shape, backward)
+        if self.options.layers and not (self.options.alternatives or self.options.profile):
             self.whole_layers()
 
     def compared(self, shape: tuple[int, ...], backward: bool) -> None:
@@ -195,7 +86,7 @@ class Benchmark:
 
         case, usual, usual_reads = Case(shape), launch.options, launch.reads_apart
         self.line(case, "as planned", case.ours(self.backend), backward, None)
-        for block, warps, stages in itertools.product((16, 32, 64, 128), (4, 8), (1, 2, 3)):
+        for block, warps, stages in itertools.product((16, 32, 64), (4, 8), (1, 2)):
 
             def chosen(kernel, layout, block=block, warps=warps, stages=stages):
                 found = usual(kernel, layout)
@@ -305,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", type=shape, help=f"B,T,H,D,C …; default {' '.join(SHAPES)}")
     parser.add_argument("--alternatives", action="store_true", help="time other blocks and warps, and no peer")
+    parser.add_argument("--profile", action="store_true", help="which kernels the time goes to, and nothing else")
     parser.add_argument("--kernel", choices=["walk", "read_back", "write_back"], help="of these alternatives, for one")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--layers", action=argparse.BooleanOptionalAction, default=True)

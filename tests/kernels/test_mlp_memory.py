@@ -30,14 +30,15 @@ CASES = [
         for levels in covering(
             ("bias", "momentum"),
             bias=("l2", "dot"), momentum=(True, False), decay=(True, False), activation=("silu", "gelu"),
-            tokens=(1, 15, 16, 17, 35), sizes=((16, 16), (20, 20), (16, 24)), inner=(32, 40, 64),
+            tokens=(1, 15, 16, 17), sizes=((16, 16), (20, 20), (16, 24)), inner=(32, 40, 64),
         )
     )
 ]  # fmt: skip
 LARGER = [
-    Case(tokens=67, chunk=32, heads=2),
-    Case(tokens=130, chunk=64, D=32, E=32, inner=128),
-    Case(tokens=31, chunk=32, batch=2, momentum=False, activation="gelu"),
+    Case(tokens=35, batch=2),
+    Case(tokens=33, chunk=32),
+    Case(tokens=130, chunk=64, D=32, E=32, inner=64),
+    Case(tokens=31, chunk=32, momentum=False, activation="gelu"),
     # More inner features than a program holds at once, and not a multiple of that.
     Case(tokens=20, D=60, E=60, inner=72),
 ]
