@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clplat.architectures.layers import SwiGLU, free_to_look
+from clplat.kernels.topk_memory import ExpertOrder, expert_order
 
 
 class MixtureOfExperts(nn.Module):
@@ -59,8 +60,10 @@ class MixtureOfExperts(nn.Module):
         weight_Nk, chosen_Nk = probability_NE.topk(self.experts_per_token, dim=-1)
         if self.renormalise:
             weight_Nk = weight_Nk / weight_Nk.sum(-1, keepdim=True)
-        rows_E = _rows_of_each(chosen_Nk, self.num_experts)
-        mixed_NC = self._mixed(x_NC, weight_Nk, chosen_Nk, rows_E)
+        # Nothing is read back to the host, which would wait to learn how many rows each expert has.
+        sort = expert_order(chosen_Nk, self.num_experts)
+        rows_E = F.pad(sort.ends, (1, 0)).diff()
+        mixed_NC = self._mixed(x_NC, weight_Nk, sort, rows_E)
         if self.shared is not None:
             mixed_NC = mixed_NC + self.shared(x_NC)
         used_E = rows_E.to(probability_NE.dtype) / chosen_Nk.numel()
@@ -78,13 +81,12 @@ class MixtureOfExperts(nn.Module):
         expert = self.gate_up[0].numel() + self.down[0].numel()
         return (self.num_experts - self.experts_per_token) * expert
 
-    def _mixed(self, x_NC: Tensor, weight_Nk: Tensor, chosen_Nk: Tensor, rows_E: Tensor) -> Tensor:
+    def _mixed(self, x_NC: Tensor, weight_Nk: Tensor, sort: ExpertOrder, rows_E: Tensor) -> Tensor:
         """Rows sorted by expert go through their experts, back to their tokens, and are summed by weight."""
         dtype = _working_dtype(x_NC)
-        order_R = chosen_Nk.flatten().argsort(stable=True)
-        x_RC = x_NC.to(dtype).index_select(0, order_R // self.experts_per_token)
+        x_RC = x_NC.to(dtype).index_select(0, sort.order // self.experts_per_token)
         y_RC = expert_swiglu(x_RC, self.gate_up.to(dtype), self.down.to(dtype), rows_E)
-        y_NkC = y_RC.index_select(0, order_R.argsort()).unflatten(0, weight_Nk.shape)
+        y_NkC = y_RC.index_select(0, sort.places).unflatten(0, weight_Nk.shape)
         # A product with one row, so that no weighted copy of all rows is kept for the backward pass.
         return torch.bmm(weight_Nk.to(dtype).unsqueeze(1), y_NkC).squeeze(1)
 
@@ -111,7 +113,7 @@ def expert_swiglu(x_RC: Tensor, gate_up_EDC: Tensor, down_ECF: Tensor, rows_E: T
         parts = zip(x_RC.split(rows_E.tolist()), gate_up_EDC.unbind(), down_ECF.unbind())
         return torch.cat([F.linear(_gated(F.linear(x, gate_up)), down) for x, gate_up, down in parts])
     if _grouped_mm_fits(x_RC, down_ECF):
-        ends_E = rows_E.cumsum(0).to(torch.int32)
+        ends_E = rows_E.cumsum(0, dtype=torch.int32)
         inner_RF = _gated(F.grouped_mm(x_RC, gate_up_EDC.transpose(1, 2), offs=ends_E))
         return F.grouped_mm(inner_RF, down_ECF.transpose(1, 2), offs=ends_E)
     return _in_blocks(x_RC, gate_up_EDC, down_ECF, rows_E)
@@ -160,12 +162,6 @@ def _working_dtype(x: Tensor) -> torch.dtype:
     """What autocast would compute in: it does not know grouped_mm."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _rows_of_each(chosen_Nk: Tensor, num_experts: int) -> Tensor:
-    """How many rows each expert gets (E,); `bincount` would make the host wait to learn its length."""
-    flat = chosen_Nk.flatten()
-    return flat.new_zeros(num_experts).scatter_add(0, flat, torch.ones_like(flat))
 
 
 def _check_options(

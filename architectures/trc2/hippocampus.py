@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clplat.architectures.trc2.options import HippocampusOptions
+from clplat.kernels import topk_memory
 
-CHUNK = 1024
-"""Queries compared with all slots at once: what bounds the memory that scores take."""
+SHARES = 2**46
+"""Of a weight of 1, in which mass is counted; 64 bits hold those of a row of 131,072 tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,27 +113,19 @@ def topk_read(
 ) -> tuple[Tensor, Tensor]:
     """Softmax over each query's k best slots in use: what it mixes (B, T, C), and a row's mass on each slot (B, N).
 
-    Exact; chunked over tokens. Fewer than k slots in use are mixed alone, and none gives 0. The weights are laid out
-    over all slots and multiplied with the values, which needs no gather whose gradient would be added up in any order.
-    `kernels.topk_memory.topk_read` is the same read by kernels that hold no scores; this is the place to exchange them.
+    Fewer than k slots in use are mixed alone, and none gives 0.
     """
-    given, dtype = query_BTC.dtype, torch.promote_types(query_BTC.dtype, torch.float32)
-    query_BTC, key_NC, value_NC = (part.to(dtype) for part in (query_BTC, key_NC, value_NC))
-    mixed, mass_BN = [], query_BTC.new_zeros(len(query_BTC), len(key_NC))
+    wide = torch.promote_types(query_BTC.dtype, torch.float32)
+    q, keys, values = (part.to(wide) for part in (query_BTC, key_NC, value_NC))
     # Rounded to 16 bits, scores of different slots would tie and the best k be others.
     with torch.autocast(query_BTC.device.type, enabled=False):
-        for part_BtC in query_BTC.split(max(1, CHUNK // max(1, len(query_BTC))), dim=1):
-            weight_BtN = _weights(part_BtC @ key_NC.T / temperature, used_N, k)
-            mixed.append(weight_BtN @ value_NC)
-            mass_BN = mass_BN + weight_BtN.detach().sum(1)
-    return torch.cat(mixed, dim=1).to(given), mass_BN
+        read = topk_memory.topk_read(q, keys, values, min(k, len(used_N)), temperature=temperature, valid=used_N)
+    return read.output.to(query_BTC.dtype), _mass_of_rows(read, len(used_N))
 
 
-def _weights(score_BtN: Tensor, used_N: Tensor, k: int) -> Tensor:
-    """Softmax over the k best slots in use, 0 elsewhere."""
-    best_Btk, slot_Btk = score_BtN.masked_fill(~used_N, float("-inf")).topk(min(k, len(used_N)), dim=-1)
-    # An empty store has no largest score to subtract, and nothing to divide by.
-    largest = best_Btk[..., :1].detach()
-    weight_Btk = (best_Btk - torch.where(largest.isfinite(), largest, 0.0)).exp()
-    total = weight_Btk.sum(-1, keepdim=True)
-    return torch.zeros_like(score_BtN).scatter(-1, slot_Btk, weight_Btk / torch.where(total > 0, total, 1.0))
+def _mass_of_rows(read: topk_memory.TopkRead, slots: int) -> Tensor:
+    """Every row's weights by slot (B, N), summed in whole numbers, so that the order in which a GPU adds is nothing."""
+    share = (read.weights.detach() * SHARES).round().long()
+    mass_BN = share.new_zeros(len(share), slots)
+    mass_BN.scatter_add_(1, read.indices.clamp(min=0).flatten(1), share.flatten(1))
+    return mass_BN.to(read.weights.dtype) / SHARES

@@ -33,7 +33,8 @@ def topk_read(
     tensor of one, or (S,) bool; default all. `reference.py` defines the result, docs/topk_memory.md has the details.
 
     `backend`: `auto` takes the Triton kernels on GPUs of compute capability 8.0 and higher and the blocked PyTorch form
-    elsewhere; `triton` never falls back; `reference` is the definition, with all scores in memory.
+    elsewhere and under `torch.func`; `triton` never falls back; `reference` is the definition, with all scores in
+    memory.
     Raises ValueError for shapes, types and values that no form, or not the one asked for, supports.
     """
     if torch.is_autocast_enabled(q.device.type):
@@ -70,7 +71,9 @@ def which_backend(q: Tensor, keys: Tensor, values: Tensor, k: int, *, backend: B
         if obstacle:
             raise ValueError(f"backend: triton is asked for, but {obstacle}")
         return "triton"
-    return "torch" if obstacle or not q.is_cuda else "triton"
+    # `torch.func` does not see into kernels.
+    plain = obstacle or not q.is_cuda or torch._C._are_functorch_transforms_active()
+    return "torch" if plain else "triton"
 
 
 def _obstacle(q: Tensor, keys: Tensor, values: Tensor, k: int) -> str:

@@ -39,7 +39,8 @@ def expert_order(indices: Tensor, num_experts: int, *, backend: Backend = "auto"
 
     `indices` of any shape, int32 or int64. An entry below 0 or not below `num_experts` has no expert (a token that is
     padding): it comes last, behind `ends[-1]`. `backend`: `auto` counts (two kernels) on GPUs and up to 1,024 experts
-    and is `torch.sort` elsewhere; `triton` never falls back; `torch` and `reference` are both `torch.sort`.
+    and is `torch.sort` elsewhere and under `torch.func`, which does not see into kernels; `triton` never falls back;
+    `torch` and `reference` are both `torch.sort`.
     Raises ValueError for other types and backends.
     """
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
@@ -52,8 +53,8 @@ def expert_order(indices: Tensor, num_experts: int, *, backend: Backend = "auto"
     obstacle = _obstacle(indices, num_experts)
     if backend == "triton" and obstacle:
         raise ValueError(f"backend: triton is asked for, but {obstacle}")
-    counted = not obstacle and (backend == "triton" or (backend == "auto" and indices.is_cuda))
-    if counted and indices.numel():
+    by_choice = backend == "auto" and indices.is_cuda and not torch._C._are_functorch_transforms_active()
+    if indices.numel() and not obstacle and (backend == "triton" or by_choice):
         return ExpertOrder(*torch.ops.clplat.expert_order(indices.flatten(), num_experts))
     return sorted_by_expert(indices.flatten(), num_experts)
 
@@ -62,9 +63,9 @@ def sorted_by_expert(indices: Tensor, num_experts: int) -> ExpertOrder:
     """The definition: `torch.sort`."""
     none = (indices < 0) | (indices >= num_experts)
     experts, order = indices.masked_fill(none, num_experts).sort(stable=True)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    ends = torch.searchsorted(experts, torch.arange(num_experts, device=order.device, dtype=experts.dtype), right=True)
-    return ExpertOrder(order.to(torch.int32), places.to(torch.int32), ends.to(torch.int32))
+    counts = order.new_zeros(num_experts + 1).scatter_add(0, experts.long(), torch.ones_like(order))
+    ends = counts[:-1].cumsum(0)
+    return ExpertOrder(order.to(torch.int32), order.argsort().to(torch.int32), ends.to(torch.int32))
 
 
 def _obstacle(indices: Tensor, num_experts: int) -> str:
