@@ -123,7 +123,7 @@ def _titans_naive(case: Case) -> Call:
     return call
 
 
-class _Columns(nn.Module):
+class Columns(nn.Module):
     """Stands where the library has a projection of its input, and takes what lies in columns start..stop of it."""
 
     def __init__(self, start: int, stop: int, unit: Callable[[Tensor], Tensor] = lambda part: part) -> None:
@@ -145,10 +145,10 @@ def _titans_pytorch(case: Case) -> Call:
         mem_model_norm_add_residual=False, adaptive_step_transform=lambda step: step,
         store_memory_loss_fn=lambda read, target: (read - target).square().sum(-1) / 2,
     )  # fmt: skip
-    memory.to_queries, memory.to_keys, memory.to_values = (_Columns(n * D, (n + 1) * D) for n in range(3))
-    memory.to_adaptive_step = _Columns(3 * D, 3 * D + 1, lambda part: part[..., 0])
-    memory.to_momentum = _Columns(3 * D + 1, 3 * D + 2, lambda part: part[None])
-    memory.to_decay_factor = _Columns(3 * D + 2, 3 * D + 3)
+    memory.to_queries, memory.to_keys, memory.to_values = (Columns(n * D, (n + 1) * D) for n in range(3))
+    memory.to_adaptive_step = Columns(3 * D, 3 * D + 1, lambda part: part[..., 0])
+    memory.to_momentum = Columns(3 * D + 1, 3 * D + 2, lambda part: part[None])
+    memory.to_decay_factor = Columns(3 * D + 2, 3 * D + 3)
     for weight in memory.memory_model_parameters:
         nn.init.zeros_(weight)
 

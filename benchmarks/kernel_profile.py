@@ -9,6 +9,7 @@ sum, which leaves out the gaps between two launches.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from itertools import product
 
 import torch
@@ -30,12 +31,13 @@ def main() -> None:
     print(torch.cuda.get_device_name(), flush=True)
     members = [member for member in FAMILY if member[0] in options.cases]
     for member, size, backward in product(members, options.shapes, [False, True]):
-        show(Case(*member, size), backward)
+        case = Case(*member, size)
+        title = f"{case.name} {case.size} {'forward + backward' if backward else 'forward'}"
+        show(title, work(ours(case, "triton"), *drawn(case, "cuda", torch.bfloat16), backward))
 
 
-def show(case: Case, backward: bool) -> None:
-    """Prints a line for each kernel of one case and pass."""
-    do = work(ours(case, "triton"), *drawn(case, "cuda", torch.bfloat16), backward)
+def show(title: str, do: Callable[[], object]) -> None:
+    """Prints a line for each kernel of one call."""
     do()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(CALLS):
@@ -43,7 +45,7 @@ def show(case: Case, backward: bool) -> None:
         torch.cuda.synchronize()
     found = {event.key: event.self_device_time_total / CALLS / 1e3 for event in profiler.key_averages()}
     found = {name: time for name, time in sorted(found.items(), key=lambda item: -item[1]) if time > 1e-3}
-    print(f"\n{case.name} {case.size} {'forward + backward' if backward else 'forward'}: {sum(found.values()):.3f} ms")
+    print(f"\n{title}: {sum(found.values()):.3f} ms")
     for name, time in found.items():
         print(f"  {time:.3f}  {name[:80]}", flush=True)
 

@@ -153,7 +153,11 @@ class AssociativeMemory(nn.Module):
                 raise ValueError(f"{name}: the memory's rule {'needs' if asked else 'has no use for'} it")
         if tokens.window is not None and tokens.window.shape[-1] != rule.window:
             raise ValueError(f"window: must weigh {rule.window} pairs, got {tokens.window.shape[-1]}")
-        return tokens._replace(q=self.features(tokens.q), k=self.features(tokens.k))
+        q, k = self.features(tokens.q), self.features(tokens.k)
+        if self.operation is not None:
+            # Autocast norms in float32 on a GPU; operations take queries, keys and values of one type.
+            q, k = q.to(tokens.q.dtype), k.to(tokens.k.dtype)
+        return tokens._replace(q=q, k=k)
 
     def _by_chunks(self, tokens: Tokens, state: MemoryState, fresh: bool) -> tuple[Tensor, MemoryState]:
         network, length = self._network(), tokens.q.shape[2]

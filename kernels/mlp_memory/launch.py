@@ -20,8 +20,9 @@ from clplat.kernels.delta_memory.reference import Inputs
 from clplat.kernels.delta_memory.triton_gates import gates
 from clplat.kernels.delta_memory.triton_tiles import FROZEN, NUM_VECTORS
 from clplat.kernels.mlp_memory.layout import Layout
-from clplat.kernels.mlp_memory.triton_bwd import read_back, write_back
+from clplat.kernels.mlp_memory.triton_bwd import write_back
 from clplat.kernels.mlp_memory.triton_fwd import prepare, walk
+from clplat.kernels.mlp_memory.triton_read_back import read_back
 from clplat.kernels.mlp_memory.tuning import options, reads_apart
 
 

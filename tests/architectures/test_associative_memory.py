@@ -20,6 +20,7 @@ from associative_memories import (
 )  # fmt: skip
 from torch import Tensor
 
+from clplat.architectures.associative_memory import memory as memory_module
 from clplat.architectures.associative_memory import operations
 from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.network import Network, loss
@@ -225,3 +226,14 @@ def test_calls_that_a_gpu_gives_to_the_kernels_are_the_token_loop_too(
         solution(made, given, lambda: made.by_definition(given, start)),
     )
     assert made.backend == ("mlp_memory triton" if name.startswith("mlp") else "delta_memory triton")
+
+
+@pytest.mark.parametrize("name", ["gdn", "mlp-titans"])
+def test_a_feature_map_that_autocast_computes_in_float32_takes_no_call_from_the_operations(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, given = memory(RULES[name]).float(), tokens(RULES[name], 5)
+    narrow = given._replace(q=given.q.bfloat16(), k=given.k.bfloat16(), v=given.v.bfloat16())
+    monkeypatch.setattr(memory_module, "featured", lambda x, kind: x.float())
+    checked = made._checked(narrow)
+    assert checked.q.dtype == checked.k.dtype == checked.v.dtype == torch.bfloat16

@@ -30,14 +30,15 @@ CASES = [
         for levels in covering(
             ("bias", "momentum"),
             bias=("l2", "dot"), momentum=(True, False), decay=(True, False), activation=("silu", "gelu"),
-            tokens=(1, 15, 16, 17, 35), sizes=((16, 16), (20, 20), (16, 24)), inner=(32, 40, 64),
+            tokens=(1, 15, 16, 17), sizes=((16, 16), (20, 20), (16, 24)), inner=(32, 40, 64),
         )
     )
 ]  # fmt: skip
 LARGER = [
-    Case(tokens=67, chunk=32, heads=2),
-    Case(tokens=130, chunk=64, D=32, E=32, inner=128),
-    Case(tokens=31, chunk=32, batch=2, momentum=False, activation="gelu"),
+    Case(tokens=35, batch=2),
+    Case(tokens=33, chunk=32),
+    Case(tokens=130, chunk=64, D=32, E=32, inner=64),
+    Case(tokens=31, chunk=32, momentum=False, activation="gelu"),
     # More inner features than a program holds at once, and not a multiple of that.
     Case(tokens=20, D=60, E=60, inner=72),
 ]
@@ -143,10 +144,9 @@ def test_the_rows_of_a_batch_continue_chunks_of_their_own(tokens: int, backend: 
 @pytest.mark.parametrize(
     "case",
     [
-        Case(tokens=100, batch=2),
+        Case(tokens=70),
         Case(tokens=64, momentum=False),
-        Case(lengths=(70, 0, 31, 3), offsets=(15, 2, 0, 7)),
-        Case(tokens=40, batch=2, offsets=(0, 9)),
+        Case(lengths=(40, 0, 3), offsets=(15, 2, 0)),
     ],
     ids=str,
 )
@@ -249,7 +249,7 @@ def test_no_output_knows_a_later_token(backend: str) -> None:
 
 @every_backend
 def test_rows_and_heads_know_nothing_of_each_other(backend: str) -> None:
-    case = Case(batch=2, heads=2)
+    case = Case(tokens=5, batch=2, heads=2)
     given = problem(case)
     changed = {name: part.clone() for name, part in given.items()}
     for name in ("q", "k", "v", "rate", "do"):
