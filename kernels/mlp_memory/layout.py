@@ -27,12 +27,12 @@ def packed_row(state: MLPState) -> Tensor:
 def unpacked(rows: Tensor, D: int, E: int, *, momentum: bool) -> MLPState:
     """The state without its offset, of tensors of their own; the anchor is given if it is there."""
     inner = rows.shape[3] // (D + E)
-    parts: list[Tensor] = []
+    parts: list[Tensor | None] = []
     for pair in rows.unbind(2):
         first, second = pair.split([D * inner, inner * E], 2)
         parts += [first.unflatten(2, (D, inner)).contiguous(), second.unflatten(2, (inner, E)).contiguous()]
     if not momentum:
-        return MLPState(*parts[:2], None, None, *parts[2:])
+        parts[2:2] = [None, None]
     return MLPState(*parts)
 
 
