@@ -14,7 +14,7 @@ Shapes: B rows, T tokens, S tokens in an attention layer's cache, C hidden size,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ class MemoryTransformer(Decoder):
     """Decoder-only language model of memory layers and attention: tokens (B, T) to logits (B, T, V)."""
 
     paper = "Behrouz et al. 2024, arXiv:2501.00663; Sun et al. 2024, arXiv:2407.04620"
-    fidelity = "mechanism"
+    fidelity: ClassVar[Literal["exact", "mechanism", "interpretation", "standard"]] = "mechanism"
 
     def __init__(
         self,
