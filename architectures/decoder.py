@@ -74,7 +74,7 @@ class Block(nn.Module):
     def forward(self, x_BTC: Tensor, *context: Any) -> tuple[Tensor, Tensor | None]:
         """The stream after both layers, and the auxiliary loss where the second has one."""
         x_BTC = x_BTC + self.dropout(self.attention(self.attention_norm(x_BTC), *context))
-        if not isinstance(self.mlp, ReadingFeed):
+        if self.mlp_norm is None or not isinstance(self.mlp, ReadingFeed):
             return self._fed(x_BTC)
         return x_BTC + self.dropout(self.mlp(self.mlp_norm(x_BTC), *context)), None
 
@@ -82,7 +82,7 @@ class Block(nn.Module):
         """The same for tokens that follow those in `state`; returns the state after them too."""
         mixed, mixing = self.attention.continued(self.attention_norm(x_BTC), mixing_state(state), *context)
         x_BTC = x_BTC + self.dropout(mixed)
-        if not isinstance(self.mlp, ReadingFeed):
+        if self.mlp_norm is None or not isinstance(self.mlp, ReadingFeed):
             return self._fed(x_BTC)[0], mixing
         fed, feeding = self.mlp.continued(self.mlp_norm(x_BTC), state["feeding"], *context)
         return x_BTC + self.dropout(fed), {"mixing": mixing, "feeding": feeding}
