@@ -89,7 +89,7 @@ class MemoryTransformer(Decoder):
     """Decoder-only language model of memory layers and attention: tokens (B, T) to logits (B, T, V)."""
 
     paper = "Behrouz et al. 2024, arXiv:2501.00663; Sun et al. 2024, arXiv:2407.04620"
-    fidelity: ClassVar[Literal["mechanism", "interpretation"]] = "mechanism"
+    fidelity: ClassVar[Literal["exact", "mechanism", "interpretation", "standard"]] = "mechanism"
 
     def __init__(
         self,

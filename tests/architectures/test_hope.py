@@ -87,7 +87,7 @@ def test_a_row_read_in_parts_with_carried_state_equals_one_pass_and_the_state_do
 def test_the_largest_steps_over_a_thousand_tokens_do_not_blow_the_memories_up(
     network: NetworkOptions, same: bool
 ) -> None:
-    """Without `max_gradient` MLPs do; so do both without `damped`, whatever they read: docs/hope.md."""
+    """Without `max_gradient` some MLPs overflow: docs/hope.md."""
     torch.manual_seed(0)
     mixer = SelfModifyingMixer(hidden_size=32, num_heads=2, options=SelfModifyingOptions(network=network))
     x = torch.randn(1, 1 if same else 1000, 32).expand(1, 1000, 32)
