@@ -108,7 +108,9 @@ class MLPOperation:
         """See `Operation`."""
         memory, nothing = self.rule.memory, (None, None)
         offset = state.offset.int() if state.anchor else None
-        given = mlp.MLPState(*state.weights, *(state.momentum or nothing), *(state.anchor or nothing))._replace(offset=offset)
+        given = mlp.MLPState(*state.weights, *(state.momentum or nothing), *(state.anchor or nothing))._replace(
+            offset=offset
+        )
         bias: Literal["dot", "l2"] = "dot" if self.rule.bias.kind == "dot" else "l2"
         o, end = mlp.mlp_memory(
             **named, state=given, activation=memory.activation, bias=bias, residual=memory.residual,
