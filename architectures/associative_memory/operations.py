@@ -107,10 +107,8 @@ class MLPOperation:
     ) -> tuple[Tensor, MemoryState]:
         """See `Operation`."""
         memory, nothing = self.rule.memory, (None, None)
-        offset = state.offset.int() if state.anchor else None
-        given = mlp.MLPState(*state.weights, *(state.momentum or nothing), *(state.anchor or nothing))._replace(
-            offset=offset
-        )
+        (W1, W2), (S1, S2), (first, second) = state.weights, state.momentum or nothing, state.anchor or nothing
+        given = mlp.MLPState(W1, W2, S1, S2, first, second, state.offset.int() if state.anchor else None)
         bias: Literal["dot", "l2"] = "dot" if self.rule.bias.kind == "dot" else "l2"
         o, end = mlp.mlp_memory(
             **named, state=given, activation=memory.activation, bias=bias, residual=memory.residual,

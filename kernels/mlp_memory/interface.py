@@ -127,8 +127,8 @@ def _apart(end: MLPState, given: MLPState) -> MLPState:
 def _widened(state: MLPState, dtype: torch.dtype) -> MLPState:
     """States are kept in fp32, or fp64 beside such inputs, whatever they come in."""
     wide = torch.promote_types(dtype, torch.float32)
-    kept = (None if part is None else part.to(wide) for part in state[:6])
-    return MLPState(*kept, offset=state.offset)  # type: ignore[arg-type, misc]
+    kept = [None if part is None else part.to(wide) for part in state[:6]]
+    return MLPState(*kept, state.offset)  # type: ignore[arg-type, call-arg]
 
 
 def _clamped(log_gate: Tensor | None) -> Tensor | None:

@@ -147,7 +147,9 @@ def backward(
         rate, decay, momentum, ready.vectors, adjoints, *dgates, cu_seqlens, offset, *number, MODE=FROZEN.value,
         DECAY=layout.decay, **every, **few, **options("gates", layout),
     )  # fmt: skip
-    return Gradients(dq, dk, dv, dgates[0], dgates[1], dgates[2], _without_anchor(dstates, states, layout))
+    drate, ddecay, dmomentum = dgates
+    assert drate is not None
+    return Gradients(dq, dk, dv, drate, ddecay, dmomentum, _without_anchor(dstates, states, layout))
 
 
 def _begun(states: Tensor, layout: Layout) -> Tensor:

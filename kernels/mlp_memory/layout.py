@@ -27,13 +27,14 @@ def packed_row(state: MLPState) -> Tensor:
 def unpacked(rows: Tensor, D: int, E: int, *, momentum: bool) -> MLPState:
     """The state without its offset, of tensors of their own; the anchor is given if it is there."""
     inner = rows.shape[3] // (D + E)
-    parts: list[Tensor | None] = []
+    parts: list[Tensor] = []
     for pair in rows.unbind(2):
         first, second = pair.split([D * inner, inner * E], 2)
         parts += [first.unflatten(2, (D, inner)).contiguous(), second.unflatten(2, (inner, E)).contiguous()]
-    if not momentum:
-        parts[2:2] = [None, None]
-    return MLPState(*parts)
+    W1, W2, *rest = parts
+    S1, S2 = (rest.pop(0), rest.pop(0)) if momentum else (None, None)
+    anchor1, anchor2 = (rest[0], rest[1]) if rest else (None, None)
+    return MLPState(W1, W2, S1, S2, anchor1, anchor2)
 
 
 @dataclass(frozen=True, kw_only=True)

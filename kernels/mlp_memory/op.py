@@ -38,8 +38,8 @@ def fused(
     offset = _written(inputs, state, cu_seqlens, chunk)
     closed = (offset == 0)[:, None, None, None]
     assert end.anchor is not None
-    anchors = [torch.where(closed, W, anchor) for W, anchor in zip(end.weights, end.anchor, strict=True)]
-    return o, end._replace(anchor1=anchors[0], anchor2=anchors[1], offset=offset)
+    first, second = (torch.where(closed, W, anchor) for W, anchor in zip(end.weights, end.anchor, strict=True))
+    return o, end._replace(anchor1=first, anchor2=second, offset=offset)
 
 
 def _has_tangent(part: Tensor | None) -> bool:

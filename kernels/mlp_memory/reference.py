@@ -174,8 +174,8 @@ def chunk_step(
 
 def closed(W: Layers, S: Layers | None, anchor: Layers, offset: int) -> MLPState:
     """The state at an offset that all sequences have."""
-    momentum = (None, None) if S is None else S
+    S1, S2 = (None, None) if S is None else S
     if offset == 0:
-        return MLPState(W[0], W[1], momentum[0], momentum[1])
-    at = torch.full((len(W[0]),), offset, dtype=torch.int32, device=W[0].device)
-    return MLPState(W[0], W[1], momentum[0], momentum[1], anchor[0], anchor[1], at)
+        return MLPState(W[0], W[1], S1, S2)
+    offsets = torch.full((len(W[0]),), offset, dtype=torch.int32, device=W[0].device)
+    return MLPState(W[0], W[1], S1, S2, anchor[0], anchor[1], offsets)
