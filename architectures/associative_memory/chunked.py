@@ -11,6 +11,7 @@ exponential; nothing is divided. Shapes: see `state.py`; G is (B, H, X, L, L).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,10 @@ from torch import Tensor
 
 from clplat.architectures.associative_memory.network import Network, activated
 from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens, chosen
+
+Mixed = Callable[[int, int, Tensor, Tensor], Tensor]
+"""From a chunk's first token, a layer's number, what queries gave it (B, H, L, I) and what it answers (B, H, L, O) to
+what it answers together with other memories."""
 
 
 class Spans(NamedTuple):
@@ -37,10 +42,11 @@ class Spans(NamedTuple):
 
 
 def chunked(
-    network: Network, tokens: Tokens, state: MemoryState, begins_Bn: Tensor | None = None
+    network: Network, tokens: Tokens, state: MemoryState, begins_Bn: Tensor | None = None, mixed: Mixed | None = None
 ) -> tuple[Tensor, MemoryState]:
     """Answers (B, H, T, E) and the state behind the last token; chunks lie at multiples of `chunk` from the first
-    token, which has to be a place where one may lie (`layout.py`). Where `begins_Bn`, chunk n begins with `state`."""
+    token, which has to be a place where one may lie (`layout.py`). Where `begins_Bn`, chunk n begins with `state`.
+    `mixed`: what other memories add to every layer's output."""
     rule, length = network.rule, tokens.q.shape[2]
     tokens = tokens.silenced()
     W, S, anchor, offset = state
@@ -55,7 +61,7 @@ def chunked(
         if rule.anchored and number:
             anchor = W
             last = chosen(offset + count >= number * rule.chunk, W, last)
-        answer, W, S = chunk_step(network, tokens.part(start, start + rule.chunk), W, S, anchor)
+        answer, W, S = chunk_step(network, tokens.part(start, start + rule.chunk), W, S, anchor, mixed, start)
         answers.append(answer)
     if not rule.anchored:
         return torch.cat(answers, 2), MemoryState(W, S, (), offset)
@@ -73,8 +79,10 @@ def one_more(network: Network, token: Tokens, state: MemoryState) -> tuple[Tenso
     return answer, MemoryState(W, S, chosen(offset == 0, W, anchor), offset)
 
 
-def chunk_step(network: Network, tokens: Tokens, W: Layers, S: Layers, anchor: Layers) -> tuple[Tensor, Layers, Layers]:
-    """One chunk of L tokens: answers (B, H, L, E), weights and momentum behind it."""
+def chunk_step(
+    network: Network, tokens: Tokens, W: Layers, S: Layers, anchor: Layers, mixed: Mixed | None = None, first: int = 0
+) -> tuple[Tensor, Layers, Layers]:
+    """One chunk of L tokens, the `first` and those behind it: answers (B, H, L, E), weights and momentum behind it."""
     each = range(len(W)) if network.rule.retention == "channel" else [0]
     spans = [_spans(tokens, layer) for layer in each] * (len(W) // len(each))
     if network.rule.gradient_at == "chunk":
@@ -89,6 +97,8 @@ def chunk_step(network: Network, tokens: Tokens, W: Layers, S: Layers, anchor: L
         if span.carried is not None:
             kept = kept + (span.carried * x) @ S[layer]
         read = kept + _products(x, inputs[layer], span.writes) @ steps[layer]
+        if mixed is not None:
+            read = mixed(first, layer, x, read)
         x = read if layer == len(W) - 1 else activated(read, network.rule.memory.activation)
     W_after, S_after = [], []
     for layer, span in enumerate(spans):

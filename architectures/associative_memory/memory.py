@@ -6,12 +6,13 @@ It is given keys, values, queries and gates; where they come from is the layer's
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clplat.architectures.associative_memory.chunked import chunked, one_more
+from clplat.architectures.associative_memory.chunked import Mixed, chunked, one_more
 from clplat.architectures.associative_memory.layout import Documents, bounds, continued, separated
 from clplat.architectures.associative_memory.network import Network, featured
 from clplat.architectures.associative_memory.rule import MemoryRule
@@ -103,6 +104,22 @@ class AssociativeMemory(nn.Module):
             layout = separated(documents, rows, length, self.rule.chunk)
             moved = _prepared(tokens, self._wide()).taken(layout.source_BN)
             return layout.back(chunked(self._network(), moved, self.empty_state(rows), layout.begins_Bn)[0])
+
+    def prepared(self, tokens: Tokens) -> Tokens:
+        """As `aligned` takes them: queries and keys through the feature map, all in the state's precision."""
+        return _prepared(self._checked(tokens), self._wide())
+
+    def aligned(self, tokens: Tokens, state: MemoryState, mixed: Mixed | None = None) -> tuple[Tensor, MemoryState]:
+        """Answers to `prepared` tokens of which chunks lie at multiples of `chunk` from the first, in PyTorch; rows of
+        which a chunk is open have places for its first tokens that do not count (`layout.continued`)."""
+        self.backend = "chunked PyTorch"
+        with torch.autocast(tokens.q.device.type, enabled=False):
+            return chunked(self._network(), tokens, state, mixed=mixed)
+
+    def read(self, weights: Sequence[Tensor], q_BHTD: Tensor) -> Tensor:
+        """The answers of given weights, of the same leading dimensions, to `prepared` queries."""
+        with torch.autocast(q_BHTD.device.type, enabled=False):
+            return self._network().read(weights, q_BHTD)
 
     def by_definition(
         self, tokens: Tokens, state: MemoryState | None = None, documents: Documents | None = None

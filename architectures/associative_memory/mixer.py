@@ -105,21 +105,20 @@ class MemoryMixer(nn.Module):
         """A full pass over rows, packed with documents or each of one text."""
         documents = reading.documents
         tokens = self._tokens(x_BTC, self.qkv(x_BTC), None, documents)
-        answers = self.memory(tokens)[0] if documents is None else self.memory.read_documents(tokens, documents)
-        return self._given_out(x_BTC, answers)
+        return self._given_out(x_BTC, self._remembered(x_BTC, tokens, None, documents)[0])
 
     def continued(self, x_BTC: Tensor, state: MixerState, reading: Reading) -> tuple[Tensor, MixerState]:
         """New tokens after the `reading.lengths` (B,) tokens of each row that `state` holds."""
         before, memory = self._taken_in(state, reading.lengths)
-        answers, _ = self.memory(self._tokens(x_BTC, self.qkv(x_BTC), before, None), memory)
-        return self._given_out(x_BTC, answers), (before, tuple(memory), x_BTC, reading.lengths)
+        answers, _ = self._remembered(x_BTC, self._tokens(x_BTC, self.qkv(x_BTC), before, None), memory, None)
+        return self._given_out(x_BTC, answers), (before, memory, x_BTC, reading.lengths)
 
     def empty_state(self, batch_size: int) -> MixerState:
         """The state before any token, with nothing pending."""
         weight, hidden = self.out.weight, self.out.in_features
         return (
             weight.new_zeros(batch_size, self.options.conv_width - 1, 3 * hidden),
-            tuple(self.memory.empty_state(batch_size)),
+            self._empty_memory(batch_size),
             weight.new_zeros(batch_size, 0, hidden),
             weight.new_zeros(batch_size, dtype=torch.long),
         )
@@ -135,6 +134,20 @@ class MemoryMixer(nn.Module):
             total += heads * (passes * inputs * outputs + inside)
         total += 2.0 * self.num_heads * self.rule.chunk**2 * momentum
         return tokens * (total - 2.0 * sum(part.numel() for part in self.memory.first))
+
+    def _remembered(
+        self, x_BTC: Tensor, tokens: Tokens, memory: tuple[Any, ...] | None, documents: Documents | None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Answers (B, H, T, E) of the memory, and the memory behind the tokens as plain tuples, which nobody asks for
+        where rows are packed with documents. What stands around one memory or several overrides this."""
+        if documents is not None:
+            return self.memory.read_documents(tokens, documents), ()
+        answers, after = self.memory(tokens, None if memory is None else MemoryState(*memory))
+        return answers, tuple(after)
+
+    def _empty_memory(self, batch_size: int) -> tuple[Any, ...]:
+        """The memory before any token, as `_remembered` takes it."""
+        return tuple(self.memory.empty_state(batch_size))
 
     def _gate_starts(self) -> dict[str, Tensor]:
         """Biases with which the gates begin, in the order of their outputs, heads first."""
@@ -192,16 +205,15 @@ class MemoryMixer(nn.Module):
             normed = normed * F.silu(self.output_gate(x_BTC))
         return self.out(normed)
 
-    def _taken_in(self, state: MixerState, lengths: Tensor) -> tuple[Tensor, MemoryState]:
+    def _taken_in(self, state: MixerState, lengths: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
         """The convolution's inputs and the memory after the pending tokens that belong to a row."""
-        before, parts, pending, held = state
-        memory = MemoryState(*parts)
+        before, memory, pending, held = state
         if not pending.shape[1]:
             return before, memory
         count = lengths - held
         counts_BP = torch.arange(pending.shape[1], device=pending.device) < count.unsqueeze(1)
         qkv = self.qkv(pending)
-        _, memory = self.memory(self._tokens(pending, qkv, before, None, counts_BP), memory)
+        _, memory = self._remembered(pending, self._tokens(pending, qkv, before, None, counts_BP), memory, None)
         places = count.unsqueeze(1) + torch.arange(before.shape[1], device=pending.device)
         both = torch.cat([before.to(qkv.dtype), qkv], dim=1)
         return both.gather(1, places.unsqueeze(-1).expand(-1, -1, both.shape[-1])), memory

@@ -54,7 +54,7 @@ class Tokens(NamedTuple):
 
     def part(self, start: int, stop: int) -> Tokens:
         """The tokens start..stop of every row."""
-        return self._each(lambda part, axis: part.narrow(axis, start, min(stop, part.shape[axis]) - start))
+        return self.changed(lambda part, axis: part.narrow(axis, start, min(stop, part.shape[axis]) - start))
 
     def taken(self, source_BN: Tensor) -> Tokens:
         """Tokens in new places: column n of row b holds what stood at source[b, n]; −1 is one that does not count."""
@@ -65,7 +65,7 @@ class Tokens(NamedTuple):
             shape.insert(axis, index.shape[1])
             return part.take_along_dim(index.view(shape), axis)
 
-        moved, here = self._each(gathered), source_BN >= 0
+        moved, here = self.changed(gathered), source_BN >= 0
         return moved._replace(counts=here if moved.counts is None else here & moved.counts)
 
     def silenced(self) -> Tokens:
@@ -79,7 +79,8 @@ class Tokens(NamedTuple):
             log_momentum=None if self.log_momentum is None else self.log_momentum.masked_fill(off, 0.0),
         )
 
-    def _each(self, change: Callable[[Tensor, int], Tensor]) -> Tokens:
+    def changed(self, change: Callable[[Tensor, int], Tensor]) -> Tokens:
+        """Every tensor made another, told the axis of its tokens."""
         parts = [None if part is None else change(part, 2) for part in (*self[:4], *self[5:7])]
         q, k, v, rate, log_momentum, threshold = parts
         assert q is not None and k is not None and v is not None and rate is not None
