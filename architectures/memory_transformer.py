@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from clplat.architectures.associative_memory.layout import documents_of
 from clplat.architectures.associative_memory.mixer import MemoryMixer
 from clplat.architectures.associative_memory.presets import LayerKind, TitansLMM
-from clplat.architectures.associative_memory.reading import Reading
+from clplat.architectures.associative_memory.reading import Reading, StartsOfItself
 from clplat.architectures.base import State
 from clplat.architectures.decoder import Block, Decoder, check_language
 from clplat.architectures.layers import Angles, Attention, Cache, SwiGLU, causal_document_mask, rotary_angles
@@ -120,13 +120,14 @@ class MemoryTransformer(Decoder):
             spec=spec, hidden_size=hidden_size, blocks=blocks, dropout=dropout, document_mask=document_mask,
             tie_head=tie_head, initial_std=initial_std,
         )  # fmt: skip
-        for memory in self._memories():
-            memory.reset_dynamics()
+        for module in self.modules():
+            if isinstance(module, StartsOfItself):
+                module.reset_dynamics()
 
     def facts(self) -> Mapping[str, str]:
         """What computed the memories' last pass, by layer's number where layers differ."""
-        layers = {n: block.attention for n, block in enumerate(self.blocks)}
-        taken = {n: layer.memory.backend for n, layer in layers.items() if isinstance(layer, MemoryMixer)}
+        modules = ((n, module) for n, block in enumerate(self.blocks) for module in block.modules())
+        taken = {n: module.memory.backend for n, module in modules if isinstance(module, MemoryMixer)}
         if len(set(taken.values())) == 1:
             return {"memory_backend": next(iter(taken.values()))}
         return {f"memory_backend.{n}": backend for n, backend in taken.items()}

@@ -110,9 +110,7 @@ class CachedMixer(MemoryMixer):
         sums = x.unflatten(1, (segments.count, segments.width)).cumsum(2)
         return torch.cat([sums[:, :1] + before.sums[:, None, None], sums[:, 1:]], 1)
 
-    def _kept(
-        self, read: Run, sums: Tensor, segments: Segments, before: CachedState
-    ) -> tuple[Layers, Tensor]:
+    def _kept(self, read: Run, sums: Tensor, segments: Segments, before: CachedState) -> tuple[Layers, Tensor]:
         """Memories and means by the number of their segment: those kept before, then this call's."""
         ends, means = read.ends.weights, sums[:, :, -1] / self.segment
         held = before.pools.shape[1]

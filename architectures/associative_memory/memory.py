@@ -16,7 +16,7 @@ from clplat.architectures.associative_memory.chunked import Mixed, chunked, one_
 from clplat.architectures.associative_memory.layout import Documents, bounds, continued, separated
 from clplat.architectures.associative_memory.network import Network, featured
 from clplat.architectures.associative_memory.rule import MemoryRule
-from clplat.architectures.associative_memory.state import LOWEST_GATE, MemoryState, Tokens
+from clplat.architectures.associative_memory.state import LOWEST_GATE, MemoryState, Tokens, repeated
 from clplat.architectures.associative_memory.token_loop import token_loop
 from clplat.kernels.delta_memory import MemoryState as MatrixState
 from clplat.kernels.delta_memory import delta_memory, which_backend
@@ -88,22 +88,24 @@ class AssociativeMemory(nn.Module):
                 return o.transpose(1, 2), self._own_state(end, state)
             return self._by_chunks(_prepared(tokens, self._wide()), state, fresh)
 
-    def read_documents(self, tokens: Tokens, documents: Documents) -> Tensor:
-        """Answers (B, H, T, E) to packed rows, where each document begins with the first state and a chunk."""
+    def read_documents(self, tokens: Tokens, documents: Documents, first: MemoryState | None = None) -> Tensor:
+        """Answers (B, H, T, E) to packed rows, where each document begins with the first state, or `first` of one row,
+        and a chunk."""
         tokens = self._checked(tokens)
+        first = self.empty_state(1) if first is None else first
         rows, length = tokens.q.shape[0], tokens.q.shape[2]
         with torch.autocast(tokens.q.device.type, enabled=False):
             form = self._kernel(tokens, even=False)
             self.backend = "chunked PyTorch" if form is None else f"delta_memory {form}"
             if form is not None:
-                state = _matrix_state(self.empty_state(len(documents.starts))._replace(anchor=()))
+                state = _matrix_state(repeated(first, len(documents.starts))._replace(anchor=()))
                 named = {name: part.flatten(0, 1).unsqueeze(0) for name, part in _by_name(tokens).items()}
                 ends = bounds(documents, tokens.q.device)
                 o, _ = delta_memory(**named, **self._mode(), state=state, cu_seqlens=ends)
                 return o.squeeze(0).unflatten(0, (rows, length)).transpose(1, 2)
             layout = separated(documents, rows, length, self.rule.chunk)
             moved = _prepared(tokens, self._wide()).taken(layout.source_BN)
-            return layout.back(chunked(self._network(), moved, self.empty_state(rows), layout.begins_Bn)[0])
+            return layout.back(chunked(self._network(), moved, repeated(first, rows), layout.begins_Bn)[0])
 
     def prepared(self, tokens: Tokens) -> Tokens:
         """As `aligned` takes them: queries and keys through the feature map, all in the state's precision."""

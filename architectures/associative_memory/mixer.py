@@ -197,12 +197,15 @@ class MemoryMixer(nn.Module):
             return (log_decay.unsqueeze(-1),) * len(widths)
         return log_decay.unflatten(1, (self.num_heads, -1)).mT.split(widths, dim=-1)
 
-    def _given_out(self, x_BTC: Tensor, answers_BHTE: Tensor) -> Tensor:
+    def _given_out(self, x_BTC: Tensor, answers_BHTE: Tensor, factor: Tensor | None = None) -> Tensor:
+        """From answers to what is added to the stream; `factor` (B, T, C) multiplies them once they are normed."""
         if self.options.normaliser:
             answers_BHTE = answers_BHTE[..., :-1] / answers_BHTE[..., -1:]
         normed = self.norm(answers_BHTE.transpose(1, 2).to(x_BTC.dtype)).flatten(2).to(x_BTC.dtype)
         if self.output_gate is not None:
             normed = normed * F.silu(self.output_gate(x_BTC))
+        if factor is not None:
+            normed = normed * factor
         return self.out(normed)
 
     def _taken_in(self, state: MixerState, lengths: Tensor) -> tuple[Tensor, tuple[Any, ...]]:

@@ -5,7 +5,6 @@ Shapes: see `state.py`; P places, which is n segments of tokens, or one place fo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,10 +13,7 @@ from torch import Tensor
 
 from clplat.architectures.associative_memory.layout import Documents, Layout, continued, separated
 from clplat.architectures.associative_memory.memory import AssociativeMemory
-from clplat.architectures.associative_memory.state import MemoryState, Tokens
-
-
-Parts = Callable[..., Tensor]
+from clplat.architectures.associative_memory.state import MemoryState, Tokens, each_part
 
 
 class Segments(NamedTuple):
@@ -107,9 +103,7 @@ class Run(NamedTuple):
     """Behind each row's last token, (B, …)."""
 
 
-def run(
-    memory: AssociativeMemory, tokens: Tokens, segments: Segments, state: MemoryState | None, *, warm: bool
-) -> Run:
+def run(memory: AssociativeMemory, tokens: Tokens, segments: Segments, state: MemoryState | None, *, warm: bool) -> Run:
     """`tokens` in their places, `prepared`. A segment begins with the state that the one before left (`warm`), or with
     the memory's first state, and all are read at once; a document always begins with the first state. The first
     segment goes on from `state`."""
@@ -155,12 +149,6 @@ def _in_turn(
 def stacked(states: list[MemoryState]) -> MemoryState:
     """States one behind the other, (B, n, …)."""
     return each_part(lambda *parts: torch.stack(parts, 1), *states)
-
-
-def each_part(change: Parts, *states: MemoryState) -> MemoryState:
-    """A state of which each tensor is made from those of others."""
-    layers = [tuple(change(*parts) for parts in zip(*(state[field] for state in states))) for field in range(3)]
-    return MemoryState(*layers, change(*(state.offset for state in states)))
 
 
 def counted(tokens: Tokens) -> Tensor:

@@ -93,3 +93,14 @@ def chosen(condition_B: Tensor, yes: Sequence[Tensor], no: Sequence[Tensor]) -> 
     """For each row the tensors of `yes` where the condition holds, else those of `no`."""
     mask = condition_B[:, None, None, None]
     return tuple(torch.where(mask, a, b) for a, b in zip(yes, no, strict=True))
+
+
+def each_part(change: Callable[..., Tensor], *states: MemoryState) -> MemoryState:
+    """A state of which each tensor is made from those of others."""
+    layers = [tuple(change(*parts) for parts in zip(*(state[field] for state in states))) for field in range(3)]
+    return MemoryState(*layers, change(*(state.offset for state in states)))
+
+
+def repeated(state: MemoryState, rows: int) -> MemoryState:
+    """The state of one row for `rows` of them."""
+    return each_part(lambda part: part.expand(rows, *part.shape[1:]), state)
