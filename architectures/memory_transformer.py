@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Kinds of layers are known by name once their modules are.
+from clplat.architectures.associative_memory import titans_kinds  # noqa: F401
 from clplat.architectures.associative_memory.layout import documents_of
 from clplat.architectures.associative_memory.mixer import MemoryMixer
 from clplat.architectures.associative_memory.presets import LayerKind, TitansLMM
