@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 # Kinds of layers are known by name once their modules are.
-from clplat.architectures.associative_memory import titans_kinds  # noqa: F401
+from clplat.architectures.associative_memory import titans_kinds, tnt  # noqa: F401
 from clplat.architectures.associative_memory.layout import documents_of
 from clplat.architectures.associative_memory.mixer import MemoryMixer
 from clplat.architectures.associative_memory.presets import LayerKind, TitansLMM
@@ -29,7 +29,7 @@ from clplat.architectures.associative_memory.reading import Reading, StartsOfIts
 from clplat.architectures.base import State
 from clplat.architectures.decoder import Block, Decoder, check_language
 from clplat.architectures.layers import Angles, Attention, Cache, SwiGLU, causal_document_mask, rotary_angles
-from clplat.streams.base import Spec
+from clplat.streams.base import Spec, Task
 
 
 class AttentionLayer(LayerKind):
@@ -125,6 +125,27 @@ class MemoryTransformer(Decoder):
         for module in self.modules():
             if isinstance(module, StartsOfItself):
                 module.reset_dynamics()
+
+    def task_start(self, task: Task) -> None:
+        """Layers that are read in stages enter the one of that task."""
+        self._enter(task.index)
+
+    def structure(self) -> Mapping[str, Any]:
+        """The task whose stage layers are in, if any has stages."""
+        tasks = [module.task for module in self._staged()]
+        return {"task": tasks[0]} if tasks else {}
+
+    def restructure(self, structure: Mapping[str, Any]) -> None:
+        """Layers enter their stage again."""
+        if structure:
+            self._enter(structure["task"])
+
+    def _staged(self) -> list[tnt.TNTMixer]:
+        return [module for module in self.modules() if isinstance(module, tnt.TNTMixer)]
+
+    def _enter(self, task: int) -> None:
+        for module in self._staged():
+            module.enter(task)
 
     def facts(self) -> Mapping[str, str]:
         """What computed the memories' last pass, by layer's number where layers differ."""

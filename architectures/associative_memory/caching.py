@@ -158,7 +158,8 @@ def segment_shares(
 ) -> Tensor:
     """γ (B, P, W + 1): softmax over segments of what a token asks times their means, the current one's last. `top`
     leaves the best of the segments before."""
-    scores = (asked_BPC @ pools_BWC.mT).masked_fill(~seen_BPW, -torch.inf)
+    with torch.autocast(asked_BPC.device.type, enabled=False):
+        scores = (asked_BPC @ pools_BWC.mT).masked_fill(~seen_BPW, -torch.inf)
     if top is not None and top < scores.shape[-1]:
         best = torch.zeros_like(seen_BPW).scatter(-1, scores.topk(top, dim=-1).indices, True)
         scores = scores.masked_fill(~best, -torch.inf)
@@ -167,7 +168,8 @@ def segment_shares(
 
 def together(own_BHLE: Tensor, others_BWHLE: Tensor, shares_BLW: Tensor) -> Tensor:
     """The current memory's output and those of others by their shares."""
-    past = torch.einsum("blw,bwhle->bhle", shares_BLW[..., :-1], others_BWHLE)
+    with torch.autocast(own_BHLE.device.type, enabled=False):
+        past = torch.einsum("blw,bwhle->bhle", shares_BLW[..., :-1], others_BWHLE)
     return own_BHLE * shares_BLW[:, None, :, -1:] + past
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clplat.architectures.associative_memory.bulk import written
 from clplat.architectures.associative_memory.chunked import Mixed, chunked, one_more
 from clplat.architectures.associative_memory.layout import Documents, bounds, continued, separated
 from clplat.architectures.associative_memory.network import Network, featured
@@ -117,6 +118,14 @@ class AssociativeMemory(nn.Module):
         self.backend = "chunked PyTorch"
         with torch.autocast(tokens.q.device.type, enabled=False):
             return chunked(self._network(), tokens, state, mixed=mixed)
+
+    def written(self, tokens: Tokens, state: MemoryState) -> MemoryState:
+        """The state behind `prepared` tokens that lie within one chunk, where their answers are not asked for."""
+        if self.rule.gradient_at != "chunk":
+            return self.aligned(tokens, state)[1]
+        self.backend = "chunked PyTorch"
+        with torch.autocast(tokens.q.device.type, enabled=False):
+            return written(self._network(), tokens, state)
 
     def read(self, weights: Sequence[Tensor], q_BHTD: Tensor) -> Tensor:
         """The answers of given weights, of the same leading dimensions, to `prepared` queries."""

@@ -52,6 +52,10 @@ class Segments(NamedTuple):
         """Answers in the tokens' order."""
         return answers_BHPE if self.layout is None else self.layout.back(answers_BHPE)
 
+    def reaches(self, number: int, counts_B: Tensor) -> Tensor:
+        """(B,) bool, whether a row's tokens reach the segment of that number in this call, or its very start."""
+        return (self.offset_B + counts_B >= number * self.segment).expand(len(counts_B))
+
     def after(self, counts_B: Tensor) -> tuple[Tensor, Tensor]:
         """Behind a row's last token: the place in its segment, 0 at a new one's start, and the segment to be asked."""
         total = self.offset_B + counts_B
@@ -122,10 +126,10 @@ def run(memory: AssociativeMemory, tokens: Tokens, segments: Segments, state: Me
     rows = torch.arange(len(which), device=which.device)
     last = each_part(lambda part: part[rows, which], ends)
     new = (place == 0).expand(len(which))
-    return Run(unfolded(answers, segments), starts, ends, _renewed(new, first, last))
+    return Run(unfolded(answers, segments), starts, ends, renewed(new, first, last))
 
 
-def _renewed(new_B: Tensor, first: MemoryState, state: MemoryState) -> MemoryState:
+def renewed(new_B: Tensor, first: MemoryState, state: MemoryState) -> MemoryState:
     """The state of each row, or `first` where it begins anew."""
     return each_part(lambda a, b: torch.where(new_B.view(-1, *[1] * (a.ndim - 1)), a, b), first, state)
 
@@ -137,7 +141,7 @@ def _in_turn(
     answers, starts, ends = [], [], []
     for number in range(segments.count):
         if number and begins is not None:
-            state = _renewed(begins[:, number], first, state)
+            state = renewed(begins[:, number], first, state)
         starts.append(state)
         part = tokens.part(number * segments.width, (number + 1) * segments.width)
         answer, state = memory.aligned(part, state)
