@@ -150,7 +150,7 @@ class CachedMixer(MemoryMixer):
         flat = MemoryState(
             *(tuple(part.flatten(0, 1) for part in layers) for layers in starts[:3]), starts.offset.flatten(0, 1)
         )
-        return unfolded(self.memory.aligned(folded(placed, segments), flat, mixed)[0], segments)
+        return unfolded(self.memory.aligned(folded(placed, segments), flat, mixed, segments.begun())[0], segments)
 
 
 def segment_shares(

@@ -42,11 +42,13 @@ class Spans(NamedTuple):
 
 
 def chunked(
-    network: Network, tokens: Tokens, state: MemoryState, begins_Bn: Tensor | None = None, mixed: Mixed | None = None
-) -> tuple[Tensor, MemoryState]:
+    network: Network, tokens: Tokens, state: MemoryState, begins_Bn: Tensor | None = None, mixed: Mixed | None = None,
+    place_B: Tensor | None = None,
+) -> tuple[Tensor, MemoryState]:  # fmt: skip
     """Answers (B, H, T, E) and the state behind the last token; chunks lie at multiples of `chunk` from the first
     token, which has to be a place where one may lie (`layout.py`). Where `begins_Bn`, chunk n begins with `state`.
-    `mixed`: what other memories add to every layer's output."""
+    `mixed`: what other memories add to every layer's output. `place_B`: where each row's tokens begin; None is where
+    the open chunk, here the first, goes on."""
     rule, length = network.rule, tokens.q.shape[2]
     tokens = tokens.silenced()
     W, S, anchor, offset = state
@@ -59,8 +61,8 @@ def chunked(
         if begins_Bn is not None:
             W, S = chosen(begins_Bn[:, number], state.weights, W), chosen(begins_Bn[:, number], state.momentum, S)
         if rule.anchored and number:
-            anchor = W
-            last = chosen(offset + count >= number * rule.chunk, W, last)
+            anchor = W if place_B is None else chosen(place_B // rule.chunk >= number, anchor, W)
+            last = chosen((offset if place_B is None else place_B) + count >= number * rule.chunk, anchor, last)
         answer, W, S = chunk_step(network, tokens.part(start, start + rule.chunk), W, S, anchor, mixed, start)
         answers.append(answer)
     if not rule.anchored:

@@ -112,12 +112,15 @@ class AssociativeMemory(nn.Module):
         """As `aligned` takes them: queries and keys through the feature map, all in the state's precision."""
         return _prepared(self._checked(tokens), self._wide())
 
-    def aligned(self, tokens: Tokens, state: MemoryState, mixed: Mixed | None = None) -> tuple[Tensor, MemoryState]:
+    def aligned(
+        self, tokens: Tokens, state: MemoryState, mixed: Mixed | None = None, place_B: Tensor | None = None
+    ) -> tuple[Tensor, MemoryState]:
         """Answers to `prepared` tokens of which chunks lie at multiples of `chunk` from the first, in PyTorch; rows of
-        which a chunk is open have places for its first tokens that do not count (`layout.continued`)."""
+        which a chunk is open have places for its first tokens that do not count, and begin at `place_B` if not in the
+        first chunk (`chunked.py`)."""
         self.backend = "chunked PyTorch"
         with torch.autocast(tokens.q.device.type, enabled=False):
-            return chunked(self._network(), tokens, state, mixed=mixed)
+            return chunked(self._network(), tokens, state, mixed=mixed, place_B=place_B)
 
     def written(self, tokens: Tokens, state: MemoryState) -> MemoryState:
         """The state behind `prepared` tokens that lie within one chunk, where their answers are not asked for."""

@@ -32,6 +32,8 @@ class Segments(NamedTuple):
     first_Bn: Tensor
     """The number of the segment with which its document begins."""
     segment: int
+    continues: bool = True
+    """Whether rows go on at places of their own."""
 
     @property
     def count(self) -> int:
@@ -51,6 +53,13 @@ class Segments(NamedTuple):
     def back(self, answers_BHPE: Tensor) -> Tensor:
         """Answers in the tokens' order."""
         return answers_BHPE if self.layout is None else self.layout.back(answers_BHPE)
+
+    def begun(self, *, folded: bool = True) -> Tensor | None:
+        """Where the tokens of each row begin in the first segment, or those of each row of segments; None where that
+        is no matter."""
+        if self.layout is None or not self.continues:
+            return None
+        return F.pad(self.offset_B.unsqueeze(1), (0, self.count - 1)).flatten() if folded else self.offset_B
 
     def reaches(self, number: int, counts_B: Tensor) -> Tensor:
         """(B,) bool, whether a row's tokens reach the segment of that number in this call, or its very start."""
@@ -72,7 +81,7 @@ def cut(x_BTC: Tensor, segment: int, position_B: Tensor | None, documents: Docum
         number = torch.arange(layout.begins_Bn.shape[1], device=device).unsqueeze(0)
         first = number.where(layout.begins_Bn, 0).cummax(1).values
         places = torch.arange(number.shape[1] * segment, device=device).unsqueeze(0) % segment
-        return Segments(segment, layout, nothing, places, number, first, segment)
+        return Segments(segment, layout, nothing, places, number, first, segment, False)
     before = nothing if position_B is None else position_B
     offset, number = before % segment, (before // segment).unsqueeze(1)
     if length == 1 and position_B is not None:
@@ -81,7 +90,8 @@ def cut(x_BTC: Tensor, segment: int, position_B: Tensor | None, documents: Docum
     width = length if layout is None else layout.source_BN.shape[1]
     number = number + torch.arange(width // segment, device=device)
     places = torch.arange(width, device=device).unsqueeze(0) % segment
-    return Segments(segment, layout, offset, places, number, torch.zeros_like(number), segment)
+    first = torch.zeros_like(number)
+    return Segments(segment, layout, offset, places, number, first, segment, position_B is not None)
 
 
 def _whole(rows: int, length: int, segment: int, device: torch.device) -> Layout | None:
@@ -120,7 +130,8 @@ def run(memory: AssociativeMemory, tokens: Tokens, segments: Segments, state: Me
         lambda now, new: torch.cat([now.unsqueeze(1), new.unsqueeze(1).expand(-1, rest, *new.shape[1:])], 1),
         state, first,
     )  # fmt: skip
-    answers, ends = memory.aligned(folded(tokens, segments), each_part(lambda part: part.flatten(0, 1), starts))
+    flat = each_part(lambda part: part.flatten(0, 1), starts)
+    answers, ends = memory.aligned(folded(tokens, segments), flat, place_B=segments.begun())
     ends = each_part(lambda part: part.unflatten(0, (-1, segments.count)), ends)
     place, which = segments.after(counted(tokens))
     rows = torch.arange(len(which), device=which.device)
@@ -144,7 +155,8 @@ def _in_turn(
             state = renewed(begins[:, number], first, state)
         starts.append(state)
         part = tokens.part(number * segments.width, (number + 1) * segments.width)
-        answer, state = memory.aligned(part, state)
+        place = None if number else segments.begun(folded=False)
+        answer, state = memory.aligned(part, state, place_B=place)
         answers.append(answer)
         ends.append(state)
     return Run(torch.cat(answers, 2), stacked(starts), stacked(ends), state)

@@ -67,7 +67,7 @@ class WindowAttention(Projections):
         rows, length = x_BTC.shape[:2]
         size = min(self.window, length)
         missing = -length % size
-        q, k, v = (F.pad(part, (0, 0, 0, 0, 0, missing)) for part in self.projected(x_BTC, reading.positions))
+        q, k, v = (F.pad(part, (0, 0, 0, 0, 0, missing)) for part in self.projected(x_BTC, _own_positions(reading)))
         blocks = (length + missing) // size
         q = q.unflatten(1, (blocks, size)).flatten(0, 1)
         seen = [_with_block_before(part, size).flatten(0, 1) for part in (k, v)]
@@ -118,6 +118,14 @@ class WindowAttention(Projections):
         )
         k, v = (torch.cat([new.expand(len(old), -1, -1, -1), old], 1) for new, old in ((first_k, k), (first_v, v)))
         return self.attended(q, k, v, F.pad(mask, (count, 0), value=True))
+
+
+def _own_positions(reading: Reading) -> Tensor:
+    """Positions from each document's start, so that persistent tokens stand before every document alike."""
+    if reading.documents is None:
+        return reading.positions
+    begins = reading.documents.begins()
+    return reading.positions - torch.where(begins, reading.positions, 0).cummax(1).values
 
 
 def _with_block_before(x_BTHD: Tensor, size: int) -> Tensor:

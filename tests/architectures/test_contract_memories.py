@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from clplat.architectures.associative_memory.caching import MemoryCaching
 from clplat.architectures.associative_memory.mixer import ProjectionOptions
 from clplat.architectures.associative_memory.presets import (
     TTTMLP,
@@ -18,6 +19,8 @@ from clplat.architectures.associative_memory.presets import (
     TTTLinear,
 )
 from clplat.architectures.associative_memory.rule import BiasOptions, MemoryRule, NetworkOptions
+from clplat.architectures.associative_memory.titans_kinds import TitansMAC, TitansMAG, TitansMAL
+from clplat.architectures.associative_memory.tnt import TNT
 from clplat.architectures.contract import CHECKS
 from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransformer
 from clplat.architectures.probing import Contract
@@ -31,6 +34,7 @@ CHANNELS = MemoryLayer(
     ),
     projection=ProjectionOptions(damped=True), num_heads=2,
 )  # fmt: skip
+TITANS = TitansLMM(num_heads=2, chunk=2, expand=2)
 
 LAYERS: dict[str, list[LayerKind]] = {
     "linear-attention": [LinearAttention(num_heads=2, chunk=4)],
@@ -41,6 +45,12 @@ LAYERS: dict[str, list[LayerKind]] = {
     "titans": [TitansLMM(num_heads=2, chunk=4, expand=2)],
     "titans-matrix-behind-attention": [AttentionLayer(), TitansLMM(chunk=4, depth=1, residual=False)],
     "channels-and-huber": [CHANNELS],
+    "cached-soup": [MemoryCaching(layer=TITANS, segment=4, read="soup", start="warm")],
+    "cached-best": [MemoryCaching(layer=GatedDeltaNet(num_heads=2), segment=3, read="sparse", top=1)],
+    "tnt": [TNT(layer=TITANS, global_chunk=6, local_chunks=[2, 4], shard=4, later={1: [1, 2]})],
+    "mac": [TitansMAC(layer=TITANS, num_heads=2, persistent=2, segment=4)],
+    "mag": [TitansMAG(layer=TITANS, num_heads=2, persistent=3, window=5)],
+    "mal": [TitansMAL(layer=TITANS, num_heads=2, persistent=2, window=4)],
 }
 
 
