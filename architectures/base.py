@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -146,6 +147,15 @@ class GeneratesWeights(Protocol):
 
     def answer_with(self, weights: Tensor, batch: Batch, task: int) -> Output:
         """The answer with flat weights (W,) and what else is kept for the task."""
+        ...
+
+
+@runtime_checkable
+class WritesMemory(Protocol):
+    """Capability: memories inside write while they read, and can be kept from it."""
+
+    def without_writes(self) -> AbstractContextManager[None]:
+        """Within it all memories stay as they begin."""
         ...
 
 

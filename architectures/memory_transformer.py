@@ -14,7 +14,8 @@ Shapes: B rows, T tokens, S tokens in an attention layer's cache, C hidden size,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from torch import Tensor, nn
 # Kinds of layers are known by name once their modules are.
 from clplat.architectures.associative_memory import titans_kinds, tnt  # noqa: F401
 from clplat.architectures.associative_memory.layout import documents_of
+from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.mixer import MemoryMixer
 from clplat.architectures.associative_memory.presets import LayerKind, TitansLMM
 from clplat.architectures.associative_memory.reading import Reading, StartsOfItself
+from clplat.architectures.associative_memory.telemetry import measured
 from clplat.architectures.base import State
 from clplat.architectures.decoder import Block, Decoder, check_language
 from clplat.architectures.layers import Angles, Attention, Cache, SwiGLU, causal_document_mask, rotary_angles
@@ -146,6 +149,27 @@ class MemoryTransformer(Decoder):
     def _enter(self, task: int) -> None:
         for module in self._staged():
             module.enter(task)
+
+    def measurements(self) -> Mapping[str, float]:
+        """What the memories of each layer did with the first row that was evaluated last; see `telemetry.measured`."""
+        found: dict[str, float] = {}
+        for name, mixer in self.named_modules():
+            if isinstance(mixer, MemoryMixer):
+                place = name.removeprefix("blocks.")
+                found |= {f"memory.{place}.{key}": value for key, value in measured(mixer, f"layer {place}").items()}
+        return found
+
+    @contextmanager
+    def without_writes(self) -> Iterator[None]:
+        """Within it no memory writes or forgets: each is what it was at the start."""
+        memories = [module for module in self.modules() if isinstance(module, AssociativeMemory)]
+        for memory in memories:
+            memory.writes = False
+        try:
+            yield
+        finally:
+            for memory in memories:
+                memory.writes = True
 
     def facts(self) -> Mapping[str, str]:
         """What computed the memories' last pass, by layer's number where layers differ."""

@@ -48,6 +48,8 @@ class AssociativeMemory(nn.Module):
         self.shift = nn.Parameter(torch.empty(num_heads, 1, value_size)) if rule.memory.norm else None
         self.register_buffer("nothing", torch.zeros(()), persistent=False)
         self.nothing: Tensor
+        self.writes = True
+        """False: step sizes are 0 and nothing is forgotten, for a reading without memory."""
         self.backend = "none yet"
         """What computed the last call, for the record."""
         self.reset_start()
@@ -162,6 +164,9 @@ class AssociativeMemory(nn.Module):
         for name, (asked, given) in wanted.items():
             if asked != given:
                 raise ValueError(f"{name}: the memory's rule {'needs' if asked else 'has no use for'} it")
+        if not self.writes:
+            still = tuple(map(torch.zeros_like, tokens.log_decay))
+            tokens = tokens._replace(rate=torch.zeros_like(tokens.rate), log_decay=still)
         return tokens._replace(q=featured(tokens.q, rule.feature), k=featured(tokens.k, rule.feature))
 
     def _by_chunks(self, tokens: Tokens, state: MemoryState, fresh: bool) -> tuple[Tensor, MemoryState]:

@@ -90,6 +90,8 @@ class MemoryMixer(nn.Module):
         self.norm = nn.RMSNorm(self.head_size, eps=1e-6)
         self.output_gate = nn.Linear(hidden_size, hidden_size, bias=False) if projection.output_gate != "none" else None
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.last_row: Tensor | None = None
+        """The first row that was evaluated last, for `telemetry.py`; no answer depends on it."""
         self.reset_dynamics()
 
     @torch.no_grad()
@@ -104,6 +106,8 @@ class MemoryMixer(nn.Module):
     def forward(self, x_BTC: Tensor, reading: Reading) -> Tensor:
         """A full pass over rows, packed with documents or each of one text."""
         documents = reading.documents
+        if not self.training:
+            self.last_row = x_BTC[:1].detach().clone()
         tokens = self._tokens(x_BTC, self.qkv(x_BTC), None, documents)
         return self._given_out(x_BTC, self._remembered(x_BTC, tokens, None, documents)[0])
 
@@ -200,7 +204,9 @@ class MemoryMixer(nn.Module):
     def _given_out(self, x_BTC: Tensor, answers_BHTE: Tensor, factor: Tensor | None = None) -> Tensor:
         """From answers to what is added to the stream; `factor` (B, T, C) multiplies them once they are normed."""
         if self.options.normaliser:
-            answers_BHTE = answers_BHTE[..., :-1] / answers_BHTE[..., -1:]
+            sums = answers_BHTE[..., -1:]
+            # Sums are above 0, but for memories that are kept from writing.
+            answers_BHTE = answers_BHTE[..., :-1] / sums.masked_fill(sums == 0, 1.0)
         normed = self.norm(answers_BHTE.transpose(1, 2).to(x_BTC.dtype)).flatten(2).to(x_BTC.dtype)
         if self.output_gate is not None:
             normed = normed * F.silu(self.output_gate(x_BTC))

@@ -210,3 +210,34 @@ def test_a_run_writes_an_architectures_words_down_as_tags_once(tmp_path: Path, m
     assert execute(folder).status == "FINISHED"
     told = [entry["values"] for entry in read(folder) if entry["kind"] == "tags"]
     assert told.count({"architecture.memory_backend": "by hand"}) == 1
+
+
+@every_kind
+def test_without_writes_no_answer_but_by_attention_and_convolution_reaches_back(kind: LayerKind) -> None:
+    made, row = model(kind), tokens()
+    usual = made(batch_of(row)).logits
+    with made.without_writes():
+        still = made(batch_of(row)).logits
+        if isinstance(kind, MemoryLayer):  # its convolution sees three tokens before
+            changed = row.clone()
+            changed[:, 0] = (row[:, 0] + 1) % 23
+            torch.testing.assert_close(made(batch_of(changed)).logits[:, 4:], still[:, 4:], rtol=0, atol=1e-14)
+    assert still.isfinite().all()
+    assert torch.equal(made(batch_of(row)).logits, usual)
+    assert torch.equal(still, usual) == isinstance(kind, AttentionLayer)
+
+
+def test_measurements_are_of_the_last_evaluation_and_a_memory_that_is_not_finite_is_named() -> None:
+    made = model(TitansLMM(chunk=4, max_rate=0.2), DeltaNet())
+    assert not made.measurements()
+    made(batch_of(tokens()))
+    found = made.measurements()
+    assert found["memory.0.attention.loss_after"] < found["memory.0.attention.loss_before"]
+    assert found["memory.0.attention.kept"] == pytest.approx(0.99, abs=0.01)
+    assert found["memory.0.attention.momentum"] == pytest.approx(0.9, abs=0.02)
+    assert found["memory.0.attention.moved"] > 0
+    assert "memory.1.attention.moved" not in found  # it begins from 0
+    with torch.no_grad():
+        made.blocks[1].attention.qkv.weight[16 + 4 : 16 + 8] = torch.nan  # keys of the second of four heads
+    with pytest.raises(FloatingPointError, match="layer 1.attention: the memory of head 1 is not finite"):
+        made.measurements()
