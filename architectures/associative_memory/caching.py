@@ -24,7 +24,7 @@ from clplat.architectures.associative_memory.layout import Documents
 from clplat.architectures.associative_memory.mixer import MemoryMixer
 from clplat.architectures.associative_memory.presets import LayerKind, MemoryLayer, TitansLMM
 from clplat.architectures.associative_memory.segments import Run, Segments, counted, cut, folded, run, unfolded
-from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens
+from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens, each_part
 from clplat.architectures.option_checks import check_at_least, check_choices
 
 CacheRead = Literal["residual", "gated", "soup", "sparse"]
@@ -147,9 +147,7 @@ class CachedMixer(MemoryMixer):
         def mixed(first: int, layer: int, x_BHLI: Tensor, own: Tensor) -> Tensor:
             return together(own, x_BHLI.unsqueeze(1) @ others[layer], shares[:, first : first + x_BHLI.shape[2]])
 
-        flat = MemoryState(
-            *(tuple(part.flatten(0, 1) for part in layers) for layers in starts[:3]), starts.offset.flatten(0, 1)
-        )
+        flat = each_part(lambda part: part.flatten(0, 1), starts)
         return unfolded(self.memory.aligned(folded(placed, segments), flat, mixed, segments.begun())[0], segments)
 
 

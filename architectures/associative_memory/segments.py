@@ -73,15 +73,16 @@ class Segments(NamedTuple):
 
 def cut(x_BTC: Tensor, segment: int, position_B: Tensor | None, documents: Documents | None) -> Segments:
     """The segments of rows after the `position_B` tokens that each has read, or of documents, or of whole rows."""
-    rows, length, device = *x_BTC.shape[:2], x_BTC.device
+    rows, length = x_BTC.shape[:2]
+    device = x_BTC.device
     nothing = torch.zeros(1, dtype=torch.long, device=device)
     if documents is not None:
-        layout = separated(documents, rows, length, segment)
-        assert layout.begins_Bn is not None
-        number = torch.arange(layout.begins_Bn.shape[1], device=device).unsqueeze(0)
-        first = number.where(layout.begins_Bn, 0).cummax(1).values
+        apart = separated(documents, rows, length, segment)
+        assert apart.begins_Bn is not None
+        number = torch.arange(apart.begins_Bn.shape[1], device=device).unsqueeze(0)
+        first = number.where(apart.begins_Bn, 0).cummax(1).values
         places = torch.arange(number.shape[1] * segment, device=device).unsqueeze(0) % segment
-        return Segments(segment, layout, nothing, places, number, first, segment, False)
+        return Segments(segment, apart, nothing, places, number, first, segment, False)
     before = nothing if position_B is None else position_B
     offset, number = before % segment, (before // segment).unsqueeze(1)
     if length == 1 and position_B is not None:

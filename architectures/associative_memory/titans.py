@@ -103,8 +103,8 @@ class GatingMemory(WindowedMemory):
         attended, window = self.attention.continued(
             x_BTC, self.mixer.persistent.inputs, window, reading.lengths - held, reading
         )
-        remembered, (*memory, pending, held) = self.mixer.continued(x_BTC, (*memory, pending, held), reading)
-        return self._gated(attended, remembered), (window, tuple(memory), pending, held)
+        remembered, after = self.mixer.continued(x_BTC, (*memory, pending, held), reading)
+        return self._gated(attended, remembered), (window, after[:2], *after[2:])
 
     def _gated(self, attended: Tensor, remembered: Tensor) -> Tensor:
         attended, remembered = (part.to(self.memory_norm.weight.dtype) for part in (attended, remembered))
@@ -129,10 +129,10 @@ class LayeredMemory(WindowedMemory):
         """New tokens after those in `state`."""
         window, memory, pending, held = state
         count = reading.lengths - held
-        remembered, (*memory, pending, held) = self.mixer.continued(x_BTC, (*memory, pending, held), reading)
+        remembered, after = self.mixer.continued(x_BTC, (*memory, pending, held), reading)
         persistent = self._normed(self.mixer.begun()[0])
         mixed, window = self.attention.continued(self._normed(remembered), persistent, window, count, reading)
-        return mixed, (window, tuple(memory), pending, held)
+        return mixed, (window, after[:2], *after[2:])
 
     def _normed(self, remembered: Tensor) -> Tensor:
         return self.memory_norm(remembered.to(self.memory_norm.weight.dtype))
