@@ -107,7 +107,7 @@ class CachedMixer(MemoryMixer):
         x = x_BPC.to(before.sums.dtype)
         if placed.counts is not None:
             x = x.masked_fill(~placed.counts.unsqueeze(-1), 0.0)
-        sums = x.unflatten(1, (segments.count, segments.width)).cumsum(2)
+        sums = x.unflatten(1, (segments.touched, segments.width)).cumsum(2)
         return torch.cat([sums[:, :1] + before.sums[:, None, None], sums[:, 1:]], 1)
 
     def _kept(self, read: Run, sums: Tensor, segments: Segments, before: CachedState) -> tuple[Layers, Tensor]:
@@ -116,9 +116,9 @@ class CachedMixer(MemoryMixer):
         held = before.pools.shape[1]
         if not held and not len(before.columns):
             return ends, means
-        number = torch.arange(held + segments.count, device=means.device)
+        number = torch.arange(held + segments.touched, device=means.device)
         begun = segments.number_Bn[:, :1]
-        index = torch.where(number < begun, number, held + (number - begun).clamp(0, segments.count - 1))
+        index = torch.where(number < begun, number, held + (number - begun).clamp(0, segments.touched - 1))
 
         def joined(old: Tensor, new: Tensor) -> Tensor:
             return torch.cat([old, new], 1).take_along_dim(index.view(*index.shape, *[1] * (new.ndim - 2)), 1)
@@ -140,7 +140,7 @@ class CachedMixer(MemoryMixer):
         self, placed: Tokens, segments: Segments, starts: MemoryState, asked: Layers, shares_BPW: Tensor
     ) -> Tensor:
         """Answers of memories whose weights are mixed, layer by layer: x Σ γ_i W_i = Σ γ_i (x W_i)."""
-        count = segments.count
+        count = segments.touched
         shares = shares_BPW.unflatten(1, (count, segments.width)).flatten(0, 1)
         others = tuple(part.unsqueeze(1).expand(-1, count, *part.shape[1:]).flatten(0, 1) for part in asked)
 

@@ -36,7 +36,7 @@ class Segments(NamedTuple):
     """Whether rows go on at places of their own."""
 
     @property
-    def count(self) -> int:
+    def touched(self) -> int:
         """Segments of a row that this call touches."""
         return self.number_Bn.shape[1]
 
@@ -59,7 +59,7 @@ class Segments(NamedTuple):
         is no matter."""
         if self.layout is None or not self.continues:
             return None
-        return F.pad(self.offset_B.unsqueeze(1), (0, self.count - 1)).flatten() if folded else self.offset_B
+        return F.pad(self.offset_B.unsqueeze(1), (0, self.touched - 1)).flatten() if folded else self.offset_B
 
     def reaches(self, number: int, counts_B: Tensor) -> Tensor:
         """(B,) bool, whether a row's tokens reach the segment of that number in this call, or its very start."""
@@ -68,7 +68,7 @@ class Segments(NamedTuple):
     def after(self, counts_B: Tensor) -> tuple[Tensor, Tensor]:
         """Behind a row's last token: the place in its segment, 0 at a new one's start, and the segment to be asked."""
         total = self.offset_B + counts_B
-        return total % self.segment, (total // self.segment).clamp(max=self.count - 1)
+        return total % self.segment, (total // self.segment).clamp(max=self.touched - 1)
 
 
 def cut(x_BTC: Tensor, segment: int, position_B: Tensor | None, documents: Documents | None) -> Segments:
@@ -126,14 +126,14 @@ def run(memory: AssociativeMemory, tokens: Tokens, segments: Segments, state: Me
     state = first if state is None else state
     if warm:
         return _in_turn(memory, tokens, segments, state, first)
-    rest = segments.count - 1
+    rest = segments.touched - 1
     starts = each_part(
         lambda now, new: torch.cat([now.unsqueeze(1), new.unsqueeze(1).expand(-1, rest, *new.shape[1:])], 1),
         state, first,
     )  # fmt: skip
     flat = each_part(lambda part: part.flatten(0, 1), starts)
     answers, ends = memory.aligned(folded(tokens, segments), flat, place_B=segments.begun())
-    ends = each_part(lambda part: part.unflatten(0, (-1, segments.count)), ends)
+    ends = each_part(lambda part: part.unflatten(0, (-1, segments.touched)), ends)
     place, which = segments.after(counted(tokens))
     rows = torch.arange(len(which), device=which.device)
     last = each_part(lambda part: part[rows, which], ends)
@@ -149,9 +149,9 @@ def renewed(new_B: Tensor, first: MemoryState, state: MemoryState) -> MemoryStat
 def _in_turn(
     memory: AssociativeMemory, tokens: Tokens, segments: Segments, state: MemoryState, first: MemoryState
 ) -> Run:
-    begins = segments.number_Bn == segments.first_Bn if segments.count > 1 else None
+    begins = segments.number_Bn == segments.first_Bn if segments.touched > 1 else None
     answers, starts, ends = [], [], []
-    for number in range(segments.count):
+    for number in range(segments.touched):
         if number and begins is not None:
             state = renewed(begins[:, number], first, state)
         starts.append(state)
@@ -178,12 +178,12 @@ def counted(tokens: Tokens) -> Tensor:
 
 def folded(tokens: Tokens, segments: Segments) -> Tokens:
     """Segments as rows, (B · n, …)."""
-    if segments.count == 1:
+    if segments.touched == 1:
         return tokens
-    shape = (segments.count, segments.width)
+    shape = (segments.touched, segments.width)
     return tokens.changed(lambda part, axis: part.unflatten(axis, shape).movedim(axis, 1).flatten(0, 1))
 
 
 def unfolded(answers: Tensor, segments: Segments) -> Tensor:
     """Answers (B · n, H, L, E) as (B, H, P, E)."""
-    return answers.unflatten(0, (-1, segments.count)).movedim(1, 2).flatten(2, 3)
+    return answers.unflatten(0, (-1, segments.touched)).movedim(1, 2).flatten(2, 3)

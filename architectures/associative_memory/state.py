@@ -97,8 +97,10 @@ def chosen(condition_B: Tensor, yes: Sequence[Tensor], no: Sequence[Tensor]) -> 
 
 def each_part(change: Callable[..., Tensor], *states: MemoryState) -> MemoryState:
     """A state of which each tensor is made from those of others."""
-    layers = [tuple(change(*parts) for parts in zip(*(state[field] for state in states))) for field in range(3)]
-    return MemoryState(*layers, change(*(state.offset for state in states)))
+    weights, momentum, anchor = (
+        tuple(change(*parts) for parts in zip(*(state[field] for state in states))) for field in range(3)
+    )
+    return MemoryState(weights, momentum, anchor, change(*(state.offset for state in states)))
 
 
 def repeated(state: MemoryState, rows: int) -> MemoryState:

@@ -146,7 +146,7 @@ class TNTMixer(MemoryMixer):
         state = first if before is None else MemoryState(*before.wide)
         start = first.weights if before is None else before.start
         begins, answers = segments.number_Bn == segments.first_Bn, []
-        for number in range(segments.count):
+        for number in range(segments.touched):
             part = tokens.part(number * segments.width, (number + 1) * segments.width)
             if number:
                 state = renewed(begins[:, number], first, state)
@@ -187,7 +187,7 @@ def _directions(tokens: Tokens) -> Tensor:
 
 def _in_chunk(segments: Segments, chunk: int, place_B: Tensor) -> Tensor:
     """(B, P) bool, the places of the chunk in which `place_B`, counted from the open segment's start, lies."""
-    columns = torch.arange(segments.count * segments.width, device=place_B.device)
+    columns = torch.arange(segments.touched * segments.width, device=place_B.device)
     if segments.width == 1:
         return (segments.offset_B // chunk == place_B // chunk).unsqueeze(1)
     return columns // chunk == (place_B // chunk).unsqueeze(1)

@@ -81,7 +81,7 @@ class WindowAttention(Projections):
             other_number = _with_block_before(number, size).flatten(2)
             mask = mask & (number.view(rows, blocks, size, 1) == other_number.unsqueeze(2))
         mask = mask.flatten(0, 1).unsqueeze(1)
-        mixed = self._with_persistent(q, *seen, mask, persistent_NC)
+        mixed = self._with_persistent(q, seen[0], seen[1], mask, persistent_NC)
         return mixed.unflatten(0, (rows, blocks)).flatten(1, 2)[:, :length]
 
     def continued(
@@ -96,8 +96,8 @@ class WindowAttention(Projections):
         mask = (other >= at) & (other <= at + held)
         begun = reading.lengths.unsqueeze(1) - held + other >= 0
         mask = (mask & begun.unsqueeze(1)).unsqueeze(1)
-        seen = (torch.cat([old.to(new.dtype), new], 1) for old, new in ((k_before, k), (v_before, v)))
-        return self._with_persistent(q, *seen, mask, persistent_NC), (k_before, v_before, k, v)
+        seen = [torch.cat([old.to(new.dtype), new], 1) for old, new in ((k_before, k), (v_before, v))]
+        return self._with_persistent(q, seen[0], seen[1], mask, persistent_NC), (k_before, v_before, k, v)
 
     def empty_state(self, batch_size: int) -> WindowState:
         """The state before any token."""
@@ -146,7 +146,8 @@ class SegmentAttention(Projections):
 
     def forward(self, x_BLC: Tensor, recalled_BLC: Tensor, persistent_NC: Tensor) -> Tensor:
         """The segment's tokens, mixed."""
-        rows, length, count = *x_BLC.shape[:2], len(persistent_NC)
+        rows, length = x_BLC.shape[:2]
+        count = len(persistent_NC)
         seen = torch.cat([persistent_NC.expand(rows, -1, -1).to(x_BLC.dtype), recalled_BLC, x_BLC], 1)
         place = torch.arange(length, device=x_BLC.device)
         q, k, v = self.projected(seen, torch.cat([place.new_zeros(count), place, place]))
