@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -165,6 +166,15 @@ class HasLevels(Protocol):
 
     def levels(self) -> Mapping[str, LevelPeriod]:
         """By name; empty where this model has none. Parameters that are in none step every time."""
+        ...
+
+
+@runtime_checkable
+class WritesMemory(Protocol):
+    """Capability: memories inside write while they read, and can be kept from it."""
+
+    def without_writes(self) -> AbstractContextManager[None]:
+        """Within it all memories stay as they begin."""
         ...
 
 

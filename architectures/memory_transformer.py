@@ -13,26 +13,32 @@ Shapes: B rows, T tokens, S tokens in an attention layer's cache, C hidden size,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+# Kinds of layers go by bare names once their modules are imported.
+from clplat.architectures.associative_memory import lact, miras, titans_kinds, tnt  # noqa: F401
 from clplat.architectures.associative_memory.carrying import CarryingMixer
 from clplat.architectures.associative_memory.layout import documents_of
 from clplat.architectures.associative_memory.memory import AssociativeMemory
+from clplat.architectures.associative_memory.mixer import MemoryMixer
 from clplat.architectures.associative_memory.presets import LayerKind, TitansLMM
-from clplat.architectures.associative_memory.reading import Reading
+from clplat.architectures.associative_memory.reading import Reading, StartsOfItself
+from clplat.architectures.associative_memory.telemetry import measured
 from clplat.architectures.base import LevelPeriod, State
 from clplat.architectures.continuum_memory.feed import ContinuumFeed
 from clplat.architectures.continuum_memory.levels import StepLevel
 from clplat.architectures.continuum_memory.options import DenseFeed, FeedForwardKind
 from clplat.architectures.continuum_memory.start import begin_from, weights_in
 from clplat.architectures.decoder import Block, Decoder, check_language, mixing_state
-from clplat.architectures.hope import presets as _hope  # noqa: F401 - known here, its layers go by bare names
+from clplat.architectures.hope import presets as _hope  # noqa: F401
+from clplat.architectures.hope.memory import SelfModifyingMemory
 from clplat.architectures.layers import Angles, Attention, Cache, causal_document_mask, rotary_angles
-from clplat.streams.base import Spec
+from clplat.streams.base import Spec, Task
 
 
 class AttentionLayer(LayerKind):
@@ -131,16 +137,52 @@ class MemoryTransformer(Decoder):
             spec=spec, hidden_size=hidden_size, blocks=blocks, dropout=dropout, document_mask=document_mask,
             tie_head=tie_head, initial_std=initial_std,
         )  # fmt: skip
-        for memory in self._memories():
-            memory.reset_dynamics()
+        for module in self.modules():
+            if isinstance(module, StartsOfItself):
+                module.reset_dynamics()
         if start_from is not None:
             begin_from(self, weights_in(start_from))
+
+    def task_start(self, task: Task) -> None:
+        """Layers that are read in stages enter the one of that task."""
+        self._enter(task.index)
+
+    def structure(self) -> Mapping[str, Any]:
+        """The task whose stage layers are in, if any has stages."""
+        tasks = [module.task for module in self._staged()]
+        return {"task": tasks[0]} if tasks else {}
+
+    def restructure(self, structure: Mapping[str, Any]) -> None:
+        """Layers enter their stage again."""
+        if structure:
+            self._enter(structure["task"])
+
+    def measurements(self) -> Mapping[str, float]:
+        """What the memories of each layer did with the first row that was evaluated last; see `telemetry.measured`."""
+        found: dict[str, float] = {}
+        for name, mixer in self.named_modules():
+            if isinstance(mixer, MemoryMixer):
+                place = name.removeprefix("blocks.")
+                found |= {f"memory.{place}.{key}": value for key, value in measured(mixer, f"layer {place}").items()}
+        return found
+
+    @contextmanager
+    def without_writes(self) -> Iterator[None]:
+        """Within it no memory writes or forgets: each is what it was at the start."""
+        memories = [module for module in self.modules() if isinstance(module, AssociativeMemory | SelfModifyingMemory)]
+        for memory in memories:
+            memory.writes = False
+        try:
+            yield
+        finally:
+            for memory in memories:
+                memory.writes = True
 
     def facts(self) -> Mapping[str, str]:
         """What computed the memories' last pass, by layer's number where layers differ, and what the levels of a
         continuum memory learn from."""
-        mixers = {n: block.attention for n, block in enumerate(self.blocks)}
-        taken = {n: layer.memory.backend for n, layer in mixers.items() if isinstance(layer, CarryingMixer)}
+        modules = ((n, module) for n, block in enumerate(self.blocks) for module in block.modules())
+        taken = {n: module.memory.backend for n, module in modules if isinstance(module, CarryingMixer)}
         fed = self.blocks[0].mlp
         learned = fed.facts() if isinstance(fed, ContinuumFeed) else {}
         if len(set(taken.values())) == 1:
@@ -162,8 +204,12 @@ class MemoryTransformer(Decoder):
                 )
         return found
 
-    def _memories(self) -> list[CarryingMixer]:
-        return [module for module in self.modules() if isinstance(module, CarryingMixer)]
+    def _staged(self) -> list[tnt.TNTMixer]:
+        return [module for module in self.modules() if isinstance(module, tnt.TNTMixer)]
+
+    def _enter(self, task: int) -> None:
+        for module in self._staged():
+            module.enter(task)
 
     def _learns_while_reading(self) -> bool:
         return any(isinstance(module, AssociativeMemory | CarryingMixer) for module in self.modules())

@@ -60,6 +60,8 @@ class CarryingMixer(nn.Module, ABC):
         self.norm = nn.RMSNorm(self.head_size, eps=1e-6)
         self.output_gate = nn.Linear(hidden_size, hidden_size, bias=False) if output_gate != "none" else None
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.last_row: Tensor | None = None
+        """The first row that was evaluated last, for `telemetry.py`; no answer depends on it."""
 
     @torch.no_grad()
     def reset_dynamics(self) -> None:
@@ -81,30 +83,48 @@ class CarryingMixer(nn.Module, ABC):
     def forward(self, x_BTC: Tensor, reading: Reading) -> Tensor:
         """A full pass over rows, packed with documents or each of one text."""
         documents = reading.documents
+        if not self.training:
+            self.last_row = x_BTC[:1].detach().clone()
         tokens = self._tokens(x_BTC, self.qkv(x_BTC), None, documents)
-        answers = self.memory(tokens)[0] if documents is None else self.memory.read_documents(tokens, documents)
-        return self._given_out(x_BTC, answers)
+        return self._given_out(x_BTC, self._remembered(x_BTC, tokens, None, documents)[0])
 
     def continued(self, x_BTC: Tensor, state: MixerState, reading: Reading) -> tuple[Tensor, MixerState]:
         """New tokens after the `reading.lengths` (B,) tokens of each row that `state` holds."""
         before, memory = self._taken_in(state, reading.lengths)
-        answers, _ = self.memory(self._tokens(x_BTC, self.qkv(x_BTC), before, None), memory)
-        return self._given_out(x_BTC, answers), (before, tuple(memory), x_BTC, reading.lengths)
+        answers, _ = self._remembered(x_BTC, self._tokens(x_BTC, self.qkv(x_BTC), before, None), memory, None)
+        return self._given_out(x_BTC, answers), (before, memory, x_BTC, reading.lengths)
 
     def empty_state(self, batch_size: int) -> MixerState:
         """The state before any token, with nothing pending."""
         weight = self.out.weight
         return (
             weight.new_zeros(batch_size, self.conv_width - 1, self.qkv.out_features),
-            tuple(self.memory.empty_state(batch_size)),
+            self._empty_memory(batch_size),
             weight.new_zeros(batch_size, 0, self.out.in_features),
             weight.new_zeros(batch_size, dtype=torch.long),
         )
 
-    def _given_out(self, x_BTC: Tensor, answers_BHTE: Tensor) -> Tensor:
+    def _remembered(
+        self, x_BTC: Tensor, tokens: Any, memory: tuple[Any, ...] | None, documents: Documents | None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Answers (B, H, T, E) of the memory, and the memory behind the tokens as plain tuples, which nobody asks for
+        where rows are packed with documents. What stands around one memory or several overrides this."""
+        if documents is not None:
+            return self.memory.read_documents(tokens, documents), ()
+        answers, after = self.memory(tokens, None if memory is None else MemoryState(*memory))
+        return answers, tuple(after)
+
+    def _empty_memory(self, batch_size: int) -> tuple[Any, ...]:
+        """The memory before any token, as `_remembered` takes it."""
+        return tuple(self.memory.empty_state(batch_size))
+
+    def _given_out(self, x_BTC: Tensor, answers_BHTE: Tensor, factor: Tensor | None = None) -> Tensor:
+        """From answers to what is added to the stream; `factor` (B, T, C) multiplies them once they are normed."""
         normed = self.norm(answers_BHTE.transpose(1, 2).to(x_BTC.dtype)).flatten(2).to(x_BTC.dtype)
         if self.output_gate is not None:
             normed = normed * F.silu(self.output_gate(x_BTC))
+        if factor is not None:
+            normed = normed * factor
         return self.out(normed)
 
     def _convolved(self, qkv: Tensor, before: Tensor | None, documents: Documents | None) -> Tensor:
@@ -113,16 +133,15 @@ class CarryingMixer(nn.Module, ABC):
         numbers = None if documents is None else documents.number_BT
         return F.silu(causal_convolution(qkv, self.conv_weight, None, before, numbers))
 
-    def _taken_in(self, state: MixerState, lengths: Tensor) -> tuple[Tensor, MemoryState]:
+    def _taken_in(self, state: MixerState, lengths: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
         """The convolution's inputs and the memory after the pending tokens that belong to a row."""
-        before, parts, pending, held = state
-        memory = MemoryState(*parts)
+        before, memory, pending, held = state
         if not pending.shape[1]:
             return before, memory
         count = lengths - held
         counts_BP = torch.arange(pending.shape[1], device=pending.device) < count.unsqueeze(1)
         qkv = self.qkv(pending)
-        _, memory = self.memory(self._tokens(pending, qkv, before, None, counts_BP), memory)
+        _, memory = self._remembered(pending, self._tokens(pending, qkv, before, None, counts_BP), memory, None)
         places = count.unsqueeze(1) + torch.arange(before.shape[1], device=pending.device)
         both = torch.cat([before.to(qkv.dtype), qkv], dim=1)
         return both.gather(1, places.unsqueeze(-1).expand(-1, -1, both.shape[-1])), memory

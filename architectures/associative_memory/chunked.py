@@ -12,10 +12,13 @@ by one triangular system a layer; A says what is left. A, G, b, f and m: `spans.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from clplat.architectures.associative_memory.network import Applied, Network
+from clplat.architectures.associative_memory.network import Applied, Network, applied
 from clplat.architectures.associative_memory.orthogonal import orthogonal_step
 from clplat.architectures.associative_memory.spans import (
     Spans,
@@ -33,12 +36,22 @@ from clplat.architectures.associative_memory.spans import (
 from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens, chosen, either
 from clplat.architectures.associative_memory.window import Pairs, moved_on, pairs_of, weights_of
 
+Mixed = Callable[[int, int, Tensor, Tensor], Tensor]
+"""From a chunk's first token, a layer's number, what queries gave it (B, H, L, I) and what it answers (B, H, L, O) to
+what it answers together with other memories."""
+
+Added = Callable[[int, Tensor, Tensor], Tensor]
+"""The same for one chunk."""
+
 
 def chunked(
-    network: Network, tokens: Tokens, state: MemoryState, begins_Bn: Tensor | None = None
-) -> tuple[Tensor, MemoryState]:
+    network: Network, tokens: Tokens, state: MemoryState, begins_Bn: Tensor | None = None, mixed: Mixed | None = None,
+    place_B: Tensor | None = None,
+) -> tuple[Tensor, MemoryState]:  # fmt: skip
     """Answers (B, H, T, E) and the state behind the last token; chunks lie at multiples of `chunk` from the first
-    token, which has to be a place where one may lie (`layout.py`). Where `begins_Bn`, chunk n begins with `state`."""
+    token, which has to be a place where one may lie (`layout.py`). Where `begins_Bn`, chunk n begins with `state`.
+    `mixed`: what other memories add to every layer's output. `place_B`: where each row's tokens begin; None is where
+    the open chunk, here the first, goes on."""
     rule, length, first = network.rule, tokens.q.shape[2], state
     tokens = tokens.silenced()
     offset = state.offset
@@ -52,10 +65,14 @@ def chunked(
         if begins_Bn is not None:
             state = either(begins_Bn[:, number], first, state)._replace(anchor=state.anchor)
         if rule.anchored and number:
-            state = state._replace(anchor=state.weights)
-            last = chosen(offset + count >= number * rule.chunk, state.weights, last)
+            anchor = state.weights
+            if place_B is not None:
+                anchor = chosen(place_B // rule.chunk >= number, state.anchor, anchor)
+            state = state._replace(anchor=anchor)
+            last = chosen((offset if place_B is None else place_B) + count >= number * rule.chunk, anchor, last)
         part = tokens.part(start, start + rule.chunk)
-        answer, state = chunk_step(network, part, state, _closed_by(part, rule.chunk))
+        added = None if mixed is None else partial(mixed, start)
+        answer, state = chunk_step(network, part, state, _closed_by(part, rule.chunk), added)
         answers.append(answer)
     if not rule.anchored:
         return torch.cat(answers, 2), state
@@ -73,9 +90,11 @@ def one_more(network: Network, token: Tokens, state: MemoryState) -> tuple[Tenso
     return answer, state._replace(anchor=chosen(offset == 0, state.weights, anchor), offset=offset)
 
 
-def chunk_step(network: Network, tokens: Tokens, state: MemoryState, closed_B: Tensor) -> tuple[Tensor, MemoryState]:
+def chunk_step(
+    network: Network, tokens: Tokens, state: MemoryState, closed_B: Tensor, added: Added | None = None
+) -> tuple[Tensor, MemoryState]:
     """One chunk of L tokens: answers (B, H, L, E) and the state behind it, whose anchor and offset are as before.
-    `closed_B` says where its last token is the chunk's last."""
+    `closed_B` says where its last token is the chunk's last; `added` makes each layer's output another."""
     rule = network.rule
     if rule.orthogonal:
         # Momentum is that of gradients, without the tokens' rates.
@@ -83,20 +102,20 @@ def chunk_step(network: Network, tokens: Tokens, state: MemoryState, closed_B: T
         momentum = _momentum_left(*_written(network, counted, state), state.momentum)
         answers, after = orthogonal_step(network, tokens, state, momentum, closed_B)
     else:
-        answers, after = _linear_step(network, tokens, state)
+        answers, after = _linear_step(network, tokens, state, added)
     if rule.mapped:
         answers, after = _settled(network, tokens, answers, after, closed_B)
     return answers, after._replace(window=moved_on(tokens, state.window)) if state.window else after
 
 
-def _linear_step(network: Network, tokens: Tokens, state: MemoryState) -> tuple[Tensor, MemoryState]:
+def _linear_step(
+    network: Network, tokens: Tokens, state: MemoryState, added: Added | None
+) -> tuple[Tensor, MemoryState]:
     rule, (W, S, anchor, *_) = network.rule, state
     spans, writes = _written(network, tokens, state)
     factors = rule.map.inside(anchor if rule.mapped else W) if rule.reads_in_turn else None
-    if factors is None:
-        answers = network.read(network.weights(anchor), tokens.q)
-    else:
-        answers = network.read_by(_in_turn_by(spans, writes, W, S, factors), tokens.q)
+    own = applied(network.weights(anchor)) if factors is None else _in_turn_by(spans, writes, W, S, factors)
+    answers = network.read_by(own if added is None else lambda n, x: added(n, x, own(n, x)), tokens.q)
     left = tuple(layer_left(*parts, S[n] if S else None) for n, parts in enumerate(zip(spans, writes, W, strict=True)))
     return answers, state._replace(weights=left, momentum=_momentum_left(spans, writes, S))
 

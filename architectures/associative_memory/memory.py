@@ -6,17 +6,19 @@ It is given keys, values, queries and gates; where they come from is the layer's
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from clplat.architectures.associative_memory.chunked import chunked, one_more
+from clplat.architectures.associative_memory.bulk import takes, written
+from clplat.architectures.associative_memory.chunked import Mixed, chunked, one_more
 from clplat.architectures.associative_memory.features import FeatureMap
 from clplat.architectures.associative_memory.layout import Documents, bounds, continued, separated
 from clplat.architectures.associative_memory.network import Network
 from clplat.architectures.associative_memory.operations import by_name, operation_for
 from clplat.architectures.associative_memory.rule import MemoryRule
-from clplat.architectures.associative_memory.state import LOWEST_GATE, Layers, MemoryState, Tokens
+from clplat.architectures.associative_memory.state import LOWEST_GATE, Layers, MemoryState, Tokens, repeated
 from clplat.architectures.associative_memory.token_loop import token_loop
 from clplat.architectures.associative_memory.window import empty_window
 
@@ -51,6 +53,8 @@ class AssociativeMemory(nn.Module):
         self.register_buffer("nothing", torch.zeros(()), persistent=False)
         self.nothing: Tensor
         self.operation = operation_for(rule)
+        self.writes = True
+        """False: step sizes are 0 and nothing is forgotten, for a reading without memory."""
         self.backend = "none yet"
         """What computed the last call, for the record."""
         self.reset_start()
@@ -94,20 +98,50 @@ class AssociativeMemory(nn.Module):
                 return o.transpose(1, 2), end
             return self._by_chunks(_prepared(tokens, self._wide()), state, fresh)
 
-    def read_documents(self, tokens: Tokens, documents: Documents) -> Tensor:
-        """Answers (B, H, T, E) to packed rows, where each document begins with the first state and a chunk."""
+    def read_documents(self, tokens: Tokens, documents: Documents, first: MemoryState | None = None) -> Tensor:
+        """Answers (B, H, T, E) to packed rows, where each document begins with the first state, or `first` of one row,
+        and a chunk."""
         tokens = self._checked(tokens)
+        first = self.empty_state(1) if first is None else first
         rows, length = tokens.q.shape[0], tokens.q.shape[2]
         with torch.autocast(tokens.q.device.type, enabled=False):
             if self._taken(tokens, even=False):
                 assert self.operation is not None
-                state = self.empty_state(len(documents.starts))._replace(anchor=())
+                state = repeated(first, len(documents.starts))._replace(anchor=())
                 named = {name: part.flatten(0, 1).unsqueeze(0) for name, part in by_name(tokens).items()}
                 o, _ = self.operation(named, state, bounds(documents, tokens.q.device))
                 return o.squeeze(0).unflatten(0, (rows, length)).transpose(1, 2)
             layout = separated(documents, rows, length, self.rule.chunk)
             moved = _prepared(tokens, self._wide()).taken(layout.source_BN)
-            return layout.back(chunked(self._network(), moved, self.empty_state(rows), layout.begins_Bn)[0])
+            return layout.back(chunked(self._network(), moved, repeated(first, rows), layout.begins_Bn)[0])
+
+    def prepared(self, tokens: Tokens) -> Tokens:
+        """As `aligned` takes them: queries and keys through the feature map, all in the state's precision."""
+        return _prepared(self._checked(tokens), self._wide())
+
+    def aligned(
+        self, tokens: Tokens, state: MemoryState, mixed: Mixed | None = None, place_B: Tensor | None = None
+    ) -> tuple[Tensor, MemoryState]:
+        """Answers to `prepared` tokens of which chunks lie at multiples of `chunk` from the first, in PyTorch; rows of
+        which a chunk is open have places for its first tokens that do not count, and begin at `place_B` if not in the
+        first chunk (`chunked.py`)."""
+        self.backend = "chunked PyTorch"
+        with torch.autocast(tokens.q.device.type, enabled=False):
+            return chunked(self._network(), tokens, state, mixed=mixed, place_B=place_B)
+
+    def written(self, tokens: Tokens, state: MemoryState) -> MemoryState:
+        """The state behind `prepared` tokens that lie within one chunk, where their answers are not asked for: a whole
+        chunk, in which tokens that came before have places, or one token."""
+        if not takes(self.rule) and (tokens.q.shape[2] > 1 or not self.rule.anchored):
+            return self.aligned(tokens, state)[1]
+        self.backend = "chunked PyTorch"
+        with torch.autocast(tokens.q.device.type, enabled=False):
+            return (written if takes(self.rule) else _behind_one)(self._network(), tokens, state)
+
+    def read(self, weights: Sequence[Tensor], q_BHTD: Tensor) -> Tensor:
+        """The answers of given weights, of the same leading dimensions, to `prepared` queries."""
+        with torch.autocast(q_BHTD.device.type, enabled=False):
+            return self._network().read(weights, q_BHTD)
 
     def by_definition(
         self, tokens: Tokens, state: MemoryState | None = None, documents: Documents | None = None
@@ -153,6 +187,7 @@ class AssociativeMemory(nn.Module):
                 raise ValueError(f"{name}: the memory's rule {'needs' if asked else 'has no use for'} it")
         if tokens.window is not None and tokens.window.shape[-1] != rule.window:
             raise ValueError(f"window: must weigh {rule.window} pairs, got {tokens.window.shape[-1]}")
+        tokens = tokens if self.writes else tokens.resting()
         q, k = self.features(tokens.q), self.features(tokens.k)
         if self.operation is not None:
             # Autocast norms in float32 on a GPU; operations take queries, keys and values of one type.
@@ -177,6 +212,10 @@ class AssociativeMemory(nn.Module):
         taken = form is not None and (even or form != "torch")
         self.backend = f"{self.operation.name} {form}" if self.operation is not None and taken else "chunked PyTorch"
         return taken
+
+
+def _behind_one(network: Network, token: Tokens, state: MemoryState) -> MemoryState:
+    return one_more(network, token, state)[1]
 
 
 def _prepared(tokens: Tokens, wide: torch.dtype) -> Tokens:

@@ -161,7 +161,9 @@ class MemoryMixer(CarryingMixer):
             return (log_decay.unsqueeze(-1),) * len(widths)
         return log_decay.unflatten(1, (self.num_heads, -1)).mT.split(widths, dim=-1)
 
-    def _given_out(self, x_BTC: Tensor, answers_BHTE: Tensor) -> Tensor:
+    def _given_out(self, x_BTC: Tensor, answers_BHTE: Tensor, factor: Tensor | None = None) -> Tensor:
         if self.options.normaliser:
-            answers_BHTE = answers_BHTE[..., :-1] / answers_BHTE[..., -1:]
-        return super()._given_out(x_BTC, answers_BHTE)
+            sums = answers_BHTE[..., -1:]
+            # Sums are above 0, but for memories that are kept from writing.
+            answers_BHTE = answers_BHTE[..., :-1] / sums.masked_fill(sums == 0, 1.0)
+        return super()._given_out(x_BTC, answers_BHTE, factor)

@@ -90,7 +90,7 @@ class Network:
 
     def read(self, weights: Sequence[Tensor], x_BHTD: Tensor) -> Tensor:
         """The answers (B, H, T, E) of weights that all tokens share."""
-        return self.read_by(_applied(weights), x_BHTD)
+        return self.read_by(applied(weights), x_BHTD)
 
     def read_by(self, layer: Applied, x_BHTD: Tensor) -> Tensor:
         """The answers (B, H, T, E) of layers that may be others for each token."""
@@ -116,7 +116,7 @@ class Network:
     ) -> tuple[Layers, Layers]:
         """What each layer read, (B, H, T, I), and the slope of the loss at its output, (B, H, T, O): a token's gradient
         of that layer is their outer product."""
-        inputs, before, last = self._through(_applied(weights), k_BHTD)
+        inputs, before, last = self._through(applied(weights), k_BHTD)
         target = self.read(weights, v_BHTE) if self.rule.target == "self" else v_BHTE
         # With `single` the erasing takes the old answer off, and the gradient is that of a layer that gave nothing.
         given = torch.zeros_like(last) if self.rule.delta == "single" else last
@@ -153,7 +153,8 @@ class Network:
         return inputs, before, layer(self.rule.memory.depth - 1, inputs[-1])
 
 
-def _applied(weights: Sequence[Tensor]) -> Applied:
+def applied(weights: Sequence[Tensor]) -> Applied:
+    """Layers with weights that all tokens share."""
     return lambda number, x: x @ weights[number]
 
 

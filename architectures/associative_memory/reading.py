@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -21,3 +22,12 @@ class Reading:
     """Of packed rows; None where each row is one text."""
     lengths: Tensor
     """(B,) tokens of each row that came before, all 0 in a full pass."""
+
+
+@runtime_checkable
+class StartsOfItself(Protocol):
+    """A part of a layer with weights that are not drawn like a projection's."""
+
+    def reset_dynamics(self) -> None:
+        """Draw them; called once the model has drawn all others."""
+        ...

@@ -68,7 +68,7 @@ class Tokens(NamedTuple):
 
     def part(self, start: int, stop: int) -> Tokens:
         """The tokens start..stop of every row."""
-        return self._each(lambda part, axis: part.narrow(axis, start, min(stop, part.shape[axis]) - start))
+        return self.changed(lambda part, axis: part.narrow(axis, start, min(stop, part.shape[axis]) - start))
 
     def taken(self, source_BN: Tensor) -> Tokens:
         """Tokens in new places: column n of row b holds what stood at source[b, n]; −1 is one that does not count."""
@@ -79,7 +79,7 @@ class Tokens(NamedTuple):
             shape.insert(axis, index.shape[1])
             return part.take_along_dim(index.view(shape), axis)
 
-        moved, here = self._each(gathered), source_BN >= 0
+        moved, here = self.changed(gathered), source_BN >= 0
         return moved._replace(counts=here if moved.counts is None else here & moved.counts)
 
     def counted(self) -> Tensor:
@@ -87,6 +87,12 @@ class Tokens(NamedTuple):
         if self.counts is not None:
             return self.counts
         return torch.ones(len(self.rate), self.rate.shape[2], dtype=torch.bool, device=self.rate.device)
+
+    def resting(self) -> Tokens:
+        """Tokens that change no memory."""
+        erase = None if self.erase is None else torch.zeros_like(self.erase)
+        still = tuple(map(torch.zeros_like, self.log_decay))
+        return self._replace(rate=torch.zeros_like(self.rate), log_decay=still, erase=erase)
 
     def silenced(self) -> Tokens:
         """Gates of tokens that do not count as they must be to change nothing."""
@@ -100,7 +106,8 @@ class Tokens(NamedTuple):
             log_momentum=None if self.log_momentum is None else self.log_momentum.masked_fill(off, 0.0),
         )
 
-    def _each(self, change: Callable[[Tensor, int], Tensor]) -> Tokens:
+    def changed(self, change: Callable[[Tensor, int], Tensor]) -> Tokens:
+        """Every tensor made another, told the axis of its tokens."""
         parts = [None if part is None else change(part, 2) for part in (*self[:4], *self[5:7], *self[8:])]
         q, k, v, rate, log_momentum, threshold, erase, window = parts
         assert q is not None and k is not None and v is not None and rate is not None
@@ -125,3 +132,18 @@ def either(condition_B: Tensor, yes: MemoryState, no: MemoryState) -> MemoryStat
         window=chosen(condition_B, yes.window, no.window),
         owed=chosen(condition_B, yes.owed, no.owed),
     )
+
+
+def each_part(change: Callable[..., Tensor], *states: MemoryState) -> MemoryState:
+    """A state of which each tensor is made from those of others."""
+
+    def layers(field: int) -> Layers:
+        return tuple(change(*parts) for parts in zip(*(state[field] for state in states)))
+
+    offset = change(*(state.offset for state in states))
+    return MemoryState(layers(0), layers(1), layers(2), offset, layers(4), layers(5))
+
+
+def repeated(state: MemoryState, rows: int) -> MemoryState:
+    """The state of one row for `rows` of them."""
+    return each_part(lambda part: part.expand(rows, *part.shape[1:]), state)

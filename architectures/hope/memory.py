@@ -43,6 +43,8 @@ class SelfModifyingMemory(nn.Module):
         gates = [name for name in ("rate", "decay") if name in options.generators]
         self.readouts = nn.ParameterDict({name: nn.Parameter(torch.empty(num_heads, 1, head_size)) for name in gates})
         self.biases = nn.ParameterDict({name: nn.Parameter(torch.empty(num_heads, 1)) for name in gates})
+        self.writes = True
+        """False: step sizes are 0 and nothing is forgotten, for a reading without memory."""
         self.backend = "chunked PyTorch"
         self.reset_start()
 
@@ -120,7 +122,8 @@ class SelfModifyingMemory(nn.Module):
             log_decay = (gate.unsqueeze(-1),) * len(self.first)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         v = F.normalize(v, dim=-1) if self.options.unit_values else v
-        return Tokens(q, k, v, rate, log_decay, log_momentum, None, inputs.counts, erase).silenced()
+        tokens = Tokens(q, k, v, rate, log_decay, log_momentum, None, inputs.counts, erase)
+        return tokens.silenced() if self.writes else tokens.resting()
 
     def _gate(self, name: str, given: Tensor | None, made: dict[str, Tensor]) -> Tensor:
         if name in made:

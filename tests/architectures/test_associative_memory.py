@@ -20,7 +20,6 @@ from associative_memories import (
 )  # fmt: skip
 from torch import Tensor
 
-from clplat.architectures.associative_memory import memory as memory_module
 from clplat.architectures.associative_memory import operations
 from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.network import Network, loss
@@ -234,6 +233,6 @@ def test_a_feature_map_that_autocast_computes_in_float32_takes_no_call_from_the_
 ) -> None:
     made, given = memory(RULES[name]).float(), tokens(RULES[name], 5)
     narrow = given._replace(q=given.q.bfloat16(), k=given.k.bfloat16(), v=given.v.bfloat16())
-    monkeypatch.setattr(memory_module, "featured", lambda x, kind: x.float())
+    monkeypatch.setattr(made.features, "forward", lambda x: x.float())
     checked = made._checked(narrow)
     assert checked.q.dtype == checked.k.dtype == checked.v.dtype == torch.bfloat16

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from clplat.architectures.associative_memory.caching import MemoryCaching
 from clplat.architectures.associative_memory.lact import LaCT
 from clplat.architectures.associative_memory.miras import Memora, Moneta, Yaad
 from clplat.architectures.associative_memory.mixer import ProjectionOptions
@@ -22,6 +23,8 @@ from clplat.architectures.associative_memory.presets import (
     TTTLinear,
 )
 from clplat.architectures.associative_memory.rule import BiasOptions, MemoryRule, NetworkOptions
+from clplat.architectures.associative_memory.titans_kinds import TitansMAC, TitansMAG, TitansMAL
+from clplat.architectures.associative_memory.tnt import TNT
 from clplat.architectures.continuum_memory.options import CMSLevel, ContinuumMemory
 from clplat.architectures.contract import CHECKS
 from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransformer
@@ -36,6 +39,7 @@ CHANNELS = MemoryLayer(
     ),
     projection=ProjectionOptions(damped=True), num_heads=2,
 )  # fmt: skip
+TITANS = TitansLMM(num_heads=2, chunk=2, expand=2)
 
 LAYERS: dict[str, list[LayerKind]] = {
     "linear-attention": [LinearAttention(num_heads=2, chunk=4)],
@@ -53,6 +57,12 @@ LAYERS: dict[str, list[LayerKind]] = {
     "omega-net": [OmegaNet(num_heads=2, chunk=4, window=6, expand=2, rank=8)],
     "atlas": [Atlas(num_heads=2, chunk=4, window=3, expand=2, rank=8)],
     "atlas-of-exponentials": [Atlas(num_heads=2, chunk=3, window=1, depth=1, feature="taylor", rank=None)],
+    "cached-soup": [MemoryCaching(layer=TITANS, segment=4, read="soup", start="warm")],
+    "cached-best": [MemoryCaching(layer=GatedDeltaNet(num_heads=2), segment=3, read="sparse", top=1)],
+    "tnt": [TNT(layer=TITANS, global_chunk=6, local_chunks=[2, 4], shard=4, later={1: [1, 2]})],
+    "mac": [TitansMAC(layer=TITANS, num_heads=2, persistent=2, segment=4)],
+    "mag": [TitansMAG(layer=TITANS, num_heads=2, persistent=3, window=5)],
+    "mal": [TitansMAL(layer=TITANS, num_heads=2, persistent=2, window=4)],
 }
 
 

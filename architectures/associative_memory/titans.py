@@ -1,0 +1,246 @@
+"""Titans' three ways of putting a memory beside attention: as context, as a gate, and as a layer.
+
+MAC  h = M_{t−1}(segment's queries); y = attention over [persistent ‖ h ‖ segment]; M learns y; o = y ⊗ M_t(y)
+MAG  o = norm(window attention([p ‖ x])) ⊗ σ(norm(M([p ‖ x])))
+MAL  o = window attention(M([p ‖ x]))
+
+Source: Behrouz et al. 2024 (Titans, arXiv:2501.00663, Eq. 21-31); what is inferred: docs/memories.md. Shapes: B rows,
+T tokens, L tokens of a segment, N persistent tokens, C hidden size, H heads, E head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clplat.architectures.associative_memory.carrying import MixerState
+from clplat.architectures.associative_memory.layout import Documents
+from clplat.architectures.associative_memory.mixer import MemoryMixer
+from clplat.architectures.associative_memory.presets import MemoryLayer
+from clplat.architectures.associative_memory.reading import Reading
+from clplat.architectures.associative_memory.segments import cut
+from clplat.architectures.associative_memory.state import MemoryState, Tokens, each_part, repeated
+from clplat.architectures.associative_memory.window_attention import PersistentTokens, SegmentAttention, WindowAttention
+
+
+def mixer_of(layer: MemoryLayer, hidden_size: int) -> dict[str, Any]:
+    """What a mixer of that layer is built from."""
+    return {
+        "hidden_size": hidden_size, "num_heads": layer.num_heads, "rule": layer.rule, "projection": layer.projection
+    }  # fmt: skip
+
+
+class PersistentMixer(MemoryMixer):
+    """A memory that has read the persistent tokens before every text and document. Behind them a chunk begins, and the
+    convolution sees none of them."""
+
+    def __init__(self, *, layer: MemoryLayer, hidden_size: int, persistent: int) -> None:
+        super().__init__(**mixer_of(layer, hidden_size))
+        self.persistent = PersistentTokens(persistent, hidden_size)
+
+    def begun(self) -> tuple[Tensor, MemoryState]:
+        """What is given out for the persistent tokens (N, C), and the memory behind them, of one row."""
+        x = self.persistent.inputs.unsqueeze(0)
+        state = self.memory.empty_state(1)
+        if not x.shape[1]:
+            return x.squeeze(0), state
+        answers, end = self.memory(self._tokens(x, self.qkv(x), None, None))
+        anchor = end.weights if self.rule.anchored else ()
+        return self._given_out(x, answers).squeeze(0), MemoryState(end.weights, end.momentum, anchor, state.offset)
+
+    def _empty_memory(self, batch_size: int) -> tuple[Any, ...]:
+        return tuple(repeated(self.begun()[1], batch_size))
+
+    def _remembered(
+        self, x_BTC: Tensor, tokens: Tokens, memory: tuple[Any, ...] | None, documents: Documents | None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        if documents is not None:
+            return self.memory.read_documents(tokens, documents, self.begun()[1]), ()
+        return super()._remembered(x_BTC, tokens, memory or self._empty_memory(len(x_BTC)), None)
+
+
+class WindowedMemory(nn.Module):
+    """A memory and window attention, of which subclasses say how they meet."""
+
+    def __init__(self, *, hidden_size: int, layer: MemoryLayer, num_heads: int, window: int, persistent: int) -> None:
+        super().__init__()
+        self.mixer = PersistentMixer(layer=layer, hidden_size=hidden_size, persistent=persistent)
+        self.attention = WindowAttention(hidden_size=hidden_size, num_heads=num_heads, window=window)
+
+    def empty_state(self, batch_size: int) -> MixerState:
+        """The states of attention and memory, tokens that were read last, and how many came before them."""
+        before, memory, pending, held = self.mixer.empty_state(batch_size)
+        return self.attention.empty_state(batch_size), (before, memory), pending, held
+
+    def mixing_flops(self, tokens: int) -> float:
+        """As both parts; persistent tokens' own reading is left out."""
+        count = len(self.mixer.persistent.inputs)
+        return self.mixer.mixing_flops(tokens) + self.attention.mixing_flops(tokens, count)
+
+
+class GatingMemory(WindowedMemory):
+    """MAG: what attention gives is gated by what the memory gives, each normed with a learned vector."""
+
+    def __init__(self, *, hidden_size: int, layer: MemoryLayer, num_heads: int, window: int, persistent: int) -> None:
+        super().__init__(
+            hidden_size=hidden_size, layer=layer, num_heads=num_heads, window=window, persistent=persistent
+        )
+        self.attention_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.memory_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+
+    def forward(self, x_BTC: Tensor, reading: Reading) -> Tensor:
+        """A full pass."""
+        attended = self.attention(x_BTC, self.mixer.persistent.inputs, reading)
+        return self._gated(attended, self.mixer(x_BTC, reading))
+
+    def continued(self, x_BTC: Tensor, state: MixerState, reading: Reading) -> tuple[Tensor, MixerState]:
+        """New tokens after those in `state`."""
+        window, memory, pending, held = state
+        attended, window = self.attention.continued(
+            x_BTC, self.mixer.persistent.inputs, window, reading.lengths - held, reading
+        )
+        remembered, after = self.mixer.continued(x_BTC, (*memory, pending, held), reading)
+        return self._gated(attended, remembered), (window, after[:2], *after[2:])
+
+    def _gated(self, attended: Tensor, remembered: Tensor) -> Tensor:
+        attended, remembered = (part.to(self.memory_norm.weight.dtype) for part in (attended, remembered))
+        return self.out(self.attention_norm(attended) * self.memory_norm(remembered).sigmoid())
+
+
+class LayeredMemory(WindowedMemory):
+    """MAL: attention reads what the memory gives, normed."""
+
+    def __init__(self, *, hidden_size: int, layer: MemoryLayer, num_heads: int, window: int, persistent: int) -> None:
+        super().__init__(
+            hidden_size=hidden_size, layer=layer, num_heads=num_heads, window=window, persistent=persistent
+        )
+        self.memory_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+
+    def forward(self, x_BTC: Tensor, reading: Reading) -> Tensor:
+        """A full pass."""
+        remembered = self._normed(self.mixer(x_BTC, reading))
+        return self.attention(remembered, self._normed(self.mixer.begun()[0]), reading)
+
+    def continued(self, x_BTC: Tensor, state: MixerState, reading: Reading) -> tuple[Tensor, MixerState]:
+        """New tokens after those in `state`."""
+        window, memory, pending, held = state
+        count = reading.lengths - held
+        remembered, after = self.mixer.continued(x_BTC, (*memory, pending, held), reading)
+        persistent = self._normed(self.mixer.begun()[0])
+        mixed, window = self.attention.continued(self._normed(remembered), persistent, window, count, reading)
+        return mixed, (window, after[:2], *after[2:])
+
+    def _normed(self, remembered: Tensor) -> Tensor:
+        return self.memory_norm(remembered.to(self.memory_norm.weight.dtype))
+
+
+class ContextMemory(nn.Module):
+    """MAC: attention of each segment sees what the memory, as it was before the segment, recalls for its tokens; the
+    memory learns what attention gives, which is multiplied with what it then answers.
+
+    The state is the memory at the start of a row's open segment and the inputs since: decoding reads the open segment
+    anew for every token, which costs up to two segments.
+    """
+
+    def __init__(self, *, hidden_size: int, layer: MemoryLayer, num_heads: int, segment: int, persistent: int) -> None:
+        super().__init__()
+        self.segment = segment
+        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.recalled_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        self.persistent = PersistentTokens(persistent, hidden_size)
+        self.attention = SegmentAttention(hidden_size=hidden_size, num_heads=num_heads)
+        # What attention gives is the gate of the memory's answers.
+        plain = dataclasses.replace(layer.projection, output_gate="none")
+        self.mixer = MemoryMixer(**{**mixer_of(layer, hidden_size), "projection": plain})
+
+    def forward(self, x_BTC: Tensor, reading: Reading) -> Tensor:
+        """A full pass."""
+        before, memory = self._first(len(x_BTC))
+        if reading.documents is None:
+            return self._segments(x_BTC, before, memory, None)
+        segments = cut(x_BTC, self.segment, None, reading.documents)
+        assert segments.layout is not None
+        begins = segments.number_Bn == segments.first_Bn
+        mixed = self._segments(segments.placed_rows(x_BTC), before, memory, begins)
+        return segments.layout.back(mixed.unsqueeze(1)).squeeze(1)
+
+    def continued(self, x_BTC: Tensor, state: MixerState, reading: Reading) -> tuple[Tensor, MixerState]:
+        """New tokens after those in `state`."""
+        (before, parts, start), pending, _, _ = state
+        before, memory, start, pending = self._closed(
+            before, MemoryState(*parts), start, pending, reading.lengths - start
+        )
+        places = (reading.lengths - start).unsqueeze(1) + torch.arange(x_BTC.shape[1], device=x_BTC.device)
+        grown = torch.cat([pending.to(x_BTC.dtype), torch.zeros_like(x_BTC)], 1)
+        grown = grown.scatter(1, places.unsqueeze(-1).expand_as(x_BTC), x_BTC)
+        mixed = self._segments(grown, before, memory, None).take_along_dim(places.unsqueeze(-1), 1)
+        # How many tokens the call had is all that its caller asks of what is pending.
+        return mixed, ((before, tuple(memory), start), grown, x_BTC[..., :0], reading.lengths)
+
+    def empty_state(self, batch_size: int) -> MixerState:
+        """Convolution and memory at the open segment's start, and where that is; inputs since then; the last call's
+        number of tokens, as a tensor (B, T, 0); tokens before that call."""
+        before, memory = self._first(batch_size)
+        nothing = self.query.weight.new_zeros(batch_size, 0, self.query.in_features)
+        return (before, tuple(memory), memory.offset), nothing, nothing[..., :0], memory.offset
+
+    def mixing_flops(self, tokens: int) -> float:
+        """As both parts, and the memory is asked once more."""
+        asked = 2.0 * tokens * sum(heads * wide * out for heads, wide, out in self.mixer.memory.shapes)
+        attention = self.attention.mixing_flops(tokens, min(tokens, self.segment), len(self.persistent.inputs))
+        return self.mixer.mixing_flops(tokens) + asked + attention
+
+    def _first(self, rows: int) -> tuple[Tensor, MemoryState]:
+        before = self.query.weight.new_zeros(rows, self.mixer.options.conv_width - 1, 3 * self.query.in_features)
+        return before, self.mixer.memory.empty_state(rows)
+
+    def _segments(self, x_BTC: Tensor, before: Tensor, memory: MemoryState, begins_Bn: Tensor | None) -> Tensor:
+        """One segment after the other; where `begins_Bn`, one begins a document."""
+        first, mixed = (before, memory), []
+        for number, part in enumerate(x_BTC.split(self.segment, 1)):
+            if number and begins_Bn is not None:
+                before, memory = _chosen(begins_Bn[:, number], first, (before, memory))
+            out, before, memory = self._read(part, before, memory)
+            mixed.append(out)
+        return torch.cat(mixed, 1)
+
+    def _read(self, x_BLC: Tensor, before: Tensor, memory: MemoryState) -> tuple[Tensor, Tensor, MemoryState]:
+        """A segment's output, with convolution and memory behind it."""
+        mixer = self.mixer
+        asked = mixer.memory.features(self.query(x_BLC).unflatten(-1, (mixer.num_heads, -1)).transpose(1, 2))
+        recalled = mixer.memory.read(memory.weights, asked.to(memory.weights[0].dtype))
+        recalled = self.recalled_norm(recalled.transpose(1, 2).flatten(2).to(x_BLC.dtype)).to(x_BLC.dtype)
+        mixed = self.attention(x_BLC, recalled, self.persistent.inputs).to(x_BLC.dtype)
+        qkv = mixer.qkv(mixed)
+        tokens = mixer.memory.prepared(mixer._tokens(mixed, qkv, before, None))
+        answers, memory = mixer.memory.aligned(tokens, memory)
+        behind = torch.cat([before.to(qkv.dtype), qkv], 1)[:, qkv.shape[1] :]
+        return mixer._given_out(mixed, answers, mixed), behind, memory
+
+    def _closed(
+        self, before: Tensor, memory: MemoryState, start_B: Tensor, pending: Tensor, count_B: Tensor
+    ) -> tuple[Tensor, MemoryState, Tensor, Tensor]:
+        """The state moved to the start of the segment that is open behind the `count_B` pending tokens of each row."""
+        if pending.shape[1] < self.segment:
+            return before, memory, start_B, pending
+        for number in range(pending.shape[1] // self.segment):
+            part = pending[:, number * self.segment : (number + 1) * self.segment]
+            _, later, after = self._read(part, before, memory)
+            before, memory = _chosen(count_B >= (number + 1) * self.segment, (later, after), (before, memory))
+        done = count_B // self.segment * self.segment
+        places = done.unsqueeze(1) + torch.arange(self.segment - 1, device=pending.device)
+        left = pending.take_along_dim(places.clamp(max=pending.shape[1] - 1).unsqueeze(-1), 1)
+        return before, memory, start_B + done, left
+
+
+def _chosen(
+    condition_B: Tensor, yes: tuple[Tensor, MemoryState], no: tuple[Tensor, MemoryState]
+) -> tuple[Tensor, MemoryState]:
+    def one(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(condition_B.view(-1, *[1] * (a.ndim - 1)), a, b)
+
+    return one(yes[0].to(no[0].dtype), no[0]), each_part(one, yes[1], no[1])
