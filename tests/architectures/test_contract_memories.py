@@ -53,6 +53,7 @@ LAYERS: dict[str, list[LayerKind]] = {
     "yaad": [Yaad(num_heads=2, chunk=4, expand=2, gate_rank=3)],
     "memora": [Memora(num_heads=2, chunk=4, expand=2, gate_rank=3)],
     "lact-and-attention": [LaCT(num_heads=2, chunk=4), AttentionLayer(num_heads=2)],
+    "lact-muon": [LaCT(num_heads=2, chunk=4, muon=True), AttentionLayer(num_heads=2)],
     "channels-and-huber": [CHANNELS],
     "omega-net": [OmegaNet(num_heads=2, chunk=4, window=6, expand=2, rank=8)],
     "atlas": [Atlas(num_heads=2, chunk=4, window=3, expand=2, rank=8)],

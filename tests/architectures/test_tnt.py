@@ -98,7 +98,7 @@ def test_shards_at_once_are_memories_set_back_in_turn_with_all_outer_gradients(
     for leaf, a, b in zip(
         leaves, *(torch.autograd.grad((out * pull).sum(), list(leaves.values())) for out in (found, expected))
     ):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-9, msg=lambda text, leaf=leaf: f"{leaf}: {text}")
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda text, leaf=leaf: f"{leaf}: {text}")
         assert bool(a.any()), leaf
 
 
