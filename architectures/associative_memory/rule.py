@@ -111,8 +111,8 @@ class MemoryRule:
     `delta`: each token also erases what a layer answers to its direction, with the strength of its step. `double` is
     the rule as printed for Hope, whose gradient takes the old answer off once more: alone, a pair is learned to half of
     its value. `single` leaves the old answer out of the gradient, as the gated delta rule does. `delta_on`: layers that
-    erase: all, the one that reads keys, or the one that gives answers. `max_gradient`: a token's gradient of a layer,
-    if longer, is shortened to this norm.
+    erase: all, those that read keys, or the one that gives answers. `max_gradient`: a token's gradient of a layer, if
+    longer, is shortened to this norm.
     """
 
     memory: NetworkOptions = field(default_factory=NetworkOptions)
@@ -165,10 +165,9 @@ class MemoryRule:
             return
         if self.delta == "single" and self.memory.norm:
             raise ValueError("delta: 'single' has no meaning under memory.norm, which has no slope at an answer of 0")
-        if self.mapped or self.orthogonal or self.window > 1 or self.memory.kind != "mlp":
+        if self.mapped or self.orthogonal or self.window > 1:
             raise ValueError(
-                f"delta: {self.delta!r} is computed for memory.kind mlp, optimizer gd or momentum and window 1 alone, "
-                "without a map"
+                f"delta: {self.delta!r} is computed with optimizer gd or momentum and window 1 alone, without a map"
             )
 
     @property
@@ -184,8 +183,9 @@ class MemoryRule:
 
     def erases(self, layer: int) -> bool:
         """Whether tokens erase in that layer, counted from the keys."""
-        last = self.memory.depth - 1
-        return self.delta != "none" and {"every": True, "first": layer == 0, "last": layer == last}[self.delta_on]
+        first = layer == 0 or (self.memory.kind == "swiglu" and layer == 1)
+        last = layer == (2 if self.memory.kind == "swiglu" else self.memory.depth - 1)
+        return self.delta != "none" and {"every": True, "first": first, "last": last}[self.delta_on]
 
     @property
     def mapped(self) -> bool:

@@ -74,6 +74,7 @@ RULES = {
     "delta-single-gdn": MemoryRule(delta="single", retention="decay", chunk=4),
     "delta-double": MemoryRule(delta="double", retention="decay", optimizer="momentum", chunk=4),
     "delta-single-channel": MemoryRule(delta="single", retention="channel", feature="elu", target="self", chunk=4),
+    "swiglu-delta": MemoryRule(memory=SWIGLU, delta="double", delta_on="first", retention="decay", chunk=4),
     "delta-dot": MemoryRule(delta="double", bias=BiasOptions(kind="dot"), optimizer="momentum", chunk=4),
     "mlp-delta": MemoryRule(
         memory=NetworkOptions(depth=2, expand=2, residual=True), delta="double", retention="decay",
