@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from clplat.kernels.backends import chosen_form, device_obstacle, hopper_obstacle, interpreting
 from clplat.kernels.delta_memory.arguments import check
-from clplat.kernels.delta_memory.assembler import fault_on_hopper
 from clplat.kernels.delta_memory.reference import (
     LOWEST_GATE,
     Inputs,
@@ -83,41 +82,21 @@ def delta_memory(
 
 def which_backend(q: Tensor, k: Tensor, v: Tensor, *, chunk: int = 64, backend: Backend = "auto") -> str:
     """The form that `delta_memory` takes for these tensors, for logs; raises ValueError as `delta_memory` does."""
-    if backend not in ("auto", "torch", "triton", "recurrent"):
-        raise ValueError(f"backend: must be auto, torch, triton or recurrent, got {backend!r}")
-    if backend in ("torch", "recurrent"):
-        return backend
-    obstacle = _obstacle(q, k, v, chunk)
-    if backend == "triton":
-        if obstacle:
-            raise ValueError(f"backend: triton is asked for, but {obstacle}")
-        return "triton"
-    return "torch" if obstacle or not q.is_cuda else "triton"
+    return chosen_form(backend, "recurrent", lambda: _obstacle(q, k, v, chunk), on_gpu=q.is_cuda)
 
 
 def _obstacle(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> str:
     """Why the kernels cannot compute these tensors; empty where they can."""
-    types = [torch.bfloat16, torch.float16, torch.float32]
-    if interpreting():
-        types.append(torch.float64)
-    elif not q.is_cuda:
-        return f"the tensors are on {q.device.type}; the kernels need a GPU (or TRITON_INTERPRET=1, to test them)"
-    elif torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
+    if found := device_obstacle(q):
+        return found
+    types = [torch.bfloat16, torch.float16, torch.float32, *([torch.float64] if interpreting() else [])]
     if not q.dtype == k.dtype == v.dtype or v.dtype not in types:
         return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; the kernels take one of {', '.join(map(str, types))}"
     if max(q.shape[-1], v.shape[-1]) > LARGEST_WIDTH:
         return f"heads are {q.shape[-1]} and {v.shape[-1]} wide; the kernels go up to {LARGEST_WIDTH}"
     if chunk not in CHUNKS:
         return f"chunk is {chunk}; the kernels know {CHUNKS}"
-    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9:
-        return fault_on_hopper()
-    return ""
-
-
-def interpreting() -> bool:
-    """Whether Triton runs its kernels on the CPU, as the tests ask for by TRITON_INTERPRET=1."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return hopper_obstacle(q)
 
 
 def _apart(end: MemoryState, given: MemoryState) -> MemoryState:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clplat.kernels.delta_memory.interface import interpreting
+from clplat.kernels.backends import interpreting
 from clplat.kernels.delta_memory.op import num_slots
 from clplat.kernels.delta_memory.reference import Inputs, MemoryState
 

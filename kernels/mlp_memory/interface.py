@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clplat.kernels.delta_memory.assembler import fault_on_hopper
-from clplat.kernels.delta_memory.interface import CHUNKS, interpreting
+from clplat.kernels.backends import chosen_form, device_obstacle, hopper_obstacle, interpreting
+from clplat.kernels.delta_memory.interface import CHUNKS
 from clplat.kernels.delta_memory.reference import LOWEST_GATE, Inputs
 from clplat.kernels.mlp_memory.arguments import check
 from clplat.kernels.mlp_memory.reference import Activation, Bias, MLPState, Rule, chunked, recurrent
@@ -78,27 +78,14 @@ def which_backend(
     q: Tensor, k: Tensor, v: Tensor, *, inner: int, chunk: int = 16, backend: Backend = "auto"
 ) -> str:  # fmt: skip
     """The form that `mlp_memory` takes for these tensors and `inner` features; raises ValueError as it does."""
-    if backend not in ("auto", "torch", "triton", "recurrent"):
-        raise ValueError(f"backend: must be auto, torch, triton or recurrent, got {backend!r}")
-    if backend in ("torch", "recurrent"):
-        return backend
-    obstacle = _obstacle(q, k, v, inner, chunk)
-    if backend == "triton":
-        if obstacle:
-            raise ValueError(f"backend: triton is asked for, but {obstacle}")
-        return "triton"
-    return "torch" if obstacle or not q.is_cuda else "triton"
+    return chosen_form(backend, "recurrent", lambda: _obstacle(q, k, v, inner, chunk), on_gpu=q.is_cuda)
 
 
 def _obstacle(q: Tensor, k: Tensor, v: Tensor, inner: int, chunk: int) -> str:
     """Why the kernels cannot compute these tensors; empty where they can."""
-    types = [torch.bfloat16, torch.float16, torch.float32]
-    if interpreting():
-        types.append(torch.float64)
-    elif not q.is_cuda:
-        return f"the tensors are on {q.device.type}; the kernels need a GPU (or TRITON_INTERPRET=1, to test them)"
-    elif torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
+    if found := device_obstacle(q):
+        return found
+    types = [torch.bfloat16, torch.float16, torch.float32, *([torch.float64] if interpreting() else [])]
     if not q.dtype == k.dtype == v.dtype or v.dtype not in types:
         return f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; the kernels take one of {', '.join(map(str, types))}"
     if max(q.shape[-1], v.shape[-1]) > LARGEST_WIDTH or inner > LARGEST_INNER:
@@ -115,7 +102,7 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, inner: int, chunk: int) -> str:
         return (
             f"chunks of {chunk} tokens {tile // chunk} wide need half precision and a GPU of capability 9.0 or higher"
         )
-    return fault_on_hopper() if major == 9 else ""
+    return hopper_obstacle(q)
 
 
 def _apart(end: MLPState, given: MLPState) -> MLPState:

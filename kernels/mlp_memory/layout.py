@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clplat.kernels.delta_memory.interface import interpreting
+from clplat.kernels.backends import interpreting
 from clplat.kernels.delta_memory.op import num_slots
 from clplat.kernels.delta_memory.reference import Inputs
 from clplat.kernels.mlp_memory.reference import ACTIVATIONS, MLPState, Rule

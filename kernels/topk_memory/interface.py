@@ -7,8 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from clplat.kernels.delta_memory.assembler import fault_on_hopper
-from clplat.kernels.delta_memory.interface import interpreting
+from clplat.kernels.backends import chosen_form, device_obstacle, hopper_obstacle
 from clplat.kernels.topk_memory.arguments import check
 from clplat.kernels.topk_memory.reference import TopkRead, read_blocked, read_whole
 
@@ -62,26 +61,13 @@ def topk_read(
 
 def which_backend(q: Tensor, keys: Tensor, values: Tensor, k: int, *, backend: Backend = "auto") -> str:
     """The form that `topk_read` takes for these tensors, for logs; raises ValueError as `topk_read` does."""
-    if backend not in ("auto", "torch", "triton", "reference"):
-        raise ValueError(f"backend: must be auto, torch, triton or reference, got {backend!r}")
-    if backend in ("torch", "reference"):
-        return backend
-    obstacle = _obstacle(q, keys, values, k)
-    if backend == "triton":
-        if obstacle:
-            raise ValueError(f"backend: triton is asked for, but {obstacle}")
-        return "triton"
-    # `torch.func` does not see into kernels.
-    plain = obstacle or not q.is_cuda or torch._C._are_functorch_transforms_active()
-    return "torch" if plain else "triton"
+    return chosen_form(backend, "reference", lambda: _obstacle(q, keys, values, k), on_gpu=q.is_cuda)
 
 
 def _obstacle(q: Tensor, keys: Tensor, values: Tensor, k: int) -> str:
     """Why the kernels cannot compute these tensors; empty where they can."""
-    if not interpreting() and not q.is_cuda:
-        return f"the tensors are on {q.device.type}; the kernels need a GPU (or TRITON_INTERPRET=1, to test them)"
-    if q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
-        return "the GPU is older than compute capability 8.0"
+    if found := device_obstacle(q):
+        return found
     types = (torch.bfloat16, torch.float16, torch.float32)
     if not q.dtype == keys.dtype == values.dtype or q.dtype not in types:
         given = ", ".join(str(part.dtype) for part in (q, keys, values))
@@ -90,9 +76,7 @@ def _obstacle(q: Tensor, keys: Tensor, values: Tensor, k: int) -> str:
         return f"keys are {q.shape[-1]} and values {values.shape[-1]} wide; the kernels go up to {LARGEST_WIDTH}"
     if k > LARGEST_K:
         return f"k is {k}; the kernels go up to {LARGEST_K}"
-    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9:
-        return fault_on_hopper()
-    return ""
+    return hopper_obstacle(q)
 
 
 def _count_and_mask(valid: Tensor | int | None, keys: Tensor) -> tuple[Tensor | None, Tensor | None]:

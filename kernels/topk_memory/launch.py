@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from clplat.kernels.delta_memory.interface import interpreting
+from clplat.kernels.backends import interpreting
 from clplat.kernels.topk_memory.triton_read import MASS_UNIT, adjoints, gathered_by_slot, read
 from clplat.kernels.topk_memory.triton_select import best_groups, store_maxima
 from clplat.kernels.topk_memory.tuning import LARGEST_BUFFER, Plan, padded, plan_for

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from clplat.kernels.delta_memory.interface import interpreting
+from clplat.kernels.backends import chosen_form, device_obstacle
 from clplat.kernels.topk_memory.interface import Backend
 
 LARGEST_EXPERTS = 1024
@@ -48,13 +48,8 @@ def expert_order(indices: Tensor, num_experts: int, *, backend: Backend = "auto"
         raise ValueError(f"indices: must be a tensor of int32 or int64, got {kind}")
     if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1:
         raise ValueError(f"num_experts: must be a whole number, at least 1, got {num_experts!r}")
-    if backend not in ("auto", "torch", "triton", "reference"):
-        raise ValueError(f"backend: must be auto, torch, triton or reference, got {backend!r}")
-    obstacle = _obstacle(indices, num_experts)
-    if backend == "triton" and obstacle:
-        raise ValueError(f"backend: triton is asked for, but {obstacle}")
-    by_choice = backend == "auto" and indices.is_cuda and not torch._C._are_functorch_transforms_active()
-    if indices.numel() and not obstacle and (backend == "triton" or by_choice):
+    form = chosen_form(backend, "reference", lambda: _obstacle(indices, num_experts), on_gpu=indices.is_cuda)
+    if indices.numel() and form == "triton":
         return ExpertOrder(*torch.ops.clplat.expert_order(indices.flatten(), num_experts))
     return sorted_by_expert(indices.flatten(), num_experts)
 
@@ -70,8 +65,8 @@ def sorted_by_expert(indices: Tensor, num_experts: int) -> ExpertOrder:
 
 def _obstacle(indices: Tensor, num_experts: int) -> str:
     """Why the kernels cannot sort these; empty where they can."""
-    if not indices.is_cuda and not interpreting():
-        return f"the indices are on {indices.device.type}; the kernels need a GPU (or TRITON_INTERPRET=1, to test them)"
+    if found := device_obstacle(indices, "indices"):
+        return found
     if num_experts > LARGEST_EXPERTS:
         return f"there are {num_experts} experts; the kernels go up to {LARGEST_EXPERTS}"
     return ""

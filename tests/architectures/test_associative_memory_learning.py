@@ -144,13 +144,14 @@ def test_without_momentum_and_decay_titans_with_a_matrix_is_the_delta_rule() -> 
     torch.testing.assert_close(end.weights[0], delta.weights[0], rtol=1e-4, atol=1e-5)
 
 
-def test_where_delta_memory_has_the_rule_it_is_what_computes_it() -> None:
+def test_where_an_operation_has_the_rule_it_is_what_computes_it() -> None:
     keys, values = pairs()
     for rule, expected in {
         MemoryRule(gradient_at="decayed"): "delta_memory torch",
         MemoryRule(): "delta_memory torch",
         MemoryRule(bias=BiasOptions(kind="dot")): "delta_memory torch",
-        MemoryRule(memory=MLP): "chunked PyTorch",
+        MemoryRule(memory=MLP): "mlp_memory torch",
+        MemoryRule(memory=MLP, bias=BiasOptions(kind="lp")): "chunked PyTorch",
         MemoryRule(bias=BiasOptions(kind="lp")): "chunked PyTorch",
         MemoryRule(target="self"): "chunked PyTorch",
     }.items():

@@ -129,12 +129,12 @@ def test_single_is_given_to_the_kernels_operation_and_double_is_not() -> None:
 def test_what_cannot_be_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="delta: must be one of none, single, double, got 'twice'"):
         MemoryRule(delta="twice")
-    with pytest.raises(ValueError, match="delta: 'double' is computed with gradient_at: chunk, got 'token'"):
+    with pytest.raises(ValueError, match="delta: 'double' needs gradient_at: chunk, got 'token'"):
         MemoryRule(delta="double", gradient_at="token")
     with pytest.raises(ValueError, match="delta: 'single' has no meaning under memory.norm"):
         MemoryRule(delta="single", memory=NetworkOptions(norm=True))
     with pytest.raises(ValueError, match="max_gradient: must be above 0"):
         MemoryRule(max_gradient=0.0)
-    with pytest.raises(ValueError, match="delta: 'double' erases what the weights answer, which a map"):
+    with pytest.raises(ValueError, match="delta: 'double' is computed with optimizer gd or momentum and window 1 alone, without a map"):
         MemoryRule(delta="double", map=MapOptions(kind="lq"))
     assert MemoryRule(delta="single", bias=BiasOptions(kind="lp")).hebbian

@@ -75,11 +75,11 @@ def active(run: RunConfig, *, rows: int, vocabulary: int) -> int:
 @pytest.mark.parametrize(
     ("name", "rows", "vocabulary"), [("main", 256, 4096), ("orders", 256, 4096), ("tiny", 128, 1024)]
 )
-def test_arms_but_the_bare_columns_have_active_parameters_within_two_percent(
+def test_arms_without_a_part_taken_out_have_active_parameters_within_two_percent(
     name: str, rows: int, vocabulary: int
 ) -> None:
     counts = {v: active(run, rows=rows, vocabulary=vocabulary) for v, run in runs_of(name).items()
-              if not v.startswith("columns")}  # fmt: skip
+              if not v.startswith(("columns", "thalamus", "memory"))}  # fmt: skip
     assert max(counts.values()) <= 1.02 * min(counts.values()), counts
 
 

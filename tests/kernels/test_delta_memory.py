@@ -12,8 +12,8 @@ import pytest
 import torch
 from delta_memories import Case, Tensors, assert_close, by, covering, definition, distances, problem, read, solved
 
+from clplat.kernels.backends import interpreting
 from clplat.kernels.delta_memory import MemoryState, delta_memory
-from clplat.kernels.delta_memory.interface import interpreting
 from clplat.kernels.delta_memory.reference import MODES
 
 BACKENDS = ("torch", "triton") if interpreting() else ("torch",)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import clplat.kernels.delta_memory.op  # noqa: F401  registers the operators
+from clplat.kernels.backends import interpreting
 from clplat.kernels.delta_memory import MemoryState, delta_memory, which_backend
-from clplat.kernels.delta_memory.interface import interpreting
 from clplat.kernels.delta_memory.reference import MODES
 
 BACKENDS = ("torch", "triton") if interpreting() else ("torch",)

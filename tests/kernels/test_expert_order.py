@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from clplat.kernels.delta_memory.interface import interpreting
+from clplat.kernels.backends import interpreting
 from clplat.kernels.topk_memory import expert_order
 
 every_form = pytest.mark.parametrize("form", ("torch", "triton") if interpreting() else ("torch",))

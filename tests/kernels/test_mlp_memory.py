@@ -12,7 +12,7 @@ import torch
 from delta_memories import covering, distances
 from mlp_memories import STATES, Case, Tensors, assert_close, by, definition, problem, read, solved, state_of
 
-from clplat.kernels.delta_memory.interface import interpreting
+from clplat.kernels.backends import interpreting
 from clplat.kernels.mlp_memory import MLPState, layout, mlp_memory
 from clplat.kernels.mlp_memory.reference import Rule, gradients
 from clplat.kernels.mlp_memory.reference import read as answers

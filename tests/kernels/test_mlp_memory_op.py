@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import clplat.kernels.mlp_memory.op  # noqa: F401  registers the operators
-from clplat.kernels.delta_memory.interface import interpreting
+from clplat.kernels.backends import interpreting
 from clplat.kernels.mlp_memory import MLPState, mlp_memory, which_backend
 from clplat.kernels.mlp_memory.layout import packed_row
 from clplat.kernels.mlp_memory.reference import ACTIVATIONS, BIASES

@@ -8,7 +8,7 @@ import pytest
 import torch
 from topk_reads import Case, assert_close, definition, problem, solved
 
-from clplat.kernels.delta_memory.interface import interpreting
+from clplat.kernels.backends import interpreting
 from clplat.kernels.topk_memory import launch, reference, topk_read, tuning
 
 FORMS = ("torch", "triton") if interpreting() else ("torch",)

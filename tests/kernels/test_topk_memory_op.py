@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import clplat.kernels.topk_memory.op  # noqa: F401  registers the operators
-from clplat.kernels.delta_memory.interface import interpreting
+from clplat.kernels.backends import interpreting
 from clplat.kernels.topk_memory import topk_read, which_backend
 
 COMPILER = Path(__file__).parents[1] / "support" / "hopper_compiler.py"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clplat.kernels.delta_memory import assembler
+from clplat.kernels import assembler
 
 RELEASE = "Cuda compilation tools, release {}, V{}.1"
 
