@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clplat.architectures.adapters import AdapterHost
 from clplat.architectures.base import Architecture, Decodes, Output, State
-from clplat.architectures.lora import LoRA, check_targets, insert
+from clplat.architectures.lora import LoRA, insert
 from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
 
@@ -24,6 +24,7 @@ class Adapted(AdapterHost):
     """A frozen language model of ours, with adapters that are trained beside its linear layers."""
 
     causal = True
+    takes_fused = True
 
     def __init__(
         self, *, spec: Spec, model: Callable[[Spec], Architecture], lora: LoRA | None = None, weights: str | None = None
@@ -70,8 +71,6 @@ class Adapted(AdapterHost):
 
     def _insert(self, adapter: str) -> None:
         assert self.lora is not None
-        if not self._layers():
-            check_targets(self.backbone, self.targets, fused=True)
         insert(self.backbone, adapter, self.lora, self.targets)
 
     @torch.no_grad()

@@ -6,13 +6,13 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from clplat.architectures.base import Architecture
-from clplat.architectures.lora import LoRA
+from clplat.architectures.lora import LoRA, check_targets
 
 FIRST = "default"
 """The adapter that a model begins with: active and trained."""
@@ -35,8 +35,10 @@ class AdapterHost(Architecture):
 
     With adapters the state dict holds their tensors and the backbone's checksum (uint8, 32 bytes of SHA-256) alone:
     loading one that was made beside another backbone is a ValueError. A subclass says in `_insert` how its layers get
-    an adapter.
+    an adapter, and in `takes_fused` whether those that hold several matrices may.
     """
+
+    takes_fused: ClassVar[bool] = False
 
     def __init__(self, backbone: nn.Module, lora: LoRA | None, default_targets: list[str]) -> None:
         """`default_targets` are the layers with adapters where `lora` names none."""
@@ -48,6 +50,7 @@ class AdapterHost(Architecture):
         self.trained: tuple[str, ...] = ()
         if lora is None:
             return
+        check_targets(backbone, self.targets, fused=self.takes_fused)
         self.register_buffer(CHECKSUM, torch.tensor(list(bytes.fromhex(self.checksum)), dtype=torch.uint8))
         self.register_state_dict_post_hook(_leave_out_backbone)
         self.register_load_state_dict_pre_hook(_check_backbone)
@@ -80,7 +83,7 @@ class AdapterHost(Architecture):
         if not adapter.isidentifier():
             raise ValueError(f"adapter {adapter!r}: a name is made of letters, digits and '_'")
         if adapter in self.adapter_names():
-            raise ValueError(f"adapter {adapter!r} is there already; there are {self.adapter_names()}")
+            raise ValueError(f"adapter {adapter!r}: is there already; there are {self.adapter_names()}")
         self._insert(adapter)
         self._let_answer(self.active)
 

@@ -60,9 +60,13 @@ class Source:
                     use_safetensors=None if self.allow_pickle else True, trust_remote_code=self.trust_remote_code,
                 )  # fmt: skip
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"name: {path!r} cannot be loaded ({_first_line(error)}); give a hub id, or a folder with "
-                             f"config.json and safetensors{'' if self.gguf_file is None else ', or a GGUF file'}"
-                             ) from error  # fmt: skip
+            reason = _first_line(error)
+            if self.attention == "sdpa" and "attention implementation" in reason:
+                raise ValueError(f"attention: {path!r} does not run with sdpa; use eager") from error
+            raise ValueError(
+                f"name: {path!r} cannot be loaded ({reason}); give a hub id, a folder with config.json and "
+                "safetensors, or a folder and a gguf_file in it"
+            ) from error
 
     def weights(self) -> str:
         """What the weights are, in words: their dtype, and from what they were dequantised."""

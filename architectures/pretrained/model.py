@@ -18,7 +18,7 @@ from torch import Tensor
 from clplat.architectures.adapters import AdapterHost
 from clplat.architectures.base import Output, State
 from clplat.architectures.layers import causal_document_mask, traced
-from clplat.architectures.lora import EXPERTS, LoRA, check_targets
+from clplat.architectures.lora import EXPERTS, LoRA
 from clplat.architectures.option_checks import check_choices
 from clplat.architectures.pretrained import cache
 from clplat.architectures.pretrained.loading import Attention, Dtype, Source, check_fits, context_length, need
@@ -146,7 +146,6 @@ class Pretrained(AdapterHost):
         from peft import LoraConfig, inject_adapter_in_model
 
         assert self.lora is not None
-        check_targets(self.backbone, self.targets, fused=False)
         options = LoraConfig(
             r=self.lora.rank, lora_alpha=self.lora.alpha, lora_dropout=self.lora.dropout, target_modules=self.targets
         )
