@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, C hidden size, L layers, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -149,7 +150,10 @@ class Pretrained(AdapterHost):
         options = LoraConfig(
             r=self.lora.rank, lora_alpha=self.lora.alpha, lora_dropout=self.lora.dropout, target_modules=self.targets
         )
-        inject_adapter_in_model(options, self.backbone, adapter)
+        with warnings.catch_warnings():
+            # Several adapters are what is wanted.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            inject_adapter_in_model(options, self.backbone, adapter)
         for layer in self._layers().values():
             for adapters in (layer.lora_A, layer.lora_B):
                 kind = next(adapters[adapter].parameters()).dtype
