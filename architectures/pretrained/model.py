@@ -89,6 +89,7 @@ class Pretrained(AdapterHost):
             logits, state = self.decode(batch.inputs, state, torch.full_like(batch.inputs[:, 0], state[0].shape[1]))
             return Output(logits=logits, state=state)
         length = batch.inputs.shape[1]
+        self._check_length(length)
         used = _used(batch.targets) if self.skip_padding else length
         found = self._read(
             batch.inputs[:, :used], use_cache=False, output_hidden_states=return_hidden is not None,
@@ -109,12 +110,7 @@ class Pretrained(AdapterHost):
         Rows of unequal length are padded on the right. ValueError beyond the model's context.
         """
         held, layers = state
-        context, total = context_length(self.config), held.shape[1] + tokens.shape[1]
-        if context is not None and total > context:
-            raise ValueError(
-                f"Pretrained: {total} tokens do not fit the context of {self.source.name}, {context} tokens; shorten "
-                "prompts or answers"
-            )
+        self._check_length(held.shape[1] + tokens.shape[1])
         self._need_masks("generation from prompts of unequal length")
         positions, new, mask = cache.continued(held, lengths, tokens.shape[1])
         grown = cache.as_library(layers)
@@ -173,6 +169,14 @@ class Pretrained(AdapterHost):
             return {}
         self._need_masks("batch.segment_ids: several documents in a row")
         return {"attention_mask": self._mask(mask), "position_ids": cache.document_positions(segment_ids)}
+
+    def _check_length(self, tokens: int) -> None:
+        context = context_length(self.config)
+        if context is not None and tokens > context:
+            raise ValueError(
+                f"Pretrained: {tokens} tokens do not fit the context of {self.source.name}, {context} tokens; shorten "
+                "the rows, prompts or answers of the stream and its probes"
+            )
 
     def _mask(self, seen: Tensor) -> Tensor:
         """Who may look where, as the attention in use takes it."""
