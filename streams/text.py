@@ -54,7 +54,8 @@ class TextStream(Stream):
 
     def _check(self) -> None:
         names = [domain.name for domain in self.domains]
-        every = names + [probe.name for probe in [*self.probe_domains, *self.multiple_choice]]
+        probes: list[Domain | MultipleChoice] = [*self.probe_domains, *self.multiple_choice]
+        every = names + [probe.name for probe in probes]
         if not names or len(set(every)) != len(every):
             raise ValueError(f"domains, probes: give at least one domain, and each its own name; got {every}")
         if unknown := set(self.order_names) - set(names):
@@ -66,7 +67,7 @@ class TextStream(Stream):
                 f"block_size: must be positive and at most max_eval_tokens ({self.max_eval_tokens}), "
                 f"got {self.block_size}"
             )
-        for source in [*self.domains, *self.probe_domains, *self.multiple_choice]:
+        for source in [*self.domains, *probes]:
             source.check()
         for domain in self.domains:
             if "train" not in domain.own_splits():
