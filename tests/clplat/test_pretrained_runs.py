@@ -78,6 +78,22 @@ def test_a_stopped_run_with_adapters_goes_on_as_if_it_had_not_been(
     assert_resumes_as_if_never_stopped(data, step=9, folder=tmp_path)
 
 
+def test_importances_of_adapters_are_the_same_from_several_rows_at_once_and_from_one_at_a_time(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    found = []
+    for rows in (1, 4):
+        options = {"strength": 0.0001, "fisher_samples": None, "fisher_batch_size": rows, "labels": "observed"}
+        ewc = {"ewc": {"class_path": "OnlineEWC", "init_args": options}}
+        folder = run_folder(tmp_path, run_of(places, tmp_path / "cache", strategies=ewc), f"of{rows}")
+        assert execute(folder).status == "FINISHED"
+        state = Checkpoints(folder, every_seconds=0).load()
+        assert state is not None
+        found.append(state["strategies"]["ewc"]["state"]["importance"])
+    assert found[0].any()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-2, atol=1e-6 * float(found[0].max()))
+
+
 def test_a_run_saves_adapters_alone_leaves_the_backbone_as_it_was_and_says_what_it_was(
     places: tuple[Path, Path], tmp_path: Path
 ) -> None:
