@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, cast
@@ -30,7 +30,7 @@ class AdapterLayer(Protocol):
     def enable_adapters(self, enabled: bool) -> None: ...
 
 
-class AdapterHost(Architecture):
+class AdapterHost(Architecture, ABC):
     """A backbone, and adapters beside its layers where `lora` is given (`base.Adapters`); else all of it is trained.
 
     With adapters the state dict holds their tensors and the backbone's checksum (uint8, 32 bytes of SHA-256) alone:

@@ -82,11 +82,7 @@ class PromptAnswerStream(TextStream):
         if max_eval_rows < 1 or max_answers < 0:
             raise ValueError(f"max_eval_rows, max_answers: at least 1 and 0, got {max_eval_rows} and {max_answers}")
         for task in self.answer_tasks.values():
-            longest = max(max_answer_tokens, task.max_new_tokens or 0)
-            if not 0 < longest < max_tokens - 1:
-                raise ValueError(f"task {task.name!r}: answers of {longest} tokens leave no room for a prompt in "
-                                 f"rows of {max_tokens}; raise max_tokens")  # fmt: skip
-            answer_value(task.metric)
+            _check(task, max_tokens, max_answer_tokens)
         super().__init__(
             domains=[self._domain(task, PARTS) for task in tasks], tokenizer=tokenizer, block_size=max_tokens,
             order=order, probes=[self._domain(task, ("test",)) for task in probes or []],
@@ -201,6 +197,14 @@ class PromptAnswerStream(TextStream):
         kept = np.minimum(answers, self.max_answer_tokens)
         room = self.block_size + 1 - int(self.tokenizer.begin_token is not None) - kept
         return int((prompts > room).sum()), int((answers > kept).sum())
+
+
+def _check(task: AnswerTask, max_tokens: int, max_answer_tokens: int) -> None:
+    longest = max(max_answer_tokens, task.max_new_tokens or 0)
+    if not 0 < longest < max_tokens - 1:
+        raise ValueError(f"task {task.name!r}: answers of {longest} tokens leave no room for a prompt in rows of "
+                         f"{max_tokens}; raise max_tokens")  # fmt: skip
+    answer_value(task.metric)
 
 
 def _expanded(root: str) -> str:

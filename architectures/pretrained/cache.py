@@ -8,10 +8,11 @@ Shapes: B rows, T new tokens, S columns held, G key-value heads, D head size.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 State = tuple[Tensor, list[tuple[Tensor, Tensor]]]
 """Positions (B, S) long, `NOWHERE` for columns that held padding; keys and values (B, G, S, D) of every layer."""
@@ -30,6 +31,11 @@ def continued(held_BS: Tensor, lengths_B: Tensor, width: int) -> tuple[Tensor, T
     new = ends + torch.arange(width, device=held_BS.device)
     positions = torch.cat([held_BS.masked_fill(held_BS >= ends, NOWHERE), new], dim=1)
     return positions, new, (positions.unsqueeze(1) <= new.unsqueeze(2)).unsqueeze(1)
+
+
+def argument(model: nn.Module) -> str:
+    """How the model's forward calls its cache, which differs between versions of transformers."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def as_library(layers: list[tuple[Tensor, Tensor]]) -> Any:

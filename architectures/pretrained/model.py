@@ -7,7 +7,6 @@ Shapes: B rows, T tokens, C hidden size, L layers, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any, cast
@@ -72,7 +71,6 @@ class Pretrained(AdapterHost):
         self.source, self.config = source, cast(Any, backbone.config)
         self.row_length, self.num_outputs = spec.input_shape[0], spec.num_outputs
         self.document_mask, self.skip_padding = document_mask, skip_padding
-        self._cache_key = "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
         self.masks = self._obeys_masks()
         if gradient_checkpointing:
             _checkpoint(backbone)
@@ -114,9 +112,8 @@ class Pretrained(AdapterHost):
         self._need_masks("generation from prompts of unequal length")
         positions, new, mask = cache.continued(held, lengths, tokens.shape[1])
         grown = cache.as_library(layers)
-        found = self._read(
-            tokens, use_cache=True, position_ids=new, attention_mask=self._mask(mask), **{self._cache_key: grown}
-        )
+        options = {cache.argument(self.backbone): grown, "attention_mask": self._mask(mask), "position_ids": new}
+        found = self._read(tokens, use_cache=True, **options)
         return found.logits[..., : self.num_outputs], (positions, cache.as_tensors(grown))
 
     def flops_per_row(self) -> float:
