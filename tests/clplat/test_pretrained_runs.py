@@ -124,6 +124,8 @@ def test_a_model_that_changed_since_the_run_began_is_refused_when_it_is_resumed(
     model_folder(tmp_path, "llama", vocab_size=BYTES, eos_token_id=BYTES - 1, initializer_range=0.2)
     with pytest.raises(ValueError, match="these adapters were trained beside another backbone"):
         load_model(folder)
+    outcome = execute(folder)
+    assert outcome.status == "FAILED" and "these adapters were trained beside another backbone" in outcome.reason
 
 
 @pytest.mark.parametrize(
