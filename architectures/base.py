@@ -178,6 +178,35 @@ class WritesMemory(Protocol):
         ...
 
 
+@runtime_checkable
+class Adapters(Protocol):
+    """Capability: adapters, small trained parts by name, beside a backbone that stays as it is.
+
+    The tensors of all adapters of a model go by the same names, so that those of two can be paired.
+    """
+
+    active: tuple[str, ...]
+    trained: tuple[str, ...]
+
+    def adapter_names(self) -> list[str]: ...
+
+    def adapter_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """By name the tensors of one adapter."""
+        ...
+
+    def add_adapter(self, adapter: str) -> None:
+        """One more that changes nothing yet, neither active nor trained."""
+        ...
+
+    def use_adapters(self, active: Sequence[str], trained: Sequence[str] | None = None) -> None:
+        """Which adapters answer, their changes added up, and which of these are trained (None: all of them)."""
+        ...
+
+    def answering(self, *adapters: str) -> AbstractContextManager[None]:
+        """Within it other adapters answer; what is trained stays so. To be left before `backward`."""
+        ...
+
+
 def device_of(module: nn.Module) -> torch.device:
     """The device of the module's first parameter."""
     return next(module.parameters()).device

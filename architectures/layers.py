@@ -38,8 +38,12 @@ def rotate(x_BTHD: Tensor, angles: Angles) -> Tensor:
 def free_to_look(tensor: Tensor) -> bool:
     """Whether the way of the computation may depend on what the tensor holds: on the CPU only. An accelerator would
     have to be waited for, and under a compiler or vmap there is no one answer."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return tensor.device.type == "cpu" and not traced
+    return tensor.device.type == "cpu" and not traced()
+
+
+def traced() -> bool:
+    """Whether a compiler or vmap reads along, for which nothing may depend on what tensors hold."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def trimmed(tokens_BT: Tensor, pad_token: int) -> Tensor:

@@ -17,7 +17,7 @@ from clplat.journal import Journal, curve_table, read, table
 
 PACKAGES = (
     "clplat", "torch", "triton", "lightning", "mlflow", "torchvision", "avalanche-lib", "datasets",
-    "transformers", "numpy",
+    "transformers", "peft", "numpy",
 )  # fmt: skip
 
 

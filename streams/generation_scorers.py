@@ -1,4 +1,4 @@
-"""Scorers that let the model write: exact match of a final answer."""
+"""Scorers that let the model write: what its answers are worth, exact match of a final answer."""
 
 from __future__ import annotations
 
@@ -6,16 +6,61 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clplat.streams.answer_metrics import NAMES, AnswerMetric, answer_value
 from clplat.streams.base import Data, Metric
 from clplat.streams.scorers import Answerer, Scorer, Sums
 from clplat.streams.tokenizers import Tokenizer
 from clplat.streams.tokens import TokenCache
 
 
-class ExactMatch(Scorer):
-    """Share of prompts whose greedy continuation ends in the right answer: the text behind the last marker."""
+class WrittenAnswers(Scorer):
+    """Mean value, in 0..1, of the greedy continuations of prompts. A subclass may define `value` itself."""
 
-    metrics = {"exact_match": Metric(higher_is_better=True, best=1.0)}
+    def __init__(
+        self,
+        *,
+        cache: TokenCache,
+        tokenizer: Tokenizer,
+        max_prompt_tokens: int,
+        max_new_tokens: int,
+        max_examples: int,
+        metric: AnswerMetric = "exact_match",
+        begin: int | None = None,
+    ) -> None:
+        """Scores the first `max_examples` documents of `cache` that have a prompt.
+
+        Answers are cut at `max_new_tokens`, and of a prompt longer than `max_prompt_tokens` the end is kept, which
+        is where the question stands, behind the token `begin` where one is given.
+        """
+        self.cache, self.tokenizer, self.max_prompt_tokens = cache, tokenizer, max_prompt_tokens
+        self.begin = [] if begin is None else [begin]
+        self.max_new_tokens = max_new_tokens
+        self.examples = torch.from_numpy(np.flatnonzero(cache.prompts)[:max_examples])
+        self.metric = NAMES.get(metric, metric)
+        self.metrics = {self.metric: Metric(higher_is_better=True, best=1.0)}
+        self._value = answer_value(metric)
+
+    def value(self, prompt: list[int], wanted: list[int], written: list[int]) -> float:
+        """What a written answer is worth, from tokens."""
+        return self._value(*(self.tokenizer.decode(tokens) for tokens in (prompt, wanted, written)))
+
+    def score(self, model: Answerer, data: Data, rows: Tensor, batch_size: int) -> Sums:
+        """Example e goes with row e (modulo the rows): a process that has the row writes that answer."""
+        mine = self.examples[torch.isin(torch.arange(len(self.examples)) % max(1, len(data)), rows)]
+        # Prompts of like length side by side: a batch costs what its longest one does.
+        mine = mine[torch.from_numpy(self.cache.prompts[mine.numpy()]).argsort(stable=True)]
+        total = sum(self._values(model, part.tolist()) for part in mine.split(batch_size) if len(part))
+        return {self.metric: torch.tensor([total, len(mine)], dtype=torch.float64)}
+
+    def _values(self, model: Answerer, numbers: list[int]) -> float:
+        examples = [self.cache.document(number) for number in numbers]
+        prompts = [self.begin + prompt[-(self.max_prompt_tokens - len(self.begin)) :] for prompt, _ in examples]
+        written = model.generate(prompts, max_new_tokens=self.max_new_tokens, stop=self.tokenizer.end_token)
+        return sum(self.value(*example, answer) for example, answer in zip(examples, written, strict=True))
+
+
+class ExactMatch(WrittenAnswers):
+    """Share of prompts whose greedy continuation ends in the right answer: the text behind the last marker."""
 
     def __init__(
         self,
@@ -27,27 +72,15 @@ class ExactMatch(Scorer):
         max_new_tokens: int,
         max_examples: int,
     ) -> None:
-        """Scores the first `max_examples` documents of `cache` that have a prompt.
+        """As `WrittenAnswers`; an empty `marker` compares whole answers."""
+        super().__init__(
+            cache=cache, tokenizer=tokenizer, max_prompt_tokens=max_prompt_tokens, max_new_tokens=max_new_tokens,
+            max_examples=max_examples,
+        )  # fmt: skip
+        self.marker = marker
 
-        Answers are cut at `max_new_tokens`, and of a prompt longer than `max_prompt_tokens` the end is kept, which
-        is where the question stands. An empty `marker` compares whole answers.
-        """
-        self.cache, self.tokenizer, self.marker, self.max_prompt_tokens = cache, tokenizer, marker, max_prompt_tokens
-        self.max_new_tokens = max_new_tokens
-        self.examples = torch.from_numpy(np.flatnonzero(cache.prompts)[:max_examples])
-
-    def score(self, model: Answerer, data: Data, rows: Tensor, batch_size: int) -> Sums:
-        """Example e goes with row e (modulo the rows): a process that has the row writes that answer."""
-        mine = self.examples[torch.isin(torch.arange(len(self.examples)) % max(1, len(data)), rows)]
-        right = sum(self._right(model, part.tolist()) for part in mine.split(batch_size) if len(part))
-        return {"exact_match": torch.tensor([right, len(mine)], dtype=torch.float64)}
-
-    def _right(self, model: Answerer, numbers: list[int]) -> int:
-        examples = [self.cache.document(number) for number in numbers]
-        prompts = [prompt[-self.max_prompt_tokens :] for prompt, _ in examples]
-        written = model.generate(prompts, max_new_tokens=self.max_new_tokens, stop=self.tokenizer.end_token)
-        pairs = zip(examples, written, strict=True)
-        return sum(self.final(answered) == self.final(answer) != "" for (_, answer), answered in pairs)
+    def value(self, prompt: list[int], wanted: list[int], written: list[int]) -> float:
+        return float(self.final(written) == self.final(wanted) != "")
 
     def final(self, tokens: list[int]) -> str:
         """What an answer comes to; empty where it has no marker."""

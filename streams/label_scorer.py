@@ -18,7 +18,8 @@ class LabelLikelihood(Scorer):
     """Accuracy of the label of highest log-probability, and the right answer's cross-entropy in nats a token.
 
     Rows are prompts continued by the tokens of their right label (`labelled_rows.answered`). Every candidate label is
-    put in its place and read with the whole prompt again, at most `batch_size` pairs of row and label at a time.
+    put in its place and read with the whole prompt again, at most `batch_size` pairs of row and label at a time; labels
+    of one token each are read off behind the prompt at once.
     """
 
     metrics = {
@@ -33,9 +34,9 @@ class LabelLikelihood(Scorer):
         candidates: Sequence[int] | None = None,
         measure: Literal["sum", "mean"] = "sum",
     ) -> None:
-        """`labels`: the tokens of each label, its end token included, no two alike. `candidates`: the labels that may
-        be answered, by number; None means those of the tasks seen. `measure`: a label's log-probability, or its mean
-        over the label's tokens, which does not favour short labels."""
+        """`labels`: the tokens of each label, with its end token where rows have one, no two alike. `candidates`: the
+        labels that may be answered, by number; None means those of the tasks seen. `measure`: a label's
+        log-probability, or its mean over the label's tokens, which does not favour short labels."""
         if not all(labels) or len(set(map(tuple, labels))) < len(labels):
             raise ValueError("labels: each needs at least one token, and no two may have the same")
         self.candidates, self.measure = candidates, measure
@@ -61,6 +62,10 @@ class LabelLikelihood(Scorer):
 
     def likelihoods(self, model: Answerer, batch: Batch, candidates: Tensor, at_once: int) -> Tensor:
         """Log-probability (B, C) of every candidate (C,) behind every row's prompt, on the CPU."""
+        if self.tokens.shape[1] == 1:
+            place = self._places(batch)
+            logits = model.logits(batch)[torch.arange(len(batch), device=place.device), place[:, 0]]
+            return logits.float().log_softmax(-1).double().cpu()[:, self.tokens[candidates, 0]]
         pairs = torch.arange(len(batch) * len(candidates))
         found = [
             self._pair_likelihoods(model, batch, part // len(candidates), candidates[part % len(candidates)])

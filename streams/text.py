@@ -12,6 +12,7 @@ from clplat.streams.base import EvalSet, Spec, Stream, Task
 from clplat.streams.cache_folder import cache_folder, made
 from clplat.streams.documents import PARTS, Domain, Part
 from clplat.streams.generation_scorers import ExactMatch, Together
+from clplat.streams.multiple_choice import MultipleChoice
 from clplat.streams.scorers import Likelihood, Scorer
 from clplat.streams.token_writer import Target, building_folder, write_caches
 from clplat.streams.tokenizers import ByteTokenizer, Tokenizer
@@ -32,17 +33,18 @@ class TextStream(Stream):
         block_size: int = 256,
         order: list[str] | None = None,
         probes: list[Domain] | None = None,
+        multiple_choice: list[MultipleChoice] | None = None,
         max_eval_tokens: int = 20_000,
         max_answers: int = 32,
         max_answer_tokens: int = 128,
         cache_dir: str | None = None,
     ) -> None:
         """`tokenizer` defaults to bytes; `block_size` is the tokens of a row; `order` names domains (default: as
-        listed); `probes` are domains of which the test part is scored and nothing trained. Test and validation parts
-        are scored on `max_eval_tokens`, in rows spread evenly over the part and the same for every run; exact match
-        on the first `max_answers` questions. Caches lie in `cache_dir` (default: $CLPLAT_CACHE, or
-        ~/.cache/clplat)."""
-        self.domains, self.probe_domains = domains, probes or []
+        listed); `probes` are domains of which the test part is scored and nothing trained, `multiple_choice` questions
+        (MMLU's) that are scored beside them. Test and validation parts are scored on `max_eval_tokens`, in rows spread
+        evenly over the part and the same for every run; exact match on the first `max_answers` questions. Caches lie in
+        `cache_dir` (default: $CLPLAT_CACHE, or ~/.cache/clplat)."""
+        self.domains, self.probe_domains, self.multiple_choice = domains, probes or [], multiple_choice or []
         self.tokenizer: Tokenizer = tokenizer or ByteTokenizer()
         self.block_size, self.max_eval_tokens = block_size, max_eval_tokens
         self.max_answers, self.max_answer_tokens = max_answers, max_answer_tokens
@@ -52,7 +54,8 @@ class TextStream(Stream):
 
     def _check(self) -> None:
         names = [domain.name for domain in self.domains]
-        every = names + [domain.name for domain in self.probe_domains]
+        probes: list[Domain | MultipleChoice] = [*self.probe_domains, *self.multiple_choice]
+        every = names + [probe.name for probe in probes]
         if not names or len(set(every)) != len(every):
             raise ValueError(f"domains, probes: give at least one domain, and each its own name; got {every}")
         if unknown := set(self.order_names) - set(names):
@@ -64,8 +67,8 @@ class TextStream(Stream):
                 f"block_size: must be positive and at most max_eval_tokens ({self.max_eval_tokens}), "
                 f"got {self.block_size}"
             )
-        for domain in [*self.domains, *self.probe_domains]:
-            domain.check()
+        for source in [*self.domains, *probes]:
+            source.check()
         for domain in self.domains:
             if "train" not in domain.own_splits():
                 raise ValueError(
@@ -86,6 +89,7 @@ class TextStream(Stream):
         by_name = {domain.name: domain for domain in self.domains}
         self.tasks = [self._task(index, by_name[name]) for index, name in enumerate(self.order_names)]
         self.probes = [self._test_set(domain, -1) for domain in self.probe_domains]
+        self.probes += [asked.eval_set(self.tokenizer, self.spec.input_shape[0]) for asked in self.multiple_choice]
 
     def _source(self, domain: Domain) -> str:
         """Identity of a domain's documents; a stream with documents of its own overrides this and `_documents`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -20,14 +21,16 @@ from clplat.streams.cache_folder import made
 
 
 class Tokenizer:
-    """Base: ids for texts and back. `end_token` ends every document; `identity` names it in cache keys.
+    """Base: ids for texts and back. `end_token` ends every document; `identity` names it in cache keys; `begin_token`
+    stands before a prompt, where a pretrained model was trained so.
 
-    All three are known once `prepare` has been called.
+    All are known once `prepare` has been called.
     """
 
     vocab_size: int
     end_token: int
     identity: str
+    begin_token: int | None = None
 
     def prepare(self, texts: Iterable[str], cache_dir: Path, source: str) -> None:
         """Load, or learn from the stream's training texts, which `source` names; called once, before all else."""
@@ -124,21 +127,23 @@ class BPETokenizer(_LibraryTokenizer):
 class PretrainedTokenizer(_LibraryTokenizer):
     """The fast tokenizer of a model on the hub or in a local folder."""
 
-    def __init__(self, *, name: str) -> None:
-        """`name`: hub id, or folder with tokenizer.json."""
-        self.name = name
+    def __init__(self, *, name: str, gguf_file: str | None = None) -> None:
+        """`name`: hub id, or folder with tokenizer.json, variables expanded; or with a GGUF file, `gguf_file`."""
+        self.name, self.gguf_file = name, gguf_file
 
     def prepare(self, texts: Iterable[str], cache_dir: Path, source: str) -> None:
         from transformers import AutoTokenizer
 
         try:
-            whole = AutoTokenizer.from_pretrained(self.name)
+            whole = AutoTokenizer.from_pretrained(os.path.expandvars(self.name), gguf_file=self.gguf_file)
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"PretrainedTokenizer.name: {self.name!r} cannot be loaded ({reason})") from error
         if not whole.is_fast or whole.eos_token_id is None:
             raise ValueError(f"PretrainedTokenizer.name: {self.name!r} must be a fast tokenizer with an end token")
         self.vocab_size, self.end_token = 1 + max(whole.get_vocab().values()), whole.eos_token_id
+        begins = whole.bos_token_id is not None and whole("a").input_ids[0] == whole.bos_token_id
+        self.begin_token = whole.bos_token_id if begins else None
         self._use(whole.backend_tokenizer)
 
 

@@ -136,3 +136,18 @@ def test_an_answer_that_is_no_label_is_refused() -> None:
     data = TensorData(torch.zeros(1, 4, dtype=torch.long), torch.tensor([[-100, 9, END, -100]]), task=0)
     with pytest.raises(ValueError, match="an answer that is no label"):
         scorer().score(Model([0]), data, torch.arange(1), 1)
+
+
+def test_labels_of_one_token_are_read_off_at_once_and_are_as_likely_as_read_alone() -> None:
+    labels = [[3], [8], [1]]
+    inputs = padded([prompt[:5] for prompt in PROMPTS], 6, END)
+    targets = torch.full_like(inputs, -100)
+    for number, prompt in enumerate(PROMPTS):
+        targets[number, min(5, len(prompt)) - 1] = labels[number % 3][0]
+    model, data = Model(), TokenRows(inputs, targets, task=0)
+    found = LabelLikelihood(labels=labels, candidates=[2, 0, 1])
+    likelihoods = found.likelihoods(model, data.batch(torch.arange(7)), torch.tensor([2, 0, 1]), 2)
+    assert len(model.rows) == 1
+    for prompt, values in zip(PROMPTS, likelihoods.tolist(), strict=True):
+        assert values == pytest.approx([alone(prompt[:5], labels[label])[0] for label in (2, 0, 1)], abs=1e-5)
+    assert found.score(model, data, torch.arange(7), 4)["accuracy"][1] == 7

@@ -1,0 +1,103 @@
+"""A model of this repository with low-rank adapters: trained once as it is, then frozen, with adapters beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from clplat.architectures.adapters import AdapterHost
+from clplat.architectures.base import Architecture, Decodes, Output, State
+from clplat.architectures.lora import LoRA, insert
+from clplat.streams.base import Spec
+from clplat.streams.batch import Batch
+
+TARGETS = ["attention.qkv", "attention.out"]
+"""Where adapters go by default: the attention of `Transformer` and its kin."""
+
+
+class Adapted(AdapterHost):
+    """A frozen language model of ours, with adapters that are trained beside its linear layers."""
+
+    causal = True
+    takes_fused = True
+
+    def __init__(
+        self, *, spec: Spec, model: Callable[[Spec], Architecture], lora: LoRA | None = None, weights: str | None = None
+    ) -> None:
+        """`model` is an architecture as a component; `weights` is a checkpoint or snapshot of a run that trained it
+        (variables are expanded; None leaves its initial weights). `lora.targets` default to `attention.qkv` and
+        `attention.out`; on a layer that holds several matrices they share one adapter."""
+        backbone = model(spec)
+        name = type(backbone).__name__
+        if backbone.causal is not True or spec.kind != "language":
+            raise ValueError(f"model: {name} is no causal language model, or the stream no text; adapters need both")
+        for hook in ("task_start", "step_end"):
+            if getattr(type(backbone), hook) is not getattr(Architecture, hook):
+                raise ValueError(f"model: {name} changes itself while it is trained ({hook}), and a backbone does not")
+        if weights is not None:
+            backbone.load_state_dict(_weights_in(weights, name))
+        super().__init__(backbone, lora or LoRA(), TARGETS)
+        self._check_used(spec)
+
+    def forward(self, batch: Batch, state: State = None, return_hidden: str | None = None) -> Output:
+        return self.backbone(batch, state, return_hidden)
+
+    def init_state(self, batch_size: int) -> State:
+        return self._model().init_state(batch_size)
+
+    def decode(self, tokens: Tensor, state: State, lengths: Tensor) -> tuple[Tensor, State]:
+        """As the backbone decodes; ValueError where it does not."""
+        if not isinstance(self.backbone, Decodes):
+            raise ValueError(f"Adapted.model: {type(self.backbone).__name__} does not decode step by step")
+        return self.backbone.decode(tokens, state, lengths)
+
+    def flops_per_row(self) -> float:
+        """The backbone's, which counts its adapters among its weights."""
+        return self._model().flops_per_row()
+
+    def active_parameters(self) -> int:
+        return self._model().active_parameters()
+
+    def facts(self) -> Mapping[str, str]:
+        return {**super().facts(), **self._model().facts(), "model": type(self.backbone).__name__}
+
+    def _model(self) -> Architecture:
+        return cast(Architecture, self.backbone)
+
+    def _insert(self, adapter: str) -> None:
+        assert self.lora is not None
+        insert(self.backbone, adapter, self.lora, self.targets)
+
+    @torch.no_grad()
+    def _check_used(self, spec: Spec) -> None:
+        """ValueError for a layer whose weights the model reads without calling it: its adapter would do nothing."""
+        unused = set(self._layers())
+
+        def called(path: str) -> Callable[..., None]:
+            return lambda *_: unused.discard(path)
+
+        hooks = [self.backbone.get_submodule(path).register_forward_hook(called(path)) for path in list(unused)]
+        tokens = torch.zeros(1, spec.input_shape[0], dtype=torch.long)
+        with torch.random.fork_rng(devices=[]):
+            self.backbone(Batch(inputs=tokens, targets=tokens))
+        for hook in hooks:
+            hook.remove()
+        if unused:
+            raise ValueError(f"lora.targets: {type(self.backbone).__name__} reads the weights of {min(unused)} without "
+                             "calling the layer, so that an adapter there does nothing; name others")  # fmt: skip
+
+
+def _weights_in(given: str, name: str) -> dict[str, Any]:
+    """The architecture's state in a checkpoint; reading it executes nothing."""
+    path = Path(os.path.expandvars(given))
+    if not path.is_file():
+        raise FileNotFoundError(f"weights: there is no file {path}; name a checkpoint or snapshot of a run")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not isinstance(state.get("architecture"), dict):
+        raise ValueError(f"weights: {path} is no checkpoint of a run that trained {name}")
+    return state["architecture"]

@@ -1,0 +1,1 @@
+"""Pretrained language models: `clplat run pretrained/tiny` on a CPU."""

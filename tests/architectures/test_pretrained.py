@@ -1,0 +1,208 @@
+"""Pretrained models: they hold the contract, continue prompts as transformers does, and refuse what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import CONTEXT, END, VOCABULARY, model_folder, written_gguf
+
+from clplat.architectures.contract import CHECKS
+from clplat.architectures.generation import greedy
+from clplat.architectures.lora import LoRA
+from clplat.architectures.pretrained import loading
+from clplat.architectures.pretrained.model import Pretrained
+from clplat.architectures.probing import Contract
+from clplat.streams.base import Spec
+from clplat.streams.batch import IGNORE, Batch
+
+SPEC = Spec(kind="language", input_shape=(12,), num_outputs=VOCABULARY, end_token=END)
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+EAGER: dict[str, Any] = {"attention": "eager", "gradient_checkpointing": True}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-lora": ("llama", {"lora": LoRA(rank=16, alpha=32, dropout=0.1, targets=LINEAR), **EAGER}),
+    "gpt2": ("gpt2", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    parent = tmp_path_factory.mktemp("models")
+    return {kind: model_folder(parent, kind) for kind in ("llama", "gpt2", "mixtral", "mamba")}
+
+
+def made(folder: Path, **options: Any) -> Pretrained:
+    torch.manual_seed(0)
+    return Pretrained(spec=options.pop("spec", SPEC), name=str(folder), **options)
+
+
+def batch(length: int = 12, rows: int = 3) -> Batch:
+    tokens = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+    return Batch(inputs=tokens, targets=tokens.clone())
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_holds_the_contract(folders: dict[str, Path], kind: str, check: Any) -> None:
+    name, options = KINDS[kind]
+    check(Contract(factory=lambda spec: made(folders[name], **options), spec=SPEC, gradient_steps=3, overfit_steps=300))
+
+
+def test_greedy_continuations_of_unequal_prompts_equal_those_of_transformers_one_by_one(
+    folders: dict[str, Path],
+) -> None:
+    model = made(folders["llama"]).double().eval()
+    prompts = [[5, 9, 30], [7], [11, 12, 13, 14, 15, 40, 8]]
+    found = greedy(model, prompts, max_new_tokens=9, stop=END)
+    for prompt, continuation in zip(prompts, found, strict=True):
+        given = torch.tensor([prompt])
+        whole = model.backbone.generate(
+            given, attention_mask=torch.ones_like(given), max_new_tokens=9, do_sample=False, pad_token_id=0
+        )  # fmt: skip
+        expected = whole[0, len(prompt) :].tolist()
+        assert continuation == (expected[: expected.index(END)] if END in expected else expected)
+    assert any(found)
+
+
+def test_leaving_out_padding_changes_no_logit_in_front_of_the_last_target(folders: dict[str, Path]) -> None:
+    rows = batch()
+    rows.targets[:, 8:] = IGNORE
+    whole, part = (made(folders["llama"], skip_padding=skip).eval() for skip in (False, True))
+    with torch.no_grad():
+        expected, found = whole(rows, return_hidden="all"), part(rows, return_hidden="all")
+    assert found.logits.shape == expected.logits.shape == (3, 12, VOCABULARY)
+    torch.testing.assert_close(found.logits[:, :8], expected.logits[:, :8])
+    torch.testing.assert_close(found.hidden[:, :, :8], expected.hidden[:, :, :8])
+    assert not found.logits[:, 8:].any() and bool(expected.logits[:, 8:].any())
+
+
+def test_hidden_states_are_embeddings_then_layers_and_last_what_the_head_reads(folders: dict[str, Path]) -> None:
+    model, rows = made(folders["llama"]).eval(), batch()
+    with torch.no_grad():
+        output, last = model(rows, return_hidden="all"), model(rows, return_hidden="last").hidden
+        assert output.hidden.shape == (3, 3, 12, 32) and torch.equal(output.hidden[:, -1], last)
+        assert torch.equal(output.hidden[:, 0], model.backbone.get_input_embeddings()(rows.inputs))
+        assert torch.equal(model.backbone.lm_head(last), output.logits)
+
+
+def test_checkpointed_layers_give_the_same_gradients(folders: dict[str, Path]) -> None:
+    found = []
+    for saving in (False, True):
+        model = made(folders["llama"], lora=LoRA(targets=LINEAR, dropout=0.0), gradient_checkpointing=saving).train()
+        with torch.no_grad():
+            for tensor in model.adapter_parameters("default").values():
+                tensor.add_(0.01)
+        model(batch()).logits.square().mean().backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(gradient.any() for gradient in found[0])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_adapters_beside_16_bit_weights_are_kept_in_float32(folders: dict[str, Path]) -> None:
+    model = made(folders["llama"], dtype="bfloat16", lora=LoRA())
+    assert {p.dtype for p in model.adapter_parameters("default").values()} == {torch.float32}
+    assert next(model.backbone.parameters()).dtype == torch.bfloat16
+    model(batch()).logits.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.adapter_parameters("default").values())
+
+
+def test_operations_and_active_weights_are_counted_by_hand(folders: dict[str, Path]) -> None:
+    model, tokens = made(folders["llama"]), 12
+    layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48
+    pairs = tokens * (tokens + 1) / 2
+    assert model.flops_per_row() == 2 * tokens * (2 * layer + 32 * VOCABULARY) + 4 * 32 * pairs * 2
+    routed = made(folders["mixtral"])
+    experts = sum(p.numel() for name, p in routed.named_parameters() if ".experts." in name)
+    assert experts and routed.active_parameters() == sum(p.numel() for p in routed.parameters()) - experts // 2
+
+
+def test_a_model_that_takes_no_mask_refuses_packed_documents_by_the_name_of_the_field(folders: dict[str, Path]) -> None:
+    model, rows = made(folders["mamba"], attention="eager"), batch()
+    assert model(rows).logits.isfinite().all()
+    segments = torch.zeros_like(rows.inputs)
+    segments[:, 6:] = 1
+    with pytest.raises(ValueError, match="batch.segment_ids: several documents.*MambaForCausalLM"):
+        model(rows.replaced(segment_ids=segments))
+    with pytest.raises(ValueError, match="generation from prompts.*MambaForCausalLM"):
+        greedy(model, [[5, 6]], max_new_tokens=2, stop=None)
+    assert (
+        made(folders["mamba"], attention="eager", document_mask=False)(rows.replaced(segment_ids=segments))
+        .logits.isfinite()
+        .all()
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("llama", {"spec": Spec(kind="classify", input_shape=(3,), num_outputs=2)}, "reads token rows.*'classify'"),
+        ("llama", {"spec": Spec(kind="language", input_shape=(33,), num_outputs=60)}, "33 tokens do not fit.*32 tok"),
+        ("llama", {"spec": Spec(kind="language", input_shape=(9,), num_outputs=257)}, "knows 60 tokens.*257.*own"),
+        ("llama", {"spec": Spec(kind="language", input_shape=(9,), num_outputs=50)}, "knows 60 tokens.*tokenizer 50"),
+        (
+            "llama",
+            {"spec": Spec(kind="language", input_shape=(9,), num_outputs=60, end_token=7)},
+            "end in token 2, and the stream's in 7",
+        ),
+        ("gpt2", {"lora": LoRA(targets=["c_attn"])}, "'c_attn' holds several matrices in one"),
+        ("gpt2", {"lora": LoRA()}, "no layer of GPT2LMHeadModel is called 'q_proj'.*c_attn"),
+        ("gpt2", {"lora": LoRA(targets=["c_fc"])}, "'c_fc' is a Conv1D, not a linear layer"),
+        ("mixtral", {"lora": LoRA(targets=["gate_up_proj"])}, "'gate_up_proj' names experts of Mixtral"),
+        ("llama", {"lora": LoRA(targets=["query"])}, "called 'query'; its linear layers are down_proj, gate_proj"),
+        ("mamba", {}, "does not run with sdpa; use eager"),
+        ("llama", {"dtype": "float8"}, "dtype: must be one of float32, bfloat16, float16"),
+        ("llama", {"gguf_file": "none.gguf"}, "cannot be loaded"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_before_training(
+    folders: dict[str, Path], kind: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        made(folders[kind], **options)
+
+
+def test_a_wrong_folder_and_an_unset_variable_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no folder /nowhere"):
+        made(Path("/nowhere"))
+    with pytest.raises(ValueError, match="cannot be loaded.*safetensors"):
+        made(tmp_path)
+    with pytest.raises(ValueError, match="environment variable NO_SUCH_PLACE"):
+        made(Path("${NO_SUCH_PLACE}/model"))
+
+
+def test_pickled_weights_are_not_opened_unless_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:
+    state = made(folders["llama"]).backbone.state_dict()
+    (tmp_path / "config.json").write_bytes((folders["llama"] / "config.json").read_bytes())
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        made(tmp_path)
+    assert made(tmp_path, allow_pickle=True).checksum == made(folders["llama"]).checksum
+
+
+def test_prompts_beyond_the_context_are_refused_with_both_lengths(folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=f"33 tokens do not fit the context of .*, {CONTEXT} tokens"):
+        greedy(made(folders["llama"]).eval(), [[5] * 30], max_new_tokens=5, stop=None)
+
+
+def test_a_missing_extra_says_what_to_install(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"peft is not installed; pip install 'clplat\[pretrained\]'"):
+        made(folders["llama"], lora=LoRA())
+    with pytest.raises(ValueError, match=r"gguf is not installed; pip install 'clplat\[pretrained\]'"):
+        made(folders["llama"], gguf_file="model.gguf")
+
+
+def test_a_gguf_file_gives_the_model_that_was_written_and_says_that_it_was_quantised(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    plain = made(folders["llama"]).eval()
+    written_gguf(tmp_path / "exact.gguf", plain.backbone, quantised=False)
+    written_gguf(tmp_path / "small.gguf", plain.backbone, quantised=True)
+    exact, small = (made(tmp_path, gguf_file=f"{name}.gguf").eval() for name in ("exact", "small"))
+    with torch.no_grad():
+        torch.testing.assert_close(exact(batch()).logits, plain(batch()).logits)
+    assert exact.facts()["weights"] == "float32" and small.facts()["weights"] == "dequantised Q4_0, float32"
+    assert small.checksum != exact.checksum
