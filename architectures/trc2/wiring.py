@@ -67,6 +67,12 @@ class Wiring:
         """ValueError that names the field for options that do not go together."""
         if self.num_layers < 1:
             raise ValueError(f"num_layers: must be at least 1, got {self.num_layers}")
+        if self.thalamus.columns != "all" and self.thalamus.enabled and not any(map(self.gets_signal, self.numbers)):
+            raise ValueError(
+                f"thalamus.columns: {self.thalamus.columns} names no column that has one before it (hippocampus."
+                f"after_column: {self.after_column} of {self.num_layers}), so no router is built; use all, another "
+                "after_column, more columns, or enabled: false"
+            )
         if not self.hippocampus.read:
             return
         options, last = self.hippocampus, self.num_layers - self.feeds_queries

@@ -118,7 +118,9 @@ def _values(name: str) -> list[tuple[str, Any]]:
 def awake(pair: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     """A pair of settings, with the parts on that they are about."""
     needed = {}
-    for name, _ in pair:
+    for name, value in pair:
+        if value == "early":
+            needed["hippocampus.after_column"] = 2  # behind the first, no column before it gets a signal
         if name.startswith("thalamus."):
             needed["thalamus.enabled"] = True
         if name.startswith(("hippocampus.", "write.")):
