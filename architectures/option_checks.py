@@ -1,7 +1,8 @@
-"""Checks of option groups (dataclasses): a value that cannot be raises ValueError that names the field."""
+"""Checks of options, in groups (dataclasses) or of an architecture: ValueError that names the field."""
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 
@@ -32,3 +33,17 @@ def check_shares(options: object, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(options, name) <= 1:
             raise ValueError(f"{_place(options)}{name}: must lie in 0..1, got {getattr(options, name)}")
+
+
+def check_sizes(owner: str, **sizes: float | None) -> None:
+    """Refuse sizes and counts of `owner` that are not above 0; None stands for a default."""
+    for name, size in sizes.items():
+        if size is not None and not 0 < size < math.inf:
+            bound = "is below 1" if isinstance(size, int) else "is not a positive number"
+            raise ValueError(f"{owner}.{name}: {size} {bound}")
+
+
+def check_dropout(owner: str, dropout: float) -> None:
+    """Refuse a share that cannot be dropped; of 1, nothing would be left to learn from."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{owner}.dropout: must be at least 0 and below 1, got {dropout}; 0 turns it off")

@@ -65,8 +65,6 @@ class Wiring:
 
     def check(self, write: WriteOptions) -> None:
         """ValueError that names the field for options that do not go together."""
-        if self.num_layers < 1:
-            raise ValueError(f"num_layers: must be at least 1, got {self.num_layers}")
         if self.thalamus.columns != "all" and self.thalamus.enabled and not any(map(self.gets_signal, self.numbers)):
             raise ValueError(
                 f"thalamus.columns: {self.thalamus.columns} names no column that has one before it (hippocampus."

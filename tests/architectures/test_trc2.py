@@ -223,7 +223,7 @@ def test_flops_grow_with_slots_and_active_parameters_leave_out_idle_experts_and_
         ({"hippocampus": HippocampusOptions(slots=10**13)}, "hippocampus.slots: .* GB"),
         ({"hippocampus": HippocampusOptions(after_column=3)}, "hippocampus.after_column: 3 is not in 1..2"),
         ({"num_layers": 1}, "hippocampus.after_column: 0 is not in 1..0"),
-        ({"num_layers": 0}, "num_layers: must be at least 1"),
+        ({"num_layers": 0}, "TRC2.num_layers: 0 is below 1"),
         ({"thalamus": ThalamusOptions(columns="early")}, "thalamus.columns: early names no column .* use all"),
         ({"num_layers": 2, "thalamus": ThalamusOptions(columns="early")}, "thalamus.columns: early names no column"),
         ({"thalamus": ThalamusOptions(columns="late"),
