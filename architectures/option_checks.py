@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import get_args
+from dataclasses import fields
+from typing import Any, get_args
 
 
 def check_choices(options: object, **choices: object) -> None:
@@ -12,6 +13,14 @@ def check_choices(options: object, **choices: object) -> None:
         if getattr(options, name) not in get_args(kind):
             known = ", ".join(get_args(kind))
             raise ValueError(f"{_place(options)}{name}: must be one of {known}, got {getattr(options, name)!r}")
+
+
+def check_finite(options: Any) -> None:
+    """Refuse infinite numbers and NaN in any field: they would pass comparisons, and end a run after some steps."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{_place(options)}{field.name}: must be a finite number, got {value}")
 
 
 def check_at_least(options: object, least: float, *names: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from clplat.architectures.option_checks import check_at_least, check_choices, check_shares
+from clplat.architectures.option_checks import check_at_least, check_choices, check_finite, check_shares
 
 FeedForward = Literal["experts", "dense"]
 Modulation = Literal["add", "gain"]
@@ -48,6 +48,7 @@ class ColumnOptions:
     rope_base: float = 10_000.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_choices(self, feed_forward=FeedForward)
         check_at_least(self, 1, "num_heads", "heads_per_kv", "num_experts", "experts_per_token", "inner_size")
         check_at_least(self, 0, "shared_experts", "balance")
@@ -85,6 +86,7 @@ class ThalamusOptions:
     clip: float = 3.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_choices(self, surprise=Surprise, trn=Competition, modulation=Modulation, columns=Modulated)
         check_at_least(self, 1, "rank", "groups")
         check_at_least(self, 0, "critic_weight", "clip")
@@ -119,6 +121,7 @@ class HippocampusOptions:
     strength: float = -4.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_choices(self, event_gate=EventGate, stored=Stored, merge=Merge)
         check_at_least(self, 1, "after_column", "slots", "k_read")
         if self.k_read > self.slots:
@@ -160,6 +163,7 @@ class WriteOptions:
     utility_bonus: float = 0.1
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_choices(self, signal=Signal, delay=Delay, candidate=Candidate, eviction=Eviction)
         check_at_least(self, 1, "chunk", "quota")
         check_at_least(self, 0, "critic_rate", "utility_bonus")
