@@ -23,6 +23,17 @@ def check_finite(options: Any) -> None:
             raise ValueError(f"{_place(options)}{field.name}: must be a finite number, got {value}")
 
 
+def check_idle(options: Any, reason: str, fix: str, *names: str) -> None:
+    """Refuse what is given for options that another one of their group, `reason`, leaves without effect."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name in names and value != field.default:
+            raise ValueError(
+                f"{_place(options)}{field.name}: {value} has no effect with {reason}; leave it out (null in a "
+                f"variant), or set {fix}"
+            )
+
+
 def check_at_least(options: object, least: float, *names: str) -> None:
     """Refuse a number below `least`; None stands for a default."""
     for name in names:

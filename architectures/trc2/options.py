@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from clplat.architectures.option_checks import check_at_least, check_choices, check_finite, check_shares
+from clplat.architectures.option_checks import check_at_least, check_choices, check_finite, check_idle, check_shares
 
 FeedForward = Literal["experts", "dense"]
 Modulation = Literal["add", "gain"]
@@ -52,6 +52,9 @@ class ColumnOptions:
         check_choices(self, feed_forward=FeedForward)
         check_at_least(self, 1, "num_heads", "heads_per_kv", "num_experts", "experts_per_token", "inner_size")
         check_at_least(self, 0, "shared_experts", "balance")
+        if self.feed_forward == "dense":
+            idle = ("num_experts", "experts_per_token", "shared_experts", "balance")
+            check_idle(self, "feed_forward: dense", "feed_forward: experts", *idle)
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"column.experts_per_token: {self.experts_per_token} exceeds num_experts ({self.num_experts})"
@@ -89,8 +92,10 @@ class ThalamusOptions:
         check_finite(self)
         check_choices(self, surprise=Surprise, trn=Competition, modulation=Modulation, columns=Modulated)
         check_at_least(self, 1, "rank", "groups")
-        check_at_least(self, 0, "critic_weight", "clip")
+        check_at_least(self, 0, "critic_weight")
         check_shares(self, "discount")
+        if self.clip <= 0:
+            raise ValueError(f"thalamus.clip: must be positive, got {self.clip}; surprise: none leaves surprise out")
         if self.enabled and not (self.focal or self.diffuse):
             raise ValueError("thalamus.focal, diffuse: without both paths there is no signal; use enabled: false")
 
@@ -126,6 +131,8 @@ class HippocampusOptions:
         check_at_least(self, 1, "after_column", "slots", "k_read")
         if self.k_read > self.slots:
             raise ValueError(f"hippocampus.k_read: {self.k_read} exceeds slots ({self.slots})")
+        if self.event_gate != "hard":
+            check_idle(self, f"event_gate: {self.event_gate}", "event_gate: hard", "event_threshold")
         if self.temperature <= 0:
             raise ValueError(f"hippocampus.temperature: must be positive, got {self.temperature}")
 
@@ -168,3 +175,7 @@ class WriteOptions:
         check_at_least(self, 1, "chunk", "quota")
         check_at_least(self, 0, "critic_rate", "utility_bonus")
         check_shares(self, "discount", "slow_rate", "utility_decay", "merge_share", "merge_above")
+        if not self.merge:
+            check_idle(self, "merge: false", "merge: true", "merge_above", "merge_share")
+        if self.signal == "none":
+            check_idle(self, "signal: none, which writes nothing,", "another signal", "delay")

@@ -243,24 +243,6 @@ def test_options_that_do_not_go_together_are_refused_by_name(options: dict, mess
         TRC2(**({"spec": TEXT, "hidden_size": 64, "num_layers": 3, "column": ColumnOptions(num_heads=4)} | options))
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "message"),
-    [
-        (HippocampusOptions, {"k_read": 9, "slots": 8}, "k_read: 9 exceeds slots"),
-        (HippocampusOptions, {"temperature": 0.0}, "temperature: must be positive"),
-        (HippocampusOptions, {"merge": "both"}, "merge: must be one of thalamic, residual"),
-        (ThalamusOptions, {"focal": False, "diffuse": False}, "focal, diffuse"),
-        (ThalamusOptions, {"groups": 0}, "groups: must be at least 1"),
-        (ColumnOptions, {"experts_per_token": 9}, "experts_per_token: 9 exceeds num_experts"),
-        (WriteOptions, {"slow_rate": 1.5}, "slow_rate: must lie in 0..1"),
-        (WriteOptions, {"signal": "loss"}, "signal: must be one of fast_slow"),
-    ],
-)
-def test_a_value_that_cannot_be_is_refused_by_name(kind: type, options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        kind(**options)
-
-
 def test_a_step_that_leaves_nothing_to_write_is_refused() -> None:
     model = trc2()
     model.eval()

@@ -54,6 +54,8 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
 def options_of(setting: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments for switches by dotted name."""
     options = dict(DEFAULTS)
+    if setting.get("column.feed_forward") == "dense":
+        options["column"] = replace(options["column"], num_experts=8)  # the default: a dense layer has none to count
     for name, value in setting.items():
         group, _, field = name.partition(".")
         options[group] = replace(options[group], **{field: value}) if field else value
