@@ -130,7 +130,7 @@ class HippocampusOptions:
         check_choices(self, event_gate=EventGate, stored=Stored, merge=Merge)
         check_at_least(self, 1, "after_column", "slots", "k_read")
         if self.k_read > self.slots:
-            raise ValueError(f"hippocampus.k_read: {self.k_read} exceeds slots ({self.slots})")
+            raise ValueError(f"hippocampus.k_read: {self.k_read} exceeds slots ({self.slots}); lower it with them")
         if self.event_gate != "hard":
             check_idle(self, f"event_gate: {self.event_gate}", "event_gate: hard", "event_threshold")
         if self.temperature <= 0:
@@ -144,10 +144,10 @@ class WriteOptions:
     `signal` w of a token: |δ_fast − δ_slow| of two TD critics of its loss, |δ_fast|, its loss, chance, or none, which
     writes nothing. `delay: immediate` is a control that leaks: while it trains, the read sees a mean of every chunk of
     its own batch. A row is cut into pieces of `chunk` tokens; a piece offers its hidden vector at the largest w
-    (`peak`) or its mean, and at most `quota` pieces a step are written whose mean w lies more than `threshold` standard
-    deviations above the running mean. A full store merges what resembles a slot by a cosine above `merge_above` into it
-    (the new one's share is `merge_share`; `merge: false` never does), and else overwrites the slot that `eviction`
-    names: least used, oldest, or least surprising. `discount` γ, `critic_rate` the fast critic's learning rate,
+    (`peak`) or its mean, and at most `quota` pieces a step (default: 16, or all slots of fewer) are written whose mean
+    w lies more than `threshold` standard deviations above the running mean. A full store merges what resembles a slot
+    by a cosine above `merge_above` into it (the new one's share is `merge_share`; `merge: false` never does), and else
+    overwrites the slot that `eviction` names: least used, oldest, or least surprising. `discount` γ, `critic_rate` the fast critic's learning rate,
     `slow_rate` τ of the slow one's average, `utility_decay` and `utility_bonus` of a slot's utility.
     """
 
@@ -157,7 +157,7 @@ class WriteOptions:
     delay: Delay = "deferred"
     chunk: int = 64
     candidate: Candidate = "peak"
-    quota: int = 16
+    quota: int | None = None
     threshold: float = 1.0
     eviction: Eviction = "utility"
     merge: bool = True

@@ -83,8 +83,10 @@ class Wiring:
             raise ValueError(
                 f"hippocampus.event_gate: hard needs a thalamic surprise behind column {self.after_column}; use soft"
             )
-        if write.quota > options.slots:
-            raise ValueError(f"write.quota: {write.quota} exceeds hippocampus.slots ({options.slots})")
+        if write.quota is not None and write.quota > options.slots:
+            raise ValueError(
+                f"write.quota: {write.quota} exceeds hippocampus.slots ({options.slots}); leave it out for the default"
+            )
         needed, there = 4 * options.slots * self.parts * self.hidden_size, psutil.virtual_memory().total
         if needed > there:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Options of TRC² that cannot be, or that contradict each other, are refused by name; parts may be off over any base."""
+"""Options of TRC² that cannot be or contradict each other are refused by name; parts may be off over any base."""
 
 from __future__ import annotations
 
@@ -53,3 +53,9 @@ def test_a_part_may_be_switched_off_over_a_base_that_gives_its_options() -> None
         options = {"thalamus": thalamus, "hippocampus": hippocampus, "write": written, "replay_path": path}
         model = TRC2(spec=TEXT, hidden_size=16, num_layers=3, column=DEFAULTS["column"], **options)
         assert not model.routers and model.store is None and not model.measurements()
+
+
+def test_slots_alone_make_a_small_store() -> None:
+    parts = {"column": DEFAULTS["column"], "thalamus": DEFAULTS["thalamus"]}
+    model = TRC2(spec=TEXT, hidden_size=16, hippocampus=HippocampusOptions(slots=8), **parts)
+    assert len(model.store.content) == model.store.quota == 8
