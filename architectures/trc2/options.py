@@ -147,8 +147,9 @@ class WriteOptions:
     (`peak`) or its mean, and at most `quota` pieces a step (default: 16, or all slots of fewer) are written whose mean
     w lies more than `threshold` standard deviations above the running mean. A full store merges what resembles a slot
     by a cosine above `merge_above` into it (the new one's share is `merge_share`; `merge: false` never does), and else
-    overwrites the slot that `eviction` names: least used, oldest, or least surprising. `discount` γ, `critic_rate` the fast critic's learning rate,
-    `slow_rate` τ of the slow one's average, `utility_decay` and `utility_bonus` of a slot's utility.
+    overwrites the slot that `eviction` names: least used, oldest, or least surprising. `discount` γ, `critic_rate` the
+    fast critic's learning rate, `slow_rate` τ of the slow one's average, `utility_decay` and `utility_bonus` of a
+    slot's utility.
     """
 
     group: ClassVar[str] = "write"
