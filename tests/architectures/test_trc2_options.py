@@ -27,7 +27,7 @@ from clplat.architectures.trc2.options import ColumnOptions, HippocampusOptions,
         (
             ColumnOptions,
             {"feed_forward": "dense", "shared_experts": 0},
-            "shared_experts: 0 has no effect .* leave it out",
+            "shared_experts: 0 has no effect .* leave it at 1",
         ),
         (HippocampusOptions, {"event_threshold": 2.0}, "event_threshold: 2.0 has no effect with event_gate: soft"),
         (WriteOptions, {"merge": False, "merge_above": 0.5}, "write.merge_above: 0.5 has no effect with merge: false"),
