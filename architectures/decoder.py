@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from clplat.architectures.base import Architecture, Output, State
 from clplat.architectures.layers import causal_document_mask, rotary_angles
 from clplat.architectures.mixture_of_experts import idle_weights
+from clplat.architectures.option_checks import check_dropout, check_sizes
 from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
 
@@ -130,6 +131,8 @@ class Decoder(Architecture, ABC):
     ) -> None:
         """`blocks` may be a generator, so that weights are drawn from the input to the output."""
         super().__init__()
+        check_sizes(type(self).__name__, hidden_size=hidden_size)
+        check_dropout(type(self).__name__, dropout)
         self.row_length, self.document_mask = spec.input_shape[0], document_mask
         self.embedding = nn.Embedding(spec.num_outputs, hidden_size)
         self.dropout = nn.Dropout(dropout)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from clplat.architectures.decoder import AttentionDecoder, Block, check_heads, check_language
 from clplat.architectures.latent_attention import LatentAttention
 from clplat.architectures.mixture_of_experts import MixtureOfExperts, expert_size
+from clplat.architectures.option_checks import check_sizes
 from clplat.streams.base import Spec
 
 
@@ -33,6 +34,10 @@ class DeepSeekTransformer(AttentionDecoder):
         `inner_size` of one expert is by default 8/3 of the hidden size, rounded up to a multiple of 256. The options
         of experts are those of `MixtureOfExperts`, the others those of `Transformer`."""
         check_language(type(self), spec)
+        check_sizes(
+            type(self).__name__, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads,
+            latent_size=latent_size,
+        )  # fmt: skip
         check_heads(type(self), hidden_size, num_heads)
         latent_size, rotary_size = _cached_sizes(hidden_size // num_heads, latent_size, rotary_size)
         inner_size = expert_size(hidden_size) if inner_size is None else inner_size
@@ -62,8 +67,6 @@ def _cached_sizes(head_size: int, latent_size: int | None, rotary_size: int | No
     """Latent and rotary size, by default in the proportions of DeepSeek-V2."""
     latent_size = 4 * head_size if latent_size is None else latent_size
     rotary_size = 2 * (head_size // 4) if rotary_size is None else rotary_size
-    if latent_size < 1:
-        raise ValueError(f"DeepSeekTransformer.latent_size: {latent_size} is below 1")
     if rotary_size < 2 or rotary_size % 2:
         raise ValueError(f"DeepSeekTransformer.rotary_size: {rotary_size} is not a positive even number")
     return latent_size, rotary_size

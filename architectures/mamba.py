@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from clplat.architectures.base import State
 from clplat.architectures.decoder import Block, Decoder, check_language
 from clplat.architectures.layers import SwiGLU, causal_convolution
+from clplat.architectures.option_checks import check_sizes
 from clplat.architectures.selective_scan import selective_scan
 from clplat.streams.base import Spec
 
@@ -142,10 +143,10 @@ class Mamba(Decoder):
         alone, twice as many as a Transformer has; `mlp_size` puts a SwiGLU of that inner size behind each.
         `document_mask` begins every document of a row with an empty state. The rest is as in `Transformer`."""
         check_language(type(self), spec)
-        sizes = {"expand": expand, "state_size": state_size, "conv_width": conv_width, "mlp_size": mlp_size}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{type(self).__name__}.{name}: {size} is below 1")
+        check_sizes(
+            type(self).__name__, hidden_size=hidden_size, num_layers=num_layers, expand=expand, state_size=state_size,
+            conv_width=conv_width, mlp_size=mlp_size,
+        )  # fmt: skip
         blocks = (
             Block(
                 hidden_size=hidden_size,

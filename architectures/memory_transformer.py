@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-# Kinds of layers go by bare names once their modules are imported.
 from clplat.architectures.associative_memory import lact, miras, titans_kinds, tnt  # noqa: F401
 from clplat.architectures.associative_memory.carrying import CarryingMixer
 from clplat.architectures.associative_memory.layout import documents_of
@@ -38,6 +37,9 @@ from clplat.architectures.decoder import Block, Decoder, check_language, mixing_
 from clplat.architectures.hope import presets as _hope  # noqa: F401
 from clplat.architectures.hope.memory import SelfModifyingMemory
 from clplat.architectures.layers import Angles, Attention, Cache, causal_document_mask, rotary_angles
+
+# Kinds of layers go by bare names once their modules are imported.
+from clplat.architectures.option_checks import check_sizes
 from clplat.streams.base import Spec, Task
 
 
@@ -119,6 +121,7 @@ class MemoryTransformer(Decoder):
         a decoder that this one begins as (with AttentionLayers, of a `Transformer`); levels begin as its SwiGLU. The
         rest is as in `Transformer`."""
         check_language(type(self), spec)
+        check_sizes(type(self).__name__, hidden_size=hidden_size, mlp_ratio=mlp_ratio)
         kinds = [TitansLMM()] * 4 if layers is None else list(layers)
         if not kinds or repeat < 1:
             name, value = ("layers", "an empty list") if not kinds else ("repeat", repeat)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from clplat.architectures.decoder import AttentionDecoder, Block, check_heads, check_language
 from clplat.architectures.layers import Attention
 from clplat.architectures.mixture_of_experts import MixtureOfExperts, expert_size
+from clplat.architectures.option_checks import check_sizes
 from clplat.streams.base import Spec
 
 
@@ -39,6 +40,7 @@ class MoETransformer(AttentionDecoder):
         of experts are those of `MixtureOfExperts`, the others those of `Transformer`. The balance losses of all
         layers are summed in the auxiliary loss `balance`."""
         check_language(type(self), spec)
+        check_sizes(type(self).__name__, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads)
         check_heads(type(self), hidden_size, num_heads)
         inner_size = expert_size(hidden_size) if inner_size is None else inner_size
         blocks = (

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from clplat.architectures.base import Architecture, Output, State
 from clplat.architectures.layers import rotary_angles, trimmed
+from clplat.architectures.option_checks import check_dropout, check_sizes
 from clplat.architectures.transformer import dense_block
 from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
@@ -39,6 +40,9 @@ class TextClassifier(Architecture):
         if spec.vocab_size is None or spec.pad_token is None:
             raise ValueError("TextClassifier: reads padded token rows with a class each, as `LabelledTextStream` gives "
                              "them; use Transformer for language and MLP for images")  # fmt: skip
+        name = type(self).__name__
+        check_sizes(name, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, mlp_ratio=mlp_ratio)
+        check_dropout(name, dropout)
         if hidden_size % (2 * num_heads):
             raise ValueError(
                 f"TextClassifier.hidden_size: {hidden_size} is not a multiple of 2 * num_heads ({2 * num_heads})"

@@ -10,6 +10,7 @@ import math
 
 from clplat.architectures.decoder import AttentionDecoder, Block, check_heads, check_language
 from clplat.architectures.layers import Attention, SwiGLU
+from clplat.architectures.option_checks import check_sizes
 from clplat.streams.base import Spec
 
 
@@ -52,6 +53,10 @@ class Transformer(AttentionDecoder):
         """
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_language(type(self), spec)
+        check_sizes(
+            type(self).__name__, hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads,
+            num_kv_heads=num_kv_heads, mlp_ratio=mlp_ratio,
+        )  # fmt: skip
         check_heads(type(self), hidden_size, num_heads)
         if num_heads % num_kv_heads:
             name = type(self).__name__

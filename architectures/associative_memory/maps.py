@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clplat.architectures.associative_memory.state import Layers
-from clplat.architectures.option_checks import check_at_least, check_choices
+from clplat.architectures.option_checks import check_at_least, check_choices, check_finite
 
 MapKind = Literal["none", "lq", "kl", "norm"]
 Signs = Literal["paired", "positive"]
@@ -48,6 +48,7 @@ class MapOptions:
     mass: float | None = None
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_choices(self, kind=MapKind, signs=Signs)
         check_at_least(self, 2, "power")
         check_at_least(self, 0, "smoothing")

@@ -19,7 +19,7 @@ from clplat.architectures.associative_memory.layout import Documents
 from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.rule import MemoryRule, check_rate
 from clplat.architectures.associative_memory.state import Tokens
-from clplat.architectures.option_checks import check_at_least, check_choices
+from clplat.architectures.option_checks import check_at_least, check_choices, check_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,7 @@ class ProjectionOptions:
     window_start: float = 0.5
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_choices(self, output_gate=OutputGate)
         check_at_least(self, 1, "conv_width", "gate_rank")
         if self.max_rate is not None and self.max_rate <= 0:

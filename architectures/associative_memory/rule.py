@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from clplat.architectures.associative_memory.maps import MapOptions
-from clplat.architectures.option_checks import check_at_least, check_choices
+from clplat.architectures.option_checks import check_at_least, check_choices, check_finite
 
 NetworkKind = Literal["mlp", "swiglu"]
 Activation = Literal["gelu", "silu"]
@@ -68,6 +68,7 @@ class BiasOptions:
     huber: HuberForm = "feature"
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_choices(self, kind=BiasKind, huber=HuberForm)
         check_at_least(self, 1, "power")
         check_at_least(self, 0, "smoothing")
@@ -132,6 +133,7 @@ class MemoryRule:
     window: int = 1
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_choices(
             self, feature=Feature, retention=Retention, optimizer=InnerOptimizer, gradient_at=GradientAt, read=Read,
             target=Target, delta=Delta, delta_on=DeltaOn,

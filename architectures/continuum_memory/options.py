@@ -19,7 +19,7 @@ from torch import nn
 from clplat.architectures.continuum_memory.feed import ContinuumFeed
 from clplat.architectures.continuum_memory.levels import Clock, LevelSize, Reduction
 from clplat.architectures.layers import SwiGLU
-from clplat.architectures.option_checks import check_at_least, check_choices
+from clplat.architectures.option_checks import check_at_least, check_choices, check_finite
 
 Carry = Literal["sequential", "independent"]
 
@@ -66,6 +66,7 @@ class CMSLevel:
     name: str | None = None
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_choices(self, clock=Clock, reduction=Reduction)
         check_at_least(self, 1, "period")
         check_at_least(self, 0, "lr")

@@ -16,7 +16,7 @@ from clplat.architectures.associative_memory.rule import (
     Target,
     check_rate,
 )
-from clplat.architectures.option_checks import check_at_least, check_choices
+from clplat.architectures.option_checks import check_at_least, check_choices, check_finite
 
 Generated = Literal["query", "key", "value", "rate", "decay"]
 Read = Literal["before", "after", "chunk_start"]
@@ -61,6 +61,7 @@ class SelfModifyingOptions:
     momentum_start: float = 0.9
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_choices(self, read=Read, output_gate=OutputGate)
         check_at_least(self, 1, "chunk", "generator_chunk", "conv_width")
         if unknown := sorted(set(self.generated) - {"query", "key", "value", "rate", "decay"}):

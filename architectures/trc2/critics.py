@@ -57,22 +57,24 @@ class Critics(nn.Module):
         slow_BT = self._error(self.slow(hidden_BTC).squeeze(-1), loss_BT, follows_BT)
         return (fast_BT - slow_BT).abs(), flat
 
-    def learn(self, gradient: Tensor) -> None:
-        """One step of Adam for the fast critic; the slow one follows."""
-        self.steps += 1
+    def learn(self, gradient: Tensor, current: Tensor) -> None:
+        """One step of Adam for the fast critic; the slow one follows. Where `current` (bool, on the device) is false
+        there was nothing to learn from, and all stays as it is: momentum would move the critics by itself."""
+        self.steps += current
         first, second = self.moments
-        first.lerp_(gradient, 1 - BETA1)
-        second.lerp_(gradient.square(), 1 - BETA2)
-        count = self.steps.to(gradient.dtype)
+        share = current.to(gradient.dtype)
+        first.lerp_(gradient, (1 - BETA1) * share)
+        second.lerp_(gradient.square(), (1 - BETA2) * share)
+        count = self.steps.to(gradient.dtype).clamp(min=1)
         scale = (second / (1 - BETA2**count)).sqrt() + EPSILON
-        change = self.rate * first / (1 - BETA1**count) / scale
+        change = share * self.rate * first / (1 - BETA1**count) / scale
         start = 0
         for weight in self.fast.parameters():
             weight.sub_(change[start : start + weight.numel()].view_as(weight))
             start += weight.numel()
         if self.slow is not None:
             for kept, new in zip(self.slow.parameters(), self.fast.parameters(), strict=True):
-                kept.lerp_(new, 1 - self.slow_rate)
+                kept.lerp_(new, (1 - self.slow_rate) * share)
 
     def _error(self, value_BT: Tensor, loss_BT: Tensor, follows_BT: Tensor) -> Tensor:
         """δ (B, T) with a detached target; `follows_BT` says that the next token belongs to the same document."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from clplat.architectures.base import Architecture, Output, State, StepOutcome
 from clplat.architectures.layers import causal_document_mask, rotary_angles
 from clplat.architectures.mixture_of_experts import idle_weights
-from clplat.architectures.option_checks import check_choices
+from clplat.architectures.option_checks import check_choices, check_dropout, check_sizes
 from clplat.architectures.trc2.column import Column, num_heads
 from clplat.architectures.trc2.hippocampus import Hippocampus
 from clplat.architectures.trc2.options import (
@@ -76,6 +76,8 @@ class TRC2(Architecture):
         self.replay_path, self.document_mask, self.row_length = replay_path, document_mask, spec.input_shape[0]
         if spec.kind != "language":
             raise ValueError(f"TRC2: predicts the next token of rows, but the stream is of kind {spec.kind!r}")
+        check_sizes("TRC2", hidden_size=hidden_size, num_layers=num_layers)
+        check_dropout("TRC2", dropout)
         check_choices(self, replay_path=ReplayPath)
         self.wiring = Wiring(
             num_layers=num_layers,

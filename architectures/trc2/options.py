@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from clplat.architectures.option_checks import check_at_least, check_choices, check_shares
+from clplat.architectures.option_checks import check_at_least, check_choices, check_finite, check_idle, check_shares
 
 FeedForward = Literal["experts", "dense"]
 Modulation = Literal["add", "gain"]
@@ -48,9 +48,13 @@ class ColumnOptions:
     rope_base: float = 10_000.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_choices(self, feed_forward=FeedForward)
         check_at_least(self, 1, "num_heads", "heads_per_kv", "num_experts", "experts_per_token", "inner_size")
         check_at_least(self, 0, "shared_experts", "balance")
+        if self.feed_forward == "dense":
+            idle = ("num_experts", "experts_per_token", "shared_experts", "balance")
+            check_idle(self, "feed_forward: dense", "feed_forward: experts", *idle)
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"column.experts_per_token: {self.experts_per_token} exceeds num_experts ({self.num_experts})"
@@ -85,10 +89,13 @@ class ThalamusOptions:
     clip: float = 3.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_choices(self, surprise=Surprise, trn=Competition, modulation=Modulation, columns=Modulated)
         check_at_least(self, 1, "rank", "groups")
-        check_at_least(self, 0, "critic_weight", "clip")
+        check_at_least(self, 0, "critic_weight")
         check_shares(self, "discount")
+        if self.clip <= 0:
+            raise ValueError(f"thalamus.clip: must be positive, got {self.clip}; surprise: none leaves surprise out")
         if self.enabled and not (self.focal or self.diffuse):
             raise ValueError("thalamus.focal, diffuse: without both paths there is no signal; use enabled: false")
 
@@ -119,10 +126,13 @@ class HippocampusOptions:
     strength: float = -4.0
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_choices(self, event_gate=EventGate, stored=Stored, merge=Merge)
         check_at_least(self, 1, "after_column", "slots", "k_read")
         if self.k_read > self.slots:
-            raise ValueError(f"hippocampus.k_read: {self.k_read} exceeds slots ({self.slots})")
+            raise ValueError(f"hippocampus.k_read: {self.k_read} exceeds slots ({self.slots}); lower it with them")
+        if self.event_gate != "hard":
+            check_idle(self, f"event_gate: {self.event_gate}", "event_gate: hard", "event_threshold")
         if self.temperature <= 0:
             raise ValueError(f"hippocampus.temperature: must be positive, got {self.temperature}")
 
@@ -134,11 +144,12 @@ class WriteOptions:
     `signal` w of a token: |δ_fast − δ_slow| of two TD critics of its loss, |δ_fast|, its loss, chance, or none, which
     writes nothing. `delay: immediate` is a control that leaks: while it trains, the read sees a mean of every chunk of
     its own batch. A row is cut into pieces of `chunk` tokens; a piece offers its hidden vector at the largest w
-    (`peak`) or its mean, and at most `quota` pieces a step are written whose mean w lies more than `threshold` standard
-    deviations above the running mean. A full store merges what resembles a slot by a cosine above `merge_above` into it
-    (the new one's share is `merge_share`; `merge: false` never does), and else overwrites the slot that `eviction`
-    names: least used, oldest, or least surprising. `discount` γ, `critic_rate` the fast critic's learning rate,
-    `slow_rate` τ of the slow one's average, `utility_decay` and `utility_bonus` of a slot's utility.
+    (`peak`) or its mean, and at most `quota` pieces a step (default: 16, or all slots of fewer) are written whose mean
+    w lies more than `threshold` standard deviations above the running mean. A full store merges what resembles a slot
+    by a cosine above `merge_above` into it (the new one's share is `merge_share`; `merge: false` never does), and else
+    overwrites the slot that `eviction` names: least used, oldest, or least surprising. `discount` γ, `critic_rate` the
+    fast critic's learning rate, `slow_rate` τ of the slow one's average, `utility_decay` and `utility_bonus` of a
+    slot's utility.
     """
 
     group: ClassVar[str] = "write"
@@ -147,7 +158,7 @@ class WriteOptions:
     delay: Delay = "deferred"
     chunk: int = 64
     candidate: Candidate = "peak"
-    quota: int = 16
+    quota: int | None = None
     threshold: float = 1.0
     eviction: Eviction = "utility"
     merge: bool = True
@@ -160,7 +171,12 @@ class WriteOptions:
     utility_bonus: float = 0.1
 
     def __post_init__(self) -> None:
+        check_finite(self)
         check_choices(self, signal=Signal, delay=Delay, candidate=Candidate, eviction=Eviction)
         check_at_least(self, 1, "chunk", "quota")
         check_at_least(self, 0, "critic_rate", "utility_bonus")
         check_shares(self, "discount", "slow_rate", "utility_decay", "merge_share", "merge_above")
+        if not self.merge:
+            check_idle(self, "merge: false", "merge: true", "merge_above", "merge_share")
+        if self.signal == "none":
+            check_idle(self, "signal: none, which writes nothing,", "another signal", "delay")

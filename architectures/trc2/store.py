@@ -26,6 +26,8 @@ from clplat.architectures.trc2.critics import Critics
 from clplat.architectures.trc2.options import WriteOptions
 
 NEVER = float("-inf")
+QUOTA = 16
+"""Pieces written in a step, where nothing else is said and there are as many slots."""
 STATISTICS_DECAY = 0.99
 """Of the running mean and variance of W, in steps."""
 
@@ -49,6 +51,7 @@ class Store(nn.Module):
     def __init__(self, *, hidden_size: int, slots: int, parts: int, options: WriteOptions) -> None:
         super().__init__()
         self.options = options
+        self.quota = min(QUOTA, slots) if options.quota is None else options.quota
         self.critics: Critics | None = None
         if options.signal in ("fast_slow", "fast"):
             self.critics = Critics(
@@ -99,12 +102,15 @@ class Store(nn.Module):
             [finite_M.sum(), finite_M.square().sum(), offered.sum().to(dtype), seen.counted.sum().to(dtype)]
         )
         sums, mass_N, gradient = _summed([sums, seen.mass.to(dtype), gradient])
-        score_Q, vector_QC = best(score_M, vector_MC, self.options.quota)
-        score_Q, vector_QC = best(*_gathered(score_Q, vector_QC), self.options.quota)
+        score_Q, vector_QC = best(score_M, vector_MC, self.quota)
+        score_Q, vector_QC = best(*_gathered(score_Q, vector_QC), self.quota)
         z_Q = self._standardised(score_Q, sums)
+        # A step of replayed rows alone teaches nothing and lets nothing age.
+        current = sums[3] > 0
         if self.critics is not None:
-            self.critics.learn(gradient / sums[3].clamp(min=1))
-        self.utility.mul_(self.options.utility_decay).add_(mass_N / mass_N.sum().clamp(min=1))
+            self.critics.learn(gradient / sums[3].clamp(min=1), current)
+        aged_N = self.options.utility_decay * self.utility + mass_N / mass_N.sum().clamp(min=1)
+        self.utility.copy_(torch.where(current, aged_N, self.utility))
         self.write(parts(vector_QC), z_Q, z_Q > self.options.threshold, step=step)
 
     def write(self, content_QPC: Tensor, z_Q: Tensor, wanted_Q: Tensor, *, step: int) -> None:

@@ -65,8 +65,12 @@ class Wiring:
 
     def check(self, write: WriteOptions) -> None:
         """ValueError that names the field for options that do not go together."""
-        if self.num_layers < 1:
-            raise ValueError(f"num_layers: must be at least 1, got {self.num_layers}")
+        if self.thalamus.columns != "all" and self.thalamus.enabled and not any(map(self.gets_signal, self.numbers)):
+            raise ValueError(
+                f"thalamus.columns: {self.thalamus.columns} names no column that has one before it (hippocampus."
+                f"after_column: {self.after_column} of {self.num_layers}), so no router is built; use all, another "
+                "after_column, more columns, or enabled: false"
+            )
         if not self.hippocampus.read:
             return
         options, last = self.hippocampus, self.num_layers - self.feeds_queries
@@ -79,8 +83,10 @@ class Wiring:
             raise ValueError(
                 f"hippocampus.event_gate: hard needs a thalamic surprise behind column {self.after_column}; use soft"
             )
-        if write.quota > options.slots:
-            raise ValueError(f"write.quota: {write.quota} exceeds hippocampus.slots ({options.slots})")
+        if write.quota is not None and write.quota > options.slots:
+            raise ValueError(
+                f"write.quota: {write.quota} exceeds hippocampus.slots ({options.slots}); leave it out for the default"
+            )
         needed, there = 4 * options.slots * self.parts * self.hidden_size, psutil.virtual_memory().total
         if needed > there:
             raise ValueError(

@@ -223,7 +223,11 @@ def test_flops_grow_with_slots_and_active_parameters_leave_out_idle_experts_and_
         ({"hippocampus": HippocampusOptions(slots=10**13)}, "hippocampus.slots: .* GB"),
         ({"hippocampus": HippocampusOptions(after_column=3)}, "hippocampus.after_column: 3 is not in 1..2"),
         ({"num_layers": 1}, "hippocampus.after_column: 0 is not in 1..0"),
-        ({"num_layers": 0}, "num_layers: must be at least 1"),
+        ({"num_layers": 0}, "TRC2.num_layers: 0 is below 1"),
+        ({"thalamus": ThalamusOptions(columns="early")}, "thalamus.columns: early names no column .* use all"),
+        ({"num_layers": 2, "thalamus": ThalamusOptions(columns="early")}, "thalamus.columns: early names no column"),
+        ({"thalamus": ThalamusOptions(columns="late"),
+          "hippocampus": HippocampusOptions(merge="residual", after_column=3)}, "thalamus.columns: late names no"),
         ({"thalamus": ThalamusOptions(rank=12)}, "thalamus.groups: 8 does not divide the rank"),
         ({"column": ColumnOptions(num_heads=3)}, "column.num_heads: twice its 3 must divide hidden_size"),
         ({"column": ColumnOptions(num_heads=2)}, "column.heads_per_kv: 4 does not divide num_heads"),
@@ -237,24 +241,6 @@ def test_flops_grow_with_slots_and_active_parameters_leave_out_idle_experts_and_
 def test_options_that_do_not_go_together_are_refused_by_name(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TRC2(**({"spec": TEXT, "hidden_size": 64, "num_layers": 3, "column": ColumnOptions(num_heads=4)} | options))
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "message"),
-    [
-        (HippocampusOptions, {"k_read": 9, "slots": 8}, "k_read: 9 exceeds slots"),
-        (HippocampusOptions, {"temperature": 0.0}, "temperature: must be positive"),
-        (HippocampusOptions, {"merge": "both"}, "merge: must be one of thalamic, residual"),
-        (ThalamusOptions, {"focal": False, "diffuse": False}, "focal, diffuse"),
-        (ThalamusOptions, {"groups": 0}, "groups: must be at least 1"),
-        (ColumnOptions, {"experts_per_token": 9}, "experts_per_token: 9 exceeds num_experts"),
-        (WriteOptions, {"slow_rate": 1.5}, "slow_rate: must lie in 0..1"),
-        (WriteOptions, {"signal": "loss"}, "signal: must be one of fast_slow"),
-    ],
-)
-def test_a_value_that_cannot_be_is_refused_by_name(kind: type, options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        kind(**options)
 
 
 def test_a_step_that_leaves_nothing_to_write_is_refused() -> None:

@@ -125,7 +125,8 @@ def flush_by_loop(made: Store, seen: Experience, step: int) -> None:
 @pytest.mark.parametrize("eviction", ["utility", "fifo", "surprise"])
 @pytest.mark.parametrize("merge", [True, False])
 def test_the_write_is_its_definition_over_steps_that_fill_merge_and_evict(eviction: str, merge: bool) -> None:
-    fast, slow = (store(signal="nll", eviction=eviction, merge=merge) for _ in range(2))
+    options = {"merge": merge, "merge_above": OPTIONS.merge_above if merge else WriteOptions.merge_above}
+    fast, slow = (store(signal="nll", eviction=eviction, **options) for _ in range(2))
     merged = evicted = 0
     for step in range(1, 19):
         seen = experience(step)
@@ -173,7 +174,7 @@ def test_the_fast_critic_learns_as_adam_does_and_the_slow_one_is_its_average() -
     slow = [p.clone() for p in twin.slow.parameters()]
     for _ in range(5):
         _, gradient = pair.errors(seen.hidden, seen.loss, seen.follows, seen.counted)
-        pair.learn(gradient / seen.counted.sum())
+        pair.learn(gradient / seen.counted.sum(), torch.tensor(True))
         optimizer.zero_grad()
         value = twin.fast(seen.hidden).squeeze(-1)
         target = seen.loss + 0.9 * seen.follows * torch.nn.functional.pad(value.detach()[:, 1:], (0, 1))
@@ -220,3 +221,31 @@ def test_a_new_memory_is_not_always_the_first_to_go() -> None:
     for step in range(1, 40):
         made.flush(replace(experience(step), mass=made.used.double()), step=step, parts=whole)
     assert made.written.unique().numel() > 2, "slots of several steps live side by side"
+
+
+@pytest.mark.parametrize("signal", ["fast_slow", "fast", "nll"])
+def test_a_step_of_replayed_rows_alone_leaves_store_and_critics_as_they_are(signal: str) -> None:
+    made = store(signal=signal)
+    for number in range(3):
+        made.flush(experience(number), step=number, parts=whole)
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    assert made.utility.any()
+    seen = experience(3)
+    replayed = replace(seen, counted=torch.zeros_like(seen.counted), mass=torch.zeros_like(seen.mass))
+    made.flush(replayed, step=3, parts=whole)
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_first_step_of_replayed_rows_alone_leaves_the_critics_finite_and_as_they_were() -> None:
+    made, seen = store(signal="fast_slow"), experience()
+    before = [weight.clone() for weight in made.parameters()]
+    made.flush(replace(seen, counted=torch.zeros_like(seen.counted)), step=0, parts=whole)
+    assert all(torch.equal(*pair) for pair in zip(made.parameters(), before))
+
+
+def test_a_small_store_alone_has_a_quota_that_fits() -> None:
+    assert store(slots=8, quota=None).quota == 8 and store(slots=99, quota=None).quota == 16
+    made = store(slots=2, quota=None, threshold=-99.0)
+    made.flush(experience(slots=2), step=0, parts=whole)
+    assert made.used.all()

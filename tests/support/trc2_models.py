@@ -54,6 +54,8 @@ SWITCHES: dict[str, tuple[Any, ...]] = {
 def options_of(setting: dict[str, Any]) -> dict[str, Any]:
     """Constructor arguments for switches by dotted name."""
     options = dict(DEFAULTS)
+    if setting.get("column.feed_forward") == "dense":
+        options["column"] = replace(options["column"], num_experts=8)  # the default: a dense layer has none to count
     for name, value in setting.items():
         group, _, field = name.partition(".")
         options[group] = replace(options[group], **{field: value}) if field else value
@@ -118,7 +120,9 @@ def _values(name: str) -> list[tuple[str, Any]]:
 def awake(pair: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     """A pair of settings, with the parts on that they are about."""
     needed = {}
-    for name, _ in pair:
+    for name, value in pair:
+        if value == "early":
+            needed["hippocampus.after_column"] = 2  # behind the first, no column before it gets a signal
         if name.startswith("thalamus."):
             needed["thalamus.enabled"] = True
         if name.startswith(("hippocampus.", "write.")):
