@@ -135,8 +135,6 @@ def test_what_cannot_be_is_refused_by_name() -> None:
         MemoryRule(delta="single", memory=NetworkOptions(norm=True))
     with pytest.raises(ValueError, match="max_gradient: must be above 0"):
         MemoryRule(max_gradient=0.0)
-    with pytest.raises(
-        ValueError, match="delta: 'double' is computed with optimizer gd or momentum and window 1 alone, without a map"
-    ):
+    with pytest.raises(ValueError, match="delta: 'double' is computed with .* and window 1 alone, without a map"):
         MemoryRule(delta="double", map=MapOptions(kind="lq"))
     assert MemoryRule(delta="single", bias=BiasOptions(kind="lp")).hebbian
