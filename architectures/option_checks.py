@@ -29,8 +29,8 @@ def check_idle(options: Any, reason: str, fix: str, *names: str) -> None:
         value = getattr(options, field.name)
         if field.name in names and value != field.default:
             raise ValueError(
-                f"{_place(options)}{field.name}: {value} has no effect with {reason}; leave it at {field.default}, or set "
-                f"{fix}"
+                f"{_place(options)}{field.name}: {value} has no effect with {reason}; leave it at {field.default}, or "
+                f"set {fix}"
             )
 
 
