@@ -49,7 +49,8 @@ class DERpp(ExperienceReplay):
         """`alpha` weighs the mean squared distance to stored logits, `beta` the cross-entropy of the second draw.
 
         Each draw has `ratio`/2 rows for each current one, so that a step replays as many rows as with
-        `ExperienceReplay` at the same ratio. The paper draws a whole batch for each term from the first task on:
+        `ExperienceReplay` at the same ratio: labels get
+        the odd one. The paper draws a whole batch for each term from the first task on:
         `ratio` 2, `from_task` 1. `top_logits` of each answer are kept, in half precision; None keeps them all.
         `draw_from` as in `ExperienceReplay`.
         """
@@ -83,9 +84,14 @@ class DERpp(ExperienceReplay):
         self.fresh.append(current_rows(batch))
         # Attribute `weight`, 1 unless a controller sets it, is a factor of both.
         alpha, beta = self.weight * self.alpha, self.weight * self.beta
-        mixed = self.with_replay(batch, AUXILIARY, self.ratio / self.draws if alpha else 0.0, 0.0)
+        # Rounded before it is split: half of one row each would round to none at all.
+        rows = len(self.fresh[-1])
+        wanted = round(self.ratio * rows)
+        larger = -(-wanted // self.draws)
+        matched = wanted - larger if beta and self.draws > 1 else larger
+        mixed = self.with_replay(batch, AUXILIARY, matched / rows if alpha else 0.0, 0.0)
         self.matched = slice(len(batch), len(mixed))
-        return self.with_replay(mixed, REPLAY, self.ratio / self.draws if beta else 0.0, beta)
+        return self.with_replay(mixed, REPLAY, larger / rows if beta else 0.0, beta)
 
     def penalty(self, output: Output, batch: Batch) -> Tensor | None:
         # Current rows stand first in a mixed batch; what the model answers now is what it is held to later.

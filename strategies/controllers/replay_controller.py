@@ -63,6 +63,11 @@ class ReplayController(Controller):
         self.strategy, self.mode, self.signal, self.observe_every = strategy, mode, signal, every
         self.probe_rows = probe_rows if signal == "probe" else 0
         self.law = law or ReplayLaw()
+        for knob, most in (("weight", self.law.max_weight), ("ratio", self.law.max_ratio), ("long_share", 1.0)):
+            if mean and knob in mean and not 0 <= mean[knob] <= most:
+                raise ValueError(f"mean.{knob}: must lie between 0 and {most:g} (law.max_{knob}), got {mean[knob]}"
+                                 if knob != "long_share" else
+                                 f"mean.{knob}: must lie between 0 and 1, got {mean[knob]}")  # fmt: skip
         self.mean, self.decisions = mean, decisions
 
     def setup(self, context: Context) -> None:

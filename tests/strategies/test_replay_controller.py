@@ -192,6 +192,12 @@ def test_decisions_take_effect_and_replayed_rows_follow_the_ratio() -> None:
     assert run.mixed.weight[run.mixed.origin == REPLAY].unique().tolist() == pytest.approx([0.7])
 
 
+def test_the_least_ratio_replays_one_row_also_where_a_strategy_draws_twice() -> None:
+    run = ControlledRun(dark(law=ReplayLaw(base_ratio=0.0, ratio_slope=0.0)), Objective)
+    run.train(STEPS + 3)
+    assert len(run.mixed) - BATCH == 1
+
+
 @pytest.mark.parametrize("mode", ["fixed", "random"])
 def test_the_controls_hold_their_mean(mode: str) -> None:
     run = ControlledRun(controlled(every=1, mode=mode, mean={"ratio": 0.3, "weight": 0.7}), Objective).train()
@@ -248,6 +254,8 @@ def test_fixed_at_the_mean_of_a_recorded_run_replays_as_many_rows(tmp_path: Path
         (lambda: controlled(every=0), "every, probe_rows: must be positive"),
         (lambda: controlled(mode="fixed"), "fixed needs a mean, or the decisions"),
         (lambda: controlled(mode="fixed", mean={"lambda": 1.0}), "mean: there is no knob 'lambda'"),
+        (lambda: controlled(mode="random", mean={"weight": 50.0}), "mean.weight: .* 2 .law.max_weight., got 50"),
+        (lambda: controlled(mode="fixed", mean={"ratio": 9.0}), "mean.ratio: .* 0.5 .law.max_ratio., got 9"),
         (lambda: controlled(mode="playback"), "playback needs decisions"),
         (lambda: controlled(mode="playback", decisions="nowhere"), "decisions: nowhere cannot be read"),
         (lambda: controlled(mean={"ratio": 1.0}), "pi decides for itself"),
