@@ -21,5 +21,8 @@ def unwritten_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
+    # Torch remembers its constructors at their first use under `torch.device`: that must not be these.
+    with torch.device("cpu"):
+        torch.empty(())
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
