@@ -97,8 +97,12 @@ class MemoryMixer(CarryingMixer):
 
     def mixing_flops(self, tokens: int) -> float:
         """Operations of the memory beyond 2 for each weight that it begins with; see `costs.py`."""
+        return self.flops_under(self.rule, tokens)
+
+    def flops_under(self, rule: MemoryRule, tokens: int) -> float:
+        """The same of a memory of these sizes under another rule."""
         first = sum(part.numel() for part in self.memory.first)
-        return tokens * (operations_per_token(self.rule, self.head_size, self.memory.shapes) - 2.0 * first)
+        return tokens * (operations_per_token(rule, self.head_size, self.memory.shapes) - 2.0 * first)
 
     def _stable_rate(self) -> float:
         """The largest step that overshoots nowhere, for `max_rate`."""

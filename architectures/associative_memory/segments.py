@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clplat.architectures.associative_memory.layout import Documents, Layout, continued, separated
 from clplat.architectures.associative_memory.memory import AssociativeMemory
-from clplat.architectures.associative_memory.state import MemoryState, Tokens, each_part
+from clplat.architectures.associative_memory.state import MemoryState, Tokens, each_part, either
 
 
 class Segments(NamedTuple):
@@ -138,12 +138,7 @@ def run(memory: AssociativeMemory, tokens: Tokens, segments: Segments, state: Me
     rows = torch.arange(len(which), device=which.device)
     last = each_part(lambda part: part[rows, which], ends)
     new = (place == 0).expand(len(which))
-    return Run(unfolded(answers, segments), starts, ends, renewed(new, first, last))
-
-
-def renewed(new_B: Tensor, first: MemoryState, state: MemoryState) -> MemoryState:
-    """The state of each row, or `first` where it begins anew."""
-    return each_part(lambda a, b: torch.where(new_B.view(-1, *[1] * (a.ndim - 1)), a, b), first, state)
+    return Run(unfolded(answers, segments), starts, ends, either(new, first, last))
 
 
 def _in_turn(
@@ -153,7 +148,7 @@ def _in_turn(
     answers, starts, ends = [], [], []
     for number in range(segments.touched):
         if number and begins is not None:
-            state = renewed(begins[:, number], first, state)
+            state = either(begins[:, number], first, state)
         starts.append(state)
         part = tokens.part(number * segments.width, (number + 1) * segments.width)
         place = None if number else segments.begun(folded=False)

@@ -22,7 +22,7 @@ from clplat.architectures.associative_memory.mixer import MemoryMixer
 from clplat.architectures.associative_memory.presets import MemoryLayer
 from clplat.architectures.associative_memory.reading import Reading
 from clplat.architectures.associative_memory.segments import cut
-from clplat.architectures.associative_memory.state import MemoryState, Tokens, each_part, repeated
+from clplat.architectures.associative_memory.state import MemoryState, Tokens, either, repeated
 from clplat.architectures.associative_memory.window_attention import PersistentTokens, SegmentAttention, WindowAttention
 
 
@@ -240,7 +240,5 @@ class ContextMemory(nn.Module):
 def _chosen(
     condition_B: Tensor, yes: tuple[Tensor, MemoryState], no: tuple[Tensor, MemoryState]
 ) -> tuple[Tensor, MemoryState]:
-    def one(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(condition_B.view(-1, *[1] * (a.ndim - 1)), a, b)
-
-    return one(yes[0].to(no[0].dtype), no[0]), each_part(one, yes[1], no[1])
+    before = torch.where(condition_B[:, None, None], yes[0].to(no[0].dtype), no[0])
+    return before, either(condition_B, yes[1], no[1])

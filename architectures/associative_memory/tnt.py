@@ -27,8 +27,8 @@ from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.mixer import MemoryMixer
 from clplat.architectures.associative_memory.presets import LayerKind, MemoryLayer, TitansLMM
 from clplat.architectures.associative_memory.rule import MemoryRule
-from clplat.architectures.associative_memory.segments import Segments, counted, cut, renewed, run
-from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens, chosen
+from clplat.architectures.associative_memory.segments import Segments, counted, cut, run
+from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens, chosen, either
 
 
 class TNTState(NamedTuple):
@@ -87,15 +87,13 @@ class TNTMixer(MemoryMixer):
 
     def mixing_flops(self, tokens: int) -> float:
         """As of a layer for each memory, without products inside of the global one's chunks."""
-        rule, total = self.rule, 0.0
+        rule = self.rule
         inside = sum(heads * 2.0 * (wide + out) for heads, wide, out in self.memory.shapes)
         inside += 2.0 * self.num_heads * rule.chunk * (rule.optimizer == "momentum")
         total = super().mixing_flops(tokens) - tokens * rule.chunk * inside
         for memory, chunk in zip(self._near(), self.chunks):
-            self.rule = memory.rule
-            total += super().mixing_flops(tokens)
+            total += self.flops_under(memory.rule, tokens)
             total += 4.0 * tokens * chunk * self.num_heads * self.head_size * self.project
-        self.rule = rule
         return total
 
     def _near(self) -> list[AssociativeMemory]:
@@ -150,7 +148,7 @@ class TNTMixer(MemoryMixer):
         for number in range(segments.touched):
             part = tokens.part(number * segments.width, (number + 1) * segments.width)
             if number:
-                state = renewed(begins[:, number], first, state)
+                state = either(begins[:, number], first, state)
                 reached = None if before is None else segments.reaches(number, counted(tokens))
                 start = state.weights if reached is None else chosen(reached, state.weights, start)
             answers.append(self.memory.read(start, part.q))

@@ -68,13 +68,17 @@ def _check_state(state: MemoryState, inputs: Inputs, chunk: int, sequences: int)
         )
     if (state.anchor is None) != (state.offset is None):
         raise ValueError("state.anchor and state.offset: give both or neither")
-    if state.offset is None:
+    check_offset(state.offset, sequences, chunk)
+
+
+def check_offset(offset: Tensor | None, sequences: int, chunk: int) -> None:
+    if offset is None:
         return
-    if state.offset.shape != (sequences,):
-        raise ValueError(f"state.offset: must be (sequences,) = ({sequences},), got {tuple(state.offset.shape)}")
-    if readable(state.offset) and not all(0 <= number < chunk for number in state.offset.tolist()):
+    if offset.shape != (sequences,):
+        raise ValueError(f"state.offset: must be (sequences,) = ({sequences},), got {tuple(offset.shape)}")
+    if readable(offset) and not all(0 <= number < chunk for number in offset.tolist()):
         raise ValueError(
-            f"state.offset: must be at least 0 and below chunk = {chunk}, got {state.offset.tolist()}; a state inside "
+            f"state.offset: must be at least 0 and below chunk = {chunk}, got {offset.tolist()}; a state inside "
             "a chunk goes on at the chunk size that it was made with"
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 from clplat.kernels.backends import chosen_form, device_obstacle, hopper_obstacle, interpreting
 from clplat.kernels.delta_memory.arguments import check
 from clplat.kernels.delta_memory.reference import (
-    LOWEST_GATE,
     Inputs,
     MemoryState,
     Mode,
@@ -19,6 +19,7 @@ from clplat.kernels.delta_memory.reference import (
     empty_state,
     recurrent,
 )
+from clplat.kernels.delta_memory.sequences import apart, clamped, one_by_one
 
 Backend = Literal["auto", "torch", "triton", "recurrent"]
 CHUNKS = (16, 32, 64)
@@ -64,7 +65,7 @@ def delta_memory(
             )  # fmt: skip
     check(Inputs(q, k, v, rate, log_decay, log_momentum), mode, chunk, state, cu_seqlens)
     form = which_backend(q, k, v, chunk=chunk, backend=backend)
-    inputs = Inputs(q, k, v, rate, _clamped(log_decay), _clamped(log_momentum))
+    inputs = Inputs(q, k, v, rate, clamped(log_decay), clamped(log_momentum))
     sequences = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
     state = empty_state(inputs, sequences) if state is None else _widened(state, v.dtype)
     # Without a sequence there is nothing to launch.
@@ -76,8 +77,10 @@ def delta_memory(
     if cu_seqlens is None and state.offset is None:
         o, end = function(inputs, mode=mode, chunk=chunk, state=state)
     else:
-        o, end = _one_by_one(function, inputs, mode, chunk, state, cu_seqlens)
-    return o, _apart(end, state)
+        o, end = one_by_one(
+            partial(function, mode=mode, chunk=chunk), _joined, inputs, state, state.offset, cu_seqlens
+        )  # fmt: skip
+    return o, apart(end, state)
 
 
 def which_backend(q: Tensor, k: Tensor, v: Tensor, *, chunk: int = 64, backend: Backend = "auto") -> str:
@@ -99,45 +102,12 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, chunk: int) -> str:
     return hopper_obstacle(q)
 
 
-def _apart(end: MemoryState, given: MemoryState) -> MemoryState:
-    """The same state without tensors of the caller's, which parts are that nothing was written to."""
-    own = [id(part) for part in given if part is not None]
-    return MemoryState(*(part.clone() if part is not None and id(part) in own else part for part in end))
-
-
 def _widened(state: MemoryState, dtype: torch.dtype) -> MemoryState:
     """States are kept in fp32, or fp64 beside such inputs, whatever they come in."""
     wide = torch.promote_types(dtype, torch.float32)
     W, S, anchor = (None if part is None else part.to(wide) for part in state[:3])
     assert W is not None
     return MemoryState(W, S, anchor, state.offset)
-
-
-def _clamped(log_gate: Tensor | None) -> Tensor | None:
-    return None if log_gate is None else log_gate.clamp(min=LOWEST_GATE)
-
-
-def _one_by_one(
-    function: Callable[..., tuple[Tensor, MemoryState]],
-    inputs: Inputs,
-    mode: Mode,
-    chunk: int,
-    state: MemoryState,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, MemoryState]:
-    """Sequences of their own lengths or offsets, one call for each; waits for the device to read them."""
-    count = len(state.W)
-    bounds = [0] * (count + 1) if cu_seqlens is None else cu_seqlens.tolist()
-    offsets = [0] * count if state.offset is None else state.offset.tolist()
-    outputs, states = [], []
-    for n in range(count):
-        own = Inputs(*(None if part is None else part[n : n + 1] for part in inputs)) if cu_seqlens is None else inputs
-        tokens = own if cu_seqlens is None else own.tokens(bounds[n], bounds[n + 1])
-        row = MemoryState(*(None if part is None else part[n : n + 1] for part in state))
-        o, after = function(tokens, mode=mode, chunk=chunk, state=row, offset=offsets[n])
-        outputs.append(o)
-        states.append(after)
-    return torch.cat(outputs, 0 if cu_seqlens is None else 1), _joined(states)
 
 
 def _joined(states: Sequence[MemoryState]) -> MemoryState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from clplat.kernels.delta_memory.arguments import check_inputs, check_packing, readable
+from clplat.kernels.delta_memory.arguments import check_inputs, check_offset, check_packing
 from clplat.kernels.delta_memory.reference import Inputs
 from clplat.kernels.mlp_memory.reference import ACTIVATIONS, BIASES, MLPState, Rule
 
@@ -45,12 +45,4 @@ def _check_state(state: MLPState, inputs: Inputs, chunk: int, sequences: int) ->
         )
     if (state.anchor1 is None) != (state.offset is None):
         raise ValueError("state.anchor1, anchor2 and offset: give all or none")
-    if state.offset is None:
-        return
-    if state.offset.shape != (sequences,):
-        raise ValueError(f"state.offset: must be (sequences,) = ({sequences},), got {tuple(state.offset.shape)}")
-    if readable(state.offset) and not all(0 <= number < chunk for number in state.offset.tolist()):
-        raise ValueError(
-            f"state.offset: must be at least 0 and below chunk = {chunk}, got {state.offset.tolist()}; a state inside "
-            "a chunk goes on at the chunk size that it was made with"
-        )
+    check_offset(state.offset, sequences, chunk)

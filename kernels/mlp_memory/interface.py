@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from clplat.kernels.backends import chosen_form, device_obstacle, hopper_obstacle, interpreting
 from clplat.kernels.delta_memory.interface import CHUNKS
-from clplat.kernels.delta_memory.reference import LOWEST_GATE, Inputs
+from clplat.kernels.delta_memory.reference import Inputs
+from clplat.kernels.delta_memory.sequences import apart, clamped, one_by_one
 from clplat.kernels.mlp_memory.arguments import check
 from clplat.kernels.mlp_memory.reference import Activation, Bias, MLPState, Rule, chunked, recurrent
 
@@ -59,7 +61,7 @@ def mlp_memory(
     with torch.autocast(q.device.type, enabled=False):
         check(Inputs(q, k, v, rate, log_decay, log_momentum), rule, chunk, state, cu_seqlens)
         form = which_backend(q, k, v, inner=state.W1.shape[-1], chunk=chunk, backend=backend)
-        inputs = Inputs(q, k, v, rate, _clamped(log_decay), _clamped(log_momentum))
+        inputs = Inputs(q, k, v, rate, clamped(log_decay), clamped(log_momentum))
         state = _widened(state, v.dtype)
         # Without a sequence there is nothing to launch.
         if form == "triton" and len(state.W1):
@@ -70,8 +72,10 @@ def mlp_memory(
         if cu_seqlens is None and state.offset is None:
             o, end = function(inputs, rule=rule, chunk=chunk, state=state)
         else:
-            o, end = _one_by_one(function, inputs, rule, chunk, state, cu_seqlens)
-        return o, _apart(end, state)
+            o, end = one_by_one(
+            partial(function, rule=rule, chunk=chunk), _joined, inputs, state, state.offset, cu_seqlens
+        )  # fmt: skip
+        return o, apart(end, state)
 
 
 def which_backend(
@@ -105,46 +109,11 @@ def _obstacle(q: Tensor, k: Tensor, v: Tensor, inner: int, chunk: int) -> str:
     return hopper_obstacle(q)
 
 
-def _apart(end: MLPState, given: MLPState) -> MLPState:
-    """The same state without tensors of the caller's, which parts are that nothing was written to."""
-    own = [id(part) for part in given if part is not None]
-    return MLPState(*(part.clone() if part is not None and id(part) in own else part for part in end))
-
-
 def _widened(state: MLPState, dtype: torch.dtype) -> MLPState:
     """States are kept in fp32, or fp64 beside such inputs, whatever they come in."""
     wide = torch.promote_types(dtype, torch.float32)
     kept = [None if part is None else part.to(wide) for part in state[:6]]
     return MLPState(*kept, state.offset)  # type: ignore[arg-type, call-arg]
-
-
-def _clamped(log_gate: Tensor | None) -> Tensor | None:
-    return None if log_gate is None else log_gate.clamp(min=LOWEST_GATE)
-
-
-def _one_by_one(
-    function: Callable[..., tuple[Tensor, MLPState]],
-    inputs: Inputs,
-    rule: Rule,
-    chunk: int,
-    state: MLPState,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, MLPState]:
-    """Sequences of their own lengths or offsets, one call for each; waits for the device to read them."""
-    count = len(state.W1)
-    bounds = [0] * (count + 1) if cu_seqlens is None else cu_seqlens.tolist()
-    offsets = [0] * count if state.offset is None else state.offset.tolist()
-    outputs, states = [], []
-    for n in range(count):
-        own = Inputs(*(None if part is None else part[n : n + 1] for part in inputs)) if cu_seqlens is None else inputs
-        tokens = own if cu_seqlens is None else own.tokens(bounds[n], bounds[n + 1])
-        row = MLPState(*(None if part is None else part[n : n + 1] for part in state))
-        o, after = function(tokens, rule=rule, chunk=chunk, state=row, offset=offsets[n])
-        outputs.append(o)
-        states.append(after)
-    if not outputs:
-        return inputs.v, state
-    return torch.cat(outputs, 0 if cu_seqlens is None else 1), _joined(states)
 
 
 def _joined(states: Sequence[MLPState]) -> MLPState:
