@@ -94,8 +94,8 @@ class Architecture(nn.Module):
         return {}
 
     def not_finite(self) -> str | None:
-        """Where in the model the first number that was not finite arose, in words, if it knows; asked for once a loss or
-        a weight is not."""
+        """Where in the model the first number that was not finite arose, in words, if it knows; asked for once a
+        loss or a weight is not."""
         return None
 
     def facts(self) -> Mapping[str, str]:

@@ -23,8 +23,8 @@ class LossMeans:
             self._arrived.record()
 
     def read(self, cause: Callable[[], str | None]) -> dict[str, float]:
-        """The means by name; waits until they have come. Raises NotFiniteError for one that is not finite, with what the
-        model knows of the `cause`."""
+        """The means by name; waits until they have come. Raises NotFiniteError for one that is not finite, with what
+        the model knows of the `cause`."""
         if self._arrived is not None:
             self._arrived.synchronize()
         means = dict(zip(self.names, self._values.tolist(), strict=True))

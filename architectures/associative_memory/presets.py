@@ -141,8 +141,8 @@ class TitansLMM(MemoryLayer):
         self, *, num_heads: int = 4, conv_width: int = 4, chunk: int = 16, depth: int = 2, expand: int = 4,
         residual: bool = True, max_rate: float | None = None, damped: bool = True, short_values: bool = True,
     ) -> None:  # fmt: skip
-        """`depth` of the memory, 1 for a matrix. Chunk, expansion and residual are not in the paper, nor is what keeps it
-        finite: `damped`, `short_values` and `max_rate`, see `ProjectionOptions`."""
+        """`depth` of the memory, 1 for a matrix. Chunk, expansion, residual are not in the paper, nor is what keeps it
+        finite: `damped`, `short_values`, `max_rate`, see `ProjectionOptions`."""
         super().__init__(
             rule=MemoryRule(
                 memory=NetworkOptions(depth=depth, expand=expand, activation="silu", residual=residual),

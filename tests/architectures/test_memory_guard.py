@@ -112,3 +112,57 @@ def test_a_loss_that_is_not_a_number_says_what_the_model_knows_of_it() -> None:
     means = LossMeans(["loss"], torch.tensor([torch.nan]), 40)
     with pytest.raises(NotFiniteError, match=r"loss: became nan by step 40 \(layer 1, head 3: it burst\)\. What was"):
         means.read(lambda: "layer 1, head 3: it burst")
+
+
+def largest_answer(kind: TitansLMM, momentum: float, *, scale: float, tokens: int = 512) -> float:
+    """Of a memory whose first weights are `scale` times those it begins with, to one key that is stepped on with the
+    largest steps, at values 7 long."""
+    torch.manual_seed(0)
+    mixer = kind.build(4 * 32)
+    memory, chunk = mixer.memory, kind.rule.chunk
+    with torch.no_grad():
+        for part in memory.first:
+            part *= scale
+        x = torch.zeros(1, tokens, 128)
+        prepared = mixer._tokens(x, mixer.qkv(x), None, None)
+        k, v = torch.randn(1, 4, 1, 32).expand(1, 4, tokens, 32), torch.randn(1, 4, tokens, 32)
+        v = mixer._bounded(7 * v / v.norm(dim=-1, keepdim=True))
+        momenta = torch.full((1, 4, tokens), momentum)
+        given = prepared._replace(
+            q=k, k=k, v=v, rate=mixer.max_rate * (1 - momenta), log_momentum=momenta.log(),
+            log_decay=tuple(torch.full_like(gate, 0.999).log() for gate in prepared.log_decay),
+        )  # fmt: skip
+        assert chunk == 16
+        return float(memory(given)[0].norm(dim=-1).nan_to_num(torch.inf).max())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@pytest.mark.parametrize("momentum", [0.01, 0.97])
+def test_titans_stay_of_the_size_of_their_values_at_the_largest_steps_though_first_weights_have_grown(
+    depth: int, momentum: float
+) -> None:
+    assert largest_answer(TitansLMM(num_heads=4, depth=depth), momentum, scale=1.5) < 4
+
+
+def test_steps_that_suit_a_matrix_make_two_layers_overflow_once_their_first_weights_have_grown() -> None:
+    loose = TitansLMM(num_heads=4, short_values=False)
+    assert loose.build(128).max_rate == 1 / 16
+    assert largest_answer(loose, 0.01, scale=1.5) == torch.inf
+
+
+@pytest.mark.parametrize(("depth", "residual", "steep"), [(1, True, 1), (2, True, 4), (4, True, 2**3.5), (2, False, 2)])
+def test_steps_go_down_with_the_steepness_of_the_layers_product(depth: int, residual: bool, steep: float) -> None:
+    kind = TitansLMM(num_heads=4, depth=depth, residual=residual)
+    assert kind.rule.steepness == pytest.approx(steep if depth > 1 or not residual else 1)
+    assert kind.build(128).max_rate == pytest.approx(1 / (16 * steep))
+    assert TitansLMM(num_heads=4, depth=depth, max_rate=0.5).build(128).max_rate == 0.5
+
+
+def test_long_values_are_shortened_and_short_ones_are_left() -> None:
+    mixer = TitansLMM(num_heads=4).build(16)
+    v = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], requires_grad=True)
+    bounded = mixer._bounded(v)
+    torch.testing.assert_close(bounded, torch.tensor([[0.6, 0.8], [0.3, 0.4], [0.0, 0.0]]))
+    bounded.sum().backward()
+    assert v.grad is not None and v.grad.isfinite().all()
+    assert torch.equal(TitansLMM(num_heads=4, short_values=False).build(16)._bounded(v), v)
