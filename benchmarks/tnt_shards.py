@@ -7,7 +7,7 @@ Forward and backward pass of the layer alone, float32 (with TF32 where `--tf32`)
 printed are median tokens per second, and the median, least and greatest ratio of pairs of neighbours, with the device.
 Both update their local memories every `--chunk` tokens; TNT adds a global memory, which TitansLMM has not. TitansLMM
 takes tokens / chunk steps in turn, TNT shard / chunk + tokens / global chunk: what it can gain is their ratio, at most
-the number of shards, printed as `steps`. Two shards (`--shard` half of `--tokens`) can gain no more than 2.
+the number of shards, printed as `steps in turn`. Two shards (`--shard` half of `--tokens`) can gain no more than 2.
 """
 
 from __future__ import annotations
@@ -79,10 +79,9 @@ def main() -> None:
     print(f"device: {device}; {vars(options)}")
     for name, taken in times.items():
         print(f"{name}: {tokens / statistics.median(taken):.0f} tokens/s (median of {len(taken)})")
+    plain = options.tokens / options.chunk
     in_turn = min(options.shard, options.tokens) / options.chunk + options.tokens / options.global_chunk
-    print(
-        f"steps in turn: {options.tokens / options.chunk:.0f} and {in_turn:.0f}, {options.tokens / options.chunk / in_turn:.1f} times"
-    )
+    print(f"steps in turn: {plain:.0f} and {in_turn:.0f}, {plain / in_turn:.1f} times fewer")
     print(f"TNT / TitansLMM: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
