@@ -81,7 +81,7 @@ class Guard:
 def blamed(guards: Mapping[str, Guard]) -> str | None:
     """The layer, heads and quantity with which it began, in words; `guards` from the input to the output, by the names
     of their layers. None where no memory was the first, or none was asked to note anything."""
-    found = {name: first for name, guard in guards.items() if (first := guard.first()) is not None}
+    found = {name: known for name, guard in guards.items() if (known := guard.first()) is not None}
     begun = min((first.since for first in found.values()), default=0)
     # Forwards the lowest layer is the first; what is not finite there is so in all above, and then in all gradients.
     # Backwards it is the highest, where the gradient that arrives was still finite.
