@@ -59,8 +59,8 @@ def toy_stream(kind: Kind) -> tuple[Spec, list[Task]]:
 class ToyRun:
     """A run in small: calls the hooks of its strategies in the learner's order, five steps a task.
 
-    `objective(spec, tasks)` builds the default loss. `mixed` is the last batch as it went into the model, and
-    `current` as it came from the stream.
+    `objective(spec, tasks)` builds the default loss, `model(spec)` the architecture (default: `ToyModel`). `mixed` is the
+    last batch as it went into the model, and `current` as it came from the stream.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class ToyRun:
         objective: Callable[..., Any],
         kind: Kind = "classify",
         world: World | None = None,
+        model: Callable[[Spec], Architecture] | None = None,
     ) -> None:
         self.named = dict(strategies if isinstance(strategies, Mapping) else zip(map(str, count()), strategies))
         self.strategies = list(self.named.values())
         spec, tasks = toy_stream(kind)
         loss = objective(spec, tasks)
-        self.architecture = ToyModel(spec)
-        self.optimizer = self._new_optimizer()
+        self.architecture = (model or ToyModel)(spec)
         self.context = Context(
             architecture=self.architecture, spec=spec, tasks=tasks, world=world or World(),
             generator=torch.Generator().manual_seed(2), loss=loss, row_loss=loss.row_loss, masked=loss.masked,
@@ -85,6 +85,8 @@ class ToyRun:
         # Controllers first, as in the platform.
         for strategy in sorted(self.strategies, key=lambda one: not hasattr(one, "observe")):
             strategy.setup(self.context)
+        self.hidden = next((one.hidden for one in self.strategies if one.hidden is not None), None)
+        self.optimizer = self._new_optimizer()
         self.path: Sequence[Task] = tasks
         for strategy in self.having("select_tasks"):
             self.path = strategy.select_tasks(self.path)
@@ -106,9 +108,9 @@ class ToyRun:
             self.context.task, self.context.past = task, self.path[:position]
             if place == 0:
                 self.architecture.task_start(task)
-                self._follow_growth()
                 for strategy in self.having("task_start"):
                     strategy.task_start(task)
+                self._follow_growth()
             self._step(self._rows(task))
             if place == STEPS - 1:
                 for strategy in self.having("task_end"):
@@ -142,7 +144,7 @@ class ToyRun:
         if owners:
             _, output = owners[0].step(batch, self.optimizer)
         else:
-            output = self.architecture(batch)
+            output = self.architecture(batch, None, self.hidden)
             self._descend(output, batch)
         outcome = StepOutcome(
             step=self.context.step + 1, batch=batch, output=output,
