@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
@@ -34,10 +35,25 @@ def first_adapter(context: Context, name: str) -> str:
 def new_adapter(context: Context, adapter: str) -> None:
     """One more adapter that changes nothing yet, drawn from the run's `strategy` source."""
     seed = int(torch.randint(2**62, (1,), generator=context.generator))
-    # A source of its own: adding one must not move what the model draws in training, dropout for example.
-    with torch.random.fork_rng(devices=[context.device()] if context.device().type == "cuda" else []):
+    with _undisturbed(context):
         torch.manual_seed(seed)
         cast(Adapters, context.architecture).add_adapter(adapter)
+
+
+def copied_adapter(context: Context, adapter: str, original: str) -> None:
+    """One more adapter, equal to another one; nothing is drawn, so that whoever draws next draws what it would have."""
+    model = cast(Adapters, context.architecture)
+    with _undisturbed(context), torch.no_grad():
+        model.add_adapter(adapter)
+        for copy, tensor in zip(
+            model.adapter_parameters(adapter).values(), model.adapter_parameters(original).values(), strict=True
+        ):
+            copy.copy_(tensor)
+
+
+def _undisturbed(context: Context) -> AbstractContextManager[None]:
+    """Within it torch's global sources may be used: what the model draws in training, dropout for example, stays."""
+    return torch.random.fork_rng(devices=[context.device()] if context.device().type == "cuda" else [])
 
 
 def refuse_numbers_by_weight(context: Context, name: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clplat.architectures.base import Adapters, Output, StepOutcome
-from clplat.strategies.adapters import first_adapter, new_adapter
+from clplat.strategies.adapters import copied_adapter, first_adapter
 from clplat.strategies.base import Context, Fidelity, Hidden
 from clplat.strategies.consistency import Positions, Target, consistency_loss, counted_tokens, row_means
 from clplat.strategies.ilora_arms import ARMS, Answers, Arm, Boundary, Layers, Options, Space
@@ -89,9 +89,8 @@ class ILoRA(ExperienceReplay):
         super().setup(context)
         self.fast = first_adapter(context, "ILoRA")
         self.model = cast(Adapters, context.architecture)
-        new_adapter(context, SLOW)
+        copied_adapter(context, SLOW, self.fast)
         self.pairs = SlowFast(self.model.adapter_parameters(self.fast), self.model.adapter_parameters(SLOW))
-        self.pairs.slow_from_fast()
         if self.hidden is not None:
             self._check_hidden()
 

@@ -75,7 +75,8 @@ class SlowFast:
 
     def distance(self) -> Tensor:
         """‖l − w‖ over all tensors, () on their device."""
-        apart = torch._foreach_sub([tensor.float() for tensor in self.slow], [tensor.float() for tensor in self.fast])
+        wide = torch.promote_types(self.fast[0].dtype, torch.float32)
+        apart = torch._foreach_sub([tensor.to(wide) for tensor in self.slow], [tensor.to(wide) for tensor in self.fast])
         return torch.stack(torch._foreach_norm(apart)).norm()
 
     def mark(self) -> None:
