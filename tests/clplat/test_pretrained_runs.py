@@ -67,6 +67,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         "ewc": {"class_path": "OnlineEWC", "init_args": {"strength": 5.0, "fisher_samples": 4, "fisher_batch_size": 1}},
     },
     "an adapter for each task": {"own": {"class_path": "adapter_strategies.OneForEachTask"}},
+    "slow weights": {"ilora": {"class_path": "ILoRA", "init_args": {"capacity": 12, "arm": "code_intent"}}},
+    "orthogonal adapters": {"olora": {"class_path": "OLoRA", "init_args": {"norm": 0.1}}},
+    "task identity": {"one": {"class_path": "AdapterPerTask"}},
 }
 
 
@@ -76,6 +79,77 @@ def test_a_stopped_run_with_adapters_goes_on_as_if_it_had_not_been(
 ) -> None:
     data = run_of(places, tmp_path / "cache", strategies=STRATEGIES[name])
     assert_resumes_as_if_never_stopped(data, step=9, folder=tmp_path)
+
+
+def scores_of(folder: Path, view: str = "default", metric: str = "loss") -> list[list[float]]:
+    """One metric of every task, a list for each row, through one view."""
+    cells = [table(folder).cells(row) for row in range(3)]
+    return [[c.value for c in row if (c.view, c.metric) == (view, metric) and c.index is not None] for row in cells]
+
+
+def finished(places: tuple[Path, Path], parent: Path, name: str, strategies: dict[str, Any], **changes: Any) -> Path:
+    data = run_of(places, parent / "cache", strategies=strategies)
+    data["training"] |= changes
+    folder = run_folder(parent, data, name)
+    outcome = execute(folder)
+    assert outcome.status == "FINISHED", outcome.reason
+    return folder
+
+
+def test_fast_weights_without_consistency_are_those_of_replay_in_a_run_and_all_views_are_scored(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    options = {"capacity": 12, "decay": 0.9, "consistency": 0.0, "answer_with": "slow"}
+    ilora = finished(places, tmp_path, "ilora", {"ilora": {"class_path": "ILoRA", "init_args": options}})
+    replay = {"class_path": "ExperienceReplay", "init_args": {"capacity": 12, "mean": "all"}}
+    er = finished(places, tmp_path, "er", {"replay": replay})
+    assert {cell.view for cell in table(ilora).cells(1)} == {"default", "fast", "interpolated"}
+    assert scores_of(ilora, "fast") == scores_of(er) and scores_of(ilora, "fast", "accuracy") == scores_of(
+        er, metric="accuracy"
+    )
+    rows = [scores_of(ilora, view) for view in ("default", "fast", "interpolated")]
+    assert rows[0][0] == rows[1][0] == rows[2][0], "before training there is nothing between them"
+    assert rows[0][1] != rows[1][1] != rows[2][1] != rows[0][1]
+
+
+def test_slow_weights_follow_once_an_optimizer_step_however_many_batches_it_has(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    found = []
+    for decay in (0.0, 1.0):
+        options = {"capacity": 12, "decay": decay, "boundary": "keep"}
+        strategies = {"ilora": {"class_path": "ILoRA", "init_args": options}}
+        folder = finished(places, tmp_path, f"at{decay}", strategies, accumulate=2, batch_size=4)
+        found.append((scores_of(folder), scores_of(folder, "fast")))
+    assert found[0][0] == found[0][1], "at decay 0 both are the same"
+    assert found[1][0][0] == found[1][0][1] == found[1][0][2] != found[1][1][2], "at decay 1 slow ones stay"
+
+
+def test_each_task_keeps_its_score_where_it_is_answered_by_its_own_adapter(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = finished(places, tmp_path, "one", STRATEGIES["task identity"])
+    for metric in ("loss", "accuracy"):
+        before, first, second = scores_of(folder, metric=metric)
+        assert first[0] == second[0] and first[1] == before[1]
+    assert scores_of(folder)[1][0] < scores_of(folder)[0][0]
+    forgets = finished(places, tmp_path, "last", STRATEGIES["an adapter for each task"])
+    assert scores_of(forgets)[2][0] != scores_of(forgets)[1][0]
+
+
+def test_zero_shot_takes_no_step_and_scores_the_model_as_it_came(places: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = finished(places, tmp_path, "zero", {"zero": {"class_path": "ZeroShot"}})
+    rows = scores_of(folder)
+    assert rows[0] == rows[1] == rows[2]
+    state = Checkpoints(folder, every_seconds=0).load()
+    assert state is not None and state["global_steps"] == 0
+
+
+def test_a_run_with_slow_weights_stops_where_none_are_trained(places: tuple[Path, Path], tmp_path: Path) -> None:
+    data = run_of(places, tmp_path / "cache", strategies=STRATEGIES["slow weights"])
+    data["training"]["optimizer"] = {"class_path": "SGD", "init_args": {"lr": 0.0}}
+    outcome = execute(run_folder(tmp_path, data))
+    assert outcome.status == "FAILED" and "none of the 8 fast tensors moved" in outcome.reason
 
 
 def test_importances_of_adapters_are_the_same_from_several_rows_at_once_and_from_one_at_a_time(
