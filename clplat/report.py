@@ -53,7 +53,7 @@ def compare_table(study: StudyResults, baseline: str | None = None) -> Group:
     base = baseline_of(study, baseline)
     heads = ["n", *(SCORES[m] for m in TERMINAL), *([f"score − {base}"] if base else [])]
     scores = _numbers(f"{study.name}: mean ± 95 % interval over seeds", heads)
-    scores.caption = "Score: higher is better; forgetting: lower. † sees more data than a learner may."
+    scores.caption = "Score: higher is better; forgetting: lower. † reference arm."
     if any(study.interval(variant, "final_score").mean < 0 for variant in study.variants()):
         scores.caption += "\nScores below zero are losses with their sign turned: a loss of 2 nats is −2."
     shown = [name for name in known_costs(study) if name in TERMINAL_COSTS]

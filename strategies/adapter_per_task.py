@@ -19,6 +19,7 @@ class AdapterPerTask(Strategy):
     still to come is answered by the backbone alone, a probe by the adapter of the last task.
     """
 
+    reference: ClassVar[bool] = True
     restarts: ClassVar[bool] = True
     paper = "Ren et al. 2024, arXiv:2402.18865"
 

@@ -63,7 +63,8 @@ class Strategy:
     """Base class with the hooks in the order in which they are called.
 
     Class attributes: `knobs`, the numeric attributes that a controller may set while the run goes on;
-    `reference`, True for arms that see more data than a continual learner may (joint, cumulative);
+    `reference`, True for arms that are no continual learners, but something to compare them with: they see more data
+    (joint, cumulative), are told more (an adapter for each task), or train nothing;
     `replays`, True where rows of earlier tasks are stored; `restarts`, True where every task begins from the initial
     weights; `fixed`, what of the model must not grow from task to task; `hidden`, what the training's forward pass
     shows to `penalty` in `output.hidden`: the head's input, or every layer; `paper`; `fidelity` to it.

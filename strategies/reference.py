@@ -39,5 +39,7 @@ class Joint(Strategy):
 class ZeroShot(Strategy):
     """Train nothing: every row of the table is row 0, the model as it came."""
 
+    reference = True
+
     def budget_tasks(self, task: Task) -> Sequence[Task]:
         return ()

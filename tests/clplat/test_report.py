@@ -138,6 +138,18 @@ def test_curves_measured_inside_tasks_and_runs_without_rows_of_their_own_tasks_r
     assert "joint †" in printed(results) and write_report(results, "out").is_file()
 
 
+def test_an_arm_that_trains_nothing_has_scores_and_no_forgetting_curve(store: str) -> None:
+    study = Made(store, ["naive", "zero_shot"], [0], baseline="naive")
+    study.run("naive", 0, NAIVE[0])
+    study.run("zero_shot", 0, [[0.1, 0.2]] * 3, row_steps=0, tags={"reference": "true"})
+    results = load_study_results("digits", store)
+    assert results.forgetting("zero_shot") == [] and results.by_seed("zero_shot", "final_score") == pytest.approx(
+        {0: 0.15}
+    )
+    assert "zero_shot †" in printed(results) and write_report(results, "out").is_file()
+    assert not any("unequal steps" in note for note in notes(results))
+
+
 def test_the_page_opens_without_a_network_and_escapes_what_it_shows(store: str, tmp_path: Path) -> None:
     study = Made(store, ["naive"], [0])
     study.run("naive", 0, NAIVE[0], tasks=("<script>alert(1)</script>", "b & c"))
