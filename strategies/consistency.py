@@ -46,7 +46,7 @@ def counted_tokens(targets: Tensor, positions: Positions) -> Tensor:
     predicted = targets != IGNORE
     if positions == "all":
         return torch.ones_like(predicted)
-    return predicted if positions == "targets" else predicted.flip(1).cummax(1).values.flip(1)
+    return predicted if positions == "targets" else predicted.flip(1).cumsum(1).flip(1) > 0
 
 
 def row_means(loss: Tensor, targets: Tensor) -> Tensor:
