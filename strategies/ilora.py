@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, cast, get_args
+from typing import Any, ClassVar, cast, get_args
 
 import torch
 from torch import Tensor
@@ -72,8 +72,10 @@ class ILoRA(ExperienceReplay):
         )  # fmt: skip
         if arm not in ARMS:
             raise ValueError(f"arm: must be one of {', '.join(ARMS)}, got {arm!r}")
-        given = {"decay": decay, "target": target, "space": space, "layers": layers, "positions": positions,
-                 "boundary": boundary, "answer_with": answer_with}  # fmt: skip
+        given: dict[str, Any] = {
+            "decay": decay, "target": target, "space": space, "layers": layers, "positions": positions,
+            "boundary": boundary, "answer_with": answer_with,
+        }  # fmt: skip
         self.options = replace(ARMS[arm], **{name: value for name, value in given.items() if value is not None})
         _check(self.options)
         if consistency < 0:
@@ -138,7 +140,7 @@ class ILoRA(ExperienceReplay):
             self.pairs.check_moved()
 
     def views(self) -> Mapping[str, Callable[[], AbstractContextManager[None]]]:
-        answers = {
+        answers: dict[str, Callable[[], AbstractContextManager[None]]] = {
             "fast": partial(self.model.answering, self.fast),
             "slow": partial(self.model.answering, SLOW),
             "interpolated": partial(self.pairs.interpolated, self.slow_share),
