@@ -125,6 +125,20 @@ def test_slow_weights_follow_once_an_optimizer_step_however_many_batches_it_has(
     assert found[1][0][0] == found[1][0][1] == found[1][0][2] != found[1][1][2], "at decay 1 slow ones stay"
 
 
+@pytest.mark.parametrize("name", ["slow weights", "orthogonal adapters", "task identity"])
+def test_a_model_of_ours_with_adapters_runs_from_a_configuration(
+    places: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    data = run_of(places, tmp_path / "cache", strategies=STRATEGIES[name])
+    own = {"class_path": "Transformer", "init_args": {"hidden_size": 16, "num_layers": 2, "num_heads": 2}}
+    data["architecture"] = {"class_path": "Adapted", "init_args": {"model": own, "lora": {"rank": 4}}}
+    folder = run_folder(tmp_path, data)
+    outcome = execute(folder)
+    assert outcome.status == "FINISHED", outcome.reason
+    before, first, _ = scores_of(folder)
+    assert first[0] < before[0] and before == scores_of(folder, "slow" if name == "slow weights" else "default")[0]
+
+
 def test_each_task_keeps_its_score_where_it_is_answered_by_its_own_adapter(
     places: tuple[Path, Path], tmp_path: Path
 ) -> None:
