@@ -81,10 +81,11 @@ def test_decay_0_makes_slow_weights_the_fast_ones_and_decay_1_leaves_them_at_the
     for step in range(1, run.length + 1):
         run.train(step)
         assert same(copies(run.architecture, "slow"), copies(run.architecture, "default"))
+    assert run.strategies[0].signals()["slow_distance"] == 0
     run = adapted_run(made(arm="code_inert_ema"))
     start = copies(run.architecture, "default")
     run.train()
-    assert same(copies(run.architecture, "slow"), start)
+    assert same(copies(run.architecture, "slow"), start) and run.strategies[0].signals()["slow_distance"] > 0
     assert not any(start[name].any() for name in start if name.endswith("lora_B"))
 
 
