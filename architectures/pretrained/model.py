@@ -132,7 +132,7 @@ class Pretrained(AdapterHost):
     def facts(self) -> Mapping[str, str]:
         revision = getattr(self.config, "_commit_hash", None) or self.source.revision or "local"
         return {
-            **super().facts(), "model": self.source.name, "revision": revision, "weights": self.source.weights(),
+            **super().facts(), "model": self.source.name, "revision": revision, "weights": self.source.weights(self.config),
             "attention": self.source.attention,
         }  # fmt: skip
 
