@@ -132,8 +132,8 @@ class Pretrained(AdapterHost):
     def facts(self) -> Mapping[str, str]:
         revision = getattr(self.config, "_commit_hash", None) or self.source.revision or "local"
         return {
-            **super().facts(), "model": self.source.name, "revision": revision, "weights": self.source.weights(self.config),
-            "attention": self.source.attention,
+            **super().facts(), "model": self.source.name, "revision": revision, "attention": self.source.attention,
+            "weights": self.source.weights(self.config),
         }  # fmt: skip
 
     def _insert(self, adapter: str) -> None:

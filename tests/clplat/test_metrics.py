@@ -154,8 +154,11 @@ def answered(rows: list[dict[str, list[float]]]) -> ResultTable:
         kinds = [("loss", k, False, True, v) for k, v in enumerate(values["loss"])]
         kinds += [("accuracy", k, True, False, v) for k, v in enumerate(values["accuracy"])]
         kinds += [("bits_per_byte", k, False, False, 9.0) for k in range(2)]
-        cells = [Cell(view="default", metric=metric, task=f"t{index}", index=index, value=value, total=value, count=1.0,
-                      higher_is_better=higher, headline=headline) for metric, index, higher, headline, value in kinds]  # fmt: skip
+        cells = [
+            Cell(view="default", metric=metric, task=f"t{index}", index=index, value=value, total=value, count=1.0,
+                 higher_is_better=higher, headline=headline)
+            for metric, index, higher, headline, value in kinds
+        ]  # fmt: skip
         for task, metric, value in (
             ("mmlu", "accuracy", values["mmlu"][0]), ("mmlu", "answer_loss", values["mmlu"][1]),
             ("meetings", "accuracy", 0.9 - 0.3 * row), ("meetings", "loss", 3.0),
