@@ -112,7 +112,7 @@ class Pretrained(AdapterHost):
         self._need_masks("generation from prompts of unequal length")
         positions, new, mask = cache.continued(held, lengths, tokens.shape[1])
         grown = cache.as_library(layers)
-        options = {cache.argument(self.backbone): grown, "attention_mask": self._mask(mask), "position_ids": new}
+        options = {cache.argument(type(self.backbone)): grown, "attention_mask": self._mask(mask), "position_ids": new}
         found = self._read(tokens, use_cache=True, **options)
         return found.logits[..., : self.num_outputs], (positions, cache.as_tensors(grown))
 
