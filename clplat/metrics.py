@@ -136,14 +136,14 @@ def answer_scores(table: ResultTable) -> Scores:
     last = table.cells(table.rows()[-1])
     losses = {cell.index: cell.view for cell in last if cell.headline and not cell.higher_is_better}
     beside = [c for c in last if c.index is not None and c.higher_is_better and losses.get(c.index) == c.view]
-    named = {(cell.index, cell.view, cell.metric): cell.index for cell in beside}
+    named = {(cell.index, cell.view, cell.metric) for cell in beside}
     tasks = len(table.tasks())
-    if sorted(named.values()) != list(range(tasks)):
+    if len(named) != tasks or {index for index, *_ in named} != set(range(tasks)):
         return np.empty((0, 0))
     found = np.full((tasks + 1, tasks), np.nan)
     for row in table.rows():
         for cell in table.cells(row):
-            if (cell.index, cell.view, cell.metric) in named:
+            if cell.index is not None and (cell.index, cell.view, cell.metric) in named:
                 found[row, cell.index] = cell.value
     return found
 

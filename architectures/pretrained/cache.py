@@ -8,7 +8,6 @@ Shapes: B rows, T new tokens, S columns held, G key-value heads, D head size.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -34,9 +33,8 @@ def continued(held_BS: Tensor, lengths_B: Tensor, width: int) -> tuple[Tensor, T
     return positions, new, (positions.unsqueeze(1) <= new.unsqueeze(2)).unsqueeze(1)
 
 
-@functools.cache
-def argument(model: type[nn.Module]) -> str:
-    """How a model's forward calls its cache, which differs between versions of transformers."""
+def argument(model: nn.Module) -> str:
+    """How the model's forward calls its cache, which differs between versions of transformers."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 

@@ -162,7 +162,7 @@ class Prompted(Pretrained):
         positions, new, seen = cache.continued(held, lengths + width, tokens.shape[1])
         seen = seen & self._sees_prompts(new - width, positions.shape[1], width).unsqueeze(1)
         grown = cache.as_library(layers)
-        options = {cache.argument(type(self.backbone)): grown, "attention_mask": self._mask(seen), "position_ids": new}
+        options = {self.cache_name: grown, "attention_mask": self._mask(seen), "position_ids": new}
         found = self._read(tokens, use_cache=True, **options)
         return found.logits[..., : self.num_outputs], (first, positions, cache.as_tensors(grown))
 
@@ -210,7 +210,7 @@ class Prompted(Pretrained):
         """Keys and values with those of the prompts in front; prompts see no token, so that theirs can be replaced."""
         prefix, _ = self._prefix(first)
         fresh, width = cache.as_library([]), prefix.shape[1]
-        self.backbone(inputs_embeds=prefix, use_cache=True, **{cache.argument(type(self.backbone)): fresh})
+        self.backbone(inputs_embeds=prefix, use_cache=True, **{self.cache_name: fresh})
         made = cache.as_tensors(fresh)
         if not layers:
             return made
