@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from interruptions import assert_resumes_as_if_never_stopped
 from small_models import model_folder
 from studies import DIGITS, run_folder
@@ -16,6 +18,7 @@ from clplat.api import load_model
 from clplat.architectures.adapters import backbone_checksum
 from clplat.assembly import assemble
 from clplat.checkpoint import Checkpoints
+from clplat.cli import main
 from clplat.config import load_run
 from clplat.errors import ConfigError
 from clplat.execution import execute
@@ -207,3 +210,41 @@ def test_rows_beyond_the_context_of_the_model_are_a_configuration_error(
     data["stream"]["init_args"] |= {"prompt_template": "x" * 60 + "{prompt}", "max_tokens": 64}
     with pytest.raises(ConfigError, match="do not fit the context of .*, 32 tokens; lower the stream's"):
         assemble(load_run(run_folder(tmp_path, data) / "config.yaml"), World())
+
+
+BAD: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
+    "folder": ("llama", {}, {"name": "/nowhere/model"}, {}, "name: there is no folder /nowhere/model"),
+    "tokenizer": ("llama", {"vocab_size": 300}, {}, {}, "knows 300 tokens, and the stream's tokenizer 257; give the"),
+    "end token": ("llama", {"vocab_size": 257, "eos_token_id": 5}, {}, {}, "end in token 5, and the stream's in 256"),
+    "fused": ("gpt2", {}, {"lora": {"targets": ["c_attn"]}}, {}, "'c_attn' holds several matrices in one"),
+    "experts": ("mixtral", {}, {"lora": {"targets": ["gate_up_proj"]}}, {}, "names experts of MixtralForCausalLM"),
+    "no module": ("llama", {"vocab_size": 257, "eos_token_id": 256}, {"lora": {"targets": ["attn"]}}, {},
+                  "no layer of LlamaForCausalLM is called 'attn'; its linear layers are"),
+    "context": ("llama", {"vocab_size": 257, "eos_token_id": 256}, {},
+                {"prompt_template": "x" * 60 + "{prompt}", "max_tokens": 64}, "do not fit the context"),
+    "long prompts": ("llama", {"vocab_size": 257, "eos_token_id": 256}, {},
+                     {"prompt_template": "x" * 60 + "{prompt}", "long_prompts": "refuse"},
+                     "prompts of its train part do not fit in max_tokens .16. beside their answers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_work_is_said_by_the_command_before_anything_is_trained(
+    places: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    kind, sizes, options, rows, message = BAD[case]
+    if kind != "llama":
+        sizes = {}
+    model = model_folder(tmp_path / "models", kind, **sizes)
+    data = run_of((places[0], model), tmp_path / "cache")
+    if kind != "llama":
+        # Models of 60 tokens, and a tokenizer of as many.
+        data["stream"]["init_args"]["tokenizer"] = {"class_path": "small_models.SixtyTokens"}
+    data["architecture"]["init_args"] |= options
+    data["stream"]["init_args"] |= rows
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(tmp_path / "study.yaml")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and re.search(message, " ".join(said.split())), said
+    assert not list(tmp_path.glob("runs/*/*/journal.jsonl"))
