@@ -13,13 +13,17 @@ from small_models import model_folder
 from studies import run_folder, study
 
 from clplat.api import analyze_connectivity, run
+from clplat.architectures.lora import LoRA
+from clplat.architectures.pretrained.model import Pretrained
 from clplat.cli import main
-from clplat.connectivity import Walk, analyze, between, distance, walk
+from clplat.connectivity import Walk, _product_distance, _set_adapters, analyze, between, distance, walk
 from clplat.errors import ConfigError, StorageError
 from clplat.execution import execute
+from clplat.streams.base import Spec
 from clplat.tracking import client, read_json
 
 KEPT = {"every_seconds": 0, "snapshots": "boundary"}
+SPEC = Spec(kind="language", input_shape=(12,), num_outputs=60, end_token=2)
 ALPHAS = [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
@@ -126,6 +130,27 @@ def test_adapters_are_walked_by_their_factors_and_by_their_products_between_the_
         ends, same = (w.losses[name][:: len(w.alphas) - 1] for w in (weights, products))
         assert ends == pytest.approx(same, rel=1e-5)
         assert weights.losses[name][1] != pytest.approx(products.losses[name][1], rel=1e-7)
+
+
+def test_the_line_between_products_is_the_mean_of_the_changes_themselves(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder = model_folder(tmp_path, "llama")
+    model = Pretrained(spec=SPEC, name=str(folder), lora=LoRA(rank=2))
+    ends: Any = tuple([{name: torch.randn_like(value) for name, value in model.adapter_parameters("default").items()}]
+                      for _ in range(2))  # fmt: skip
+    for adapter in ("line_0", "line_1"):
+        model.add_adapter(adapter)
+    _set_adapters(model, ["line_0", "line_1"], ends, 0.3)
+    assert model.active == ("line_0", "line_1") and model.trained == ()
+    layer = "model.layers.1.self_attn.v_proj"
+    a, b = (model.backbone.get_submodule(layer).lora_A, model.backbone.get_submodule(layer).lora_B)
+    moved = sum(b[name].weight @ a[name].weight for name in model.active)
+    products = [end[0][f"{layer}.lora_B"] @ end[0][f"{layer}.lora_A"] for end in ends]
+    torch.testing.assert_close(moved, 0.7 * products[0] + 0.3 * products[1])
+    layers = {name.removesuffix(".lora_A") for name in ends[0][0] if name.endswith(".lora_A")}
+    squares = [(ends[1][0][f"{x}.lora_B"] @ ends[1][0][f"{x}.lora_A"] - ends[0][0][f"{x}.lora_B"] @
+                ends[0][0][f"{x}.lora_A"]).square().sum() for x in layers]  # fmt: skip
+    assert _product_distance(*ends) == pytest.approx(float(sum(squares) ** 0.5), rel=1e-5)
 
 
 def test_tasks_with_an_adapter_each_have_a_line_between_their_products_alone(tmp_path: Path) -> None:
