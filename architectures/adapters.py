@@ -51,17 +51,21 @@ class AdapterHost(Architecture, ABC):
         if lora is None:
             return
         check_targets(backbone, self.targets, fused=self.takes_fused)
-        self.register_buffer(CHECKSUM, torch.tensor(list(bytes.fromhex(self.checksum)), dtype=torch.uint8))
-        self.register_state_dict_post_hook(_leave_out_backbone)
-        self.register_load_state_dict_pre_hook(_check_backbone)
-        self.register_load_state_dict_post_hook(_expect_no_backbone)
-        backbone.requires_grad_(False)
+        self._freeze()
         self.add_adapter(FIRST)
         self.use_adapters([FIRST])
 
     @abstractmethod
     def _insert(self, adapter: str) -> None:
         """Give every target one more adapter that changes nothing."""
+
+    def _freeze(self) -> None:
+        """Train nothing of the backbone, and keep its checksum in place of it in the state dict."""
+        self.register_buffer(CHECKSUM, torch.tensor(list(bytes.fromhex(self.checksum)), dtype=torch.uint8))
+        self.register_state_dict_post_hook(_leave_out_backbone)
+        self.register_load_state_dict_pre_hook(_check_backbone)
+        self.register_load_state_dict_post_hook(_expect_no_backbone)
+        self.backbone.requires_grad_(False)
 
     def adapter_names(self) -> list[str]:
         layer = next(iter(self._layers().values()), None)

@@ -57,6 +57,9 @@ class View:
     def classes_seen(self) -> list[int]:
         return self.objective.classes_of(self.seen)
 
+    def tasks_seen(self) -> list[int]:
+        return self.seen
+
     def device(self) -> torch.device:
         return device_of(self.architecture)
 

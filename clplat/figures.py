@@ -167,6 +167,20 @@ def final_scores(scores: Mapping[str, Mapping[str, Interval]]) -> Figure:
     return figure
 
 
+def connectivity_panels(walks: Mapping[str, tuple[Sequence[float], Mapping[str, Sequence[float]]]]) -> Figure:
+    """Losses on lines between weights, a panel a line; dashed the straight line between the losses of its ends."""
+    columns = min(4, len(walks))
+    figure, axes = new_figure(1.0 + 2.7 * columns, 0.6 + 2.3 * -(-len(walks) // columns), len(walks), columns)
+    for axis, (title, (alphas, losses)) in zip(axes, walks.items(), strict=True):
+        for number, (name, values) in enumerate(losses.items()):
+            axis.plot(alphas, values, **look(number), markersize=3, label=name if axis is axes[0] else None)
+            axis.plot([0, 1], [values[0], values[-1]], color=PALETTE[number % 8], linestyle=":", linewidth=0.8)
+        axis.set_title(title, fontsize=7)
+        axis.set(xlabel="α", ylabel="loss (nats)")
+    name_above(figure)
+    return figure
+
+
 def draw_run(table: ResultTable, curve: Curve, folder: Path) -> None:
     """A run's own pictures: its result table, and each task's score over the stream."""
     scores, tasks = table.scores(), table.tasks()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from interruptions import assert_resumes_as_if_never_stopped
 from small_models import model_folder
 from studies import DIGITS, run_folder
@@ -16,6 +18,7 @@ from clplat.api import load_model
 from clplat.architectures.adapters import backbone_checksum
 from clplat.assembly import assemble
 from clplat.checkpoint import Checkpoints
+from clplat.cli import main
 from clplat.config import load_run
 from clplat.errors import ConfigError
 from clplat.execution import execute
@@ -216,6 +219,61 @@ def test_a_model_that_changed_since_the_run_began_is_refused_when_it_is_resumed(
     assert outcome.status == "FAILED" and "these adapters were trained beside another backbone" in outcome.reason
 
 
+PROMPTS: dict[str, dict[str, Any]] = {
+    "progressive": {"class_path": "ProgressivePrompts", "init_args": {"length": 3}},
+    "pool": {"class_path": "PromptPool", "init_args": {"size": 4, "length": 2, "top_k": 2, "query_tokens": 3}},
+}
+
+
+def prompted(places: tuple[Path, Path], cache: Path, name: str) -> dict[str, Any]:
+    model = {"class_path": "Prompted", "init_args": {"name": str(places[1])}}
+    return run_of(places, cache, architecture=model, strategies={"prompts": PROMPTS[name]})
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_stopped_run_with_prompts_goes_on_as_if_it_had_not_been(
+    places: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    assert_resumes_as_if_never_stopped(prompted(places, tmp_path / "cache", name), step=9, folder=tmp_path)
+
+
+def test_progressive_prompts_grow_by_one_a_task_and_the_first_stays_as_its_task_left_it(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data = prompted(places, tmp_path / "cache", "progressive")
+    data["checkpoint"] = {"every_seconds": 60, "snapshots": "boundary"}
+    data["training"] |= {"budget": {"steps": 80}, "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.1}}}
+    folder = run_folder(tmp_path, data)
+    assert execute(folder).status == "FINISHED"
+    first, second = (torch.load(path, weights_only=True) for path in sorted((folder / "snapshots").glob("*.pt")))
+    assert second["structure"]["shown"] == ["task1", "task0"] and second["structure"]["trained"] == ["task1"]
+    kept = [state["architecture"]["prompts.task0"] for state in (first, second)]
+    assert torch.equal(kept[0], kept[1]) and len(kept[0]) == 3
+    scores = table(folder).scores()
+    assert scores[1][0] > scores[0][0] and scores[2][1] > scores[1][1]
+
+
+def test_a_pool_learns_prompts_and_keys_and_says_in_the_record_how_far_they_are(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folder = run_folder(tmp_path, prompted(places, tmp_path / "cache", "pool"))
+    assert execute(folder).status == "FINISHED"
+    model, fresh = load_model(folder), assemble(load_run(folder / "config.yaml"), World()).architecture
+    assert not torch.equal(model.pool["key"], fresh.pool["key"])
+    assert not torch.equal(model.pool["prompt"], fresh.pool["prompt"])
+    names = {name for entry in read(folder) if entry["kind"] == "metric" for name in entry["values"]}
+    assert [name for name in names if "prompt_matching" in name], names
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_before_a_model_that_takes_none_are_a_configuration_error(
+    places: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    data = run_of(places, tmp_path / "cache", strategies={"prompts": PROMPTS[name]})
+    with pytest.raises(ConfigError, match=r"takes no prompts; use Prompted"):
+        assemble(load_run(run_folder(tmp_path, data) / "config.yaml"), World())
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -240,3 +298,41 @@ def test_rows_beyond_the_context_of_the_model_are_a_configuration_error(
     data["stream"]["init_args"] |= {"prompt_template": "x" * 60 + "{prompt}", "max_tokens": 64}
     with pytest.raises(ConfigError, match="do not fit the context of .*, 32 tokens; lower the stream's"):
         assemble(load_run(run_folder(tmp_path, data) / "config.yaml"), World())
+
+
+BAD: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
+    "folder": ("llama", {}, {"name": "/nowhere/model"}, {}, "name: there is no folder /nowhere/model"),
+    "tokenizer": ("llama", {"vocab_size": 300}, {}, {}, "knows 300 tokens, and the stream's tokenizer 257; give the"),
+    "end token": ("llama", {"vocab_size": 257, "eos_token_id": 5}, {}, {}, "end in token 5, and the stream's in 256"),
+    "fused": ("gpt2", {}, {"lora": {"targets": ["c_attn"]}}, {}, "'c_attn' holds several matrices in one"),
+    "experts": ("mixtral", {}, {"lora": {"targets": ["gate_up_proj"]}}, {}, "names experts of MixtralForCausalLM"),
+    "no module": ("llama", {"vocab_size": 257, "eos_token_id": 256}, {"lora": {"targets": ["attn"]}}, {},
+                  "no layer of LlamaForCausalLM is called 'attn'; its linear layers are"),
+    "context": ("llama", {"vocab_size": 257, "eos_token_id": 256}, {},
+                {"prompt_template": "x" * 60 + "{prompt}", "max_tokens": 64}, "do not fit the context"),
+    "long prompts": ("llama", {"vocab_size": 257, "eos_token_id": 256}, {},
+                     {"prompt_template": "x" * 60 + "{prompt}", "long_prompts": "refuse"},
+                     "prompts of its train part do not fit in max_tokens .16. beside their answers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_work_is_said_by_the_command_before_anything_is_trained(
+    places: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    kind, sizes, options, rows, message = BAD[case]
+    if kind != "llama":
+        sizes = {}
+    model = model_folder(tmp_path / "models", kind, **sizes)
+    data = run_of((places[0], model), tmp_path / "cache")
+    if kind != "llama":
+        # Models of 60 tokens, and a tokenizer of as many.
+        data["stream"]["init_args"]["tokenizer"] = {"class_path": "small_models.SixtyTokens"}
+    data["architecture"]["init_args"] |= options
+    data["stream"]["init_args"] |= rows
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(tmp_path / "study.yaml")])
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and re.search(message, " ".join(said.split())), said
+    assert not list(tmp_path.glob("runs/*/*/journal.jsonl"))

@@ -183,3 +183,13 @@ def test_a_study_of_one_task_has_a_report_without_forgetting(store: str, tmp_pat
     assert finding(results) == "Best final score: naive, 0.900 (n = 1)."
     assert "0.900" in write_report(results, tmp_path / "out").read_text()
     assert not (tmp_path / "out" / "figures" / "forgetting.png").exists()
+
+
+def test_written_answers_and_ability_stand_on_the_page_of_studies_that_measure_them_alone(store: str) -> None:
+    study = Made(store, ["naive", "er"], [0])
+    study.run("naive", 0, NAIVE[0])
+    plain = write_report(load_study_results("digits", store), "out").read_text()
+    study.run("er", 0, ER[0], steps={"answers/final_score": {20: 0.51}, "ability_delta": {20: -0.062}})
+    page = write_report(load_study_results("digits", store), "out").read_text()
+    assert "general ability" not in plain
+    assert "answers: final score (OP)" in page and "0.510" in page and "-0.062" in page and "BWT" in page

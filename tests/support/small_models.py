@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from clplat.streams.tokenizers import ByteTokenizer
 
 VOCABULARY, END, CONTEXT = 60, 2, 32
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "eos_token_id": END, "bos_token_id": 1, "pad_token_id": 0}
@@ -13,6 +16,19 @@ LLAMA: dict[str, Any] = SIZES | {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "initializer_range": 0.3,
 }  # fmt: skip
+
+
+class SixtyTokens(ByteTokenizer):
+    """A tokenizer of as many tokens as the models here, for tests that read no text."""
+
+    vocab_size, end_token, identity = VOCABULARY, END, "sixty"
+
+    def encode_joined(self, texts: Sequence[str]) -> tuple[Any, Any, Any]:
+        ids, lengths, sizes = super().encode_joined(texts)
+        return ids % VOCABULARY, lengths, sizes
+
+    def token_bytes(self) -> torch.Tensor:
+        return torch.ones(VOCABULARY)
 
 
 def model_folder(parent: Path, kind: str, **changes: Any) -> Path:
