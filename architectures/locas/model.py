@@ -37,7 +37,8 @@ class LocasModel(Architecture):
         feed-forward layers are `SwiGLU` (`Adapted` brings trained weights for low-rank adapters, not for memories).
         State and checkpoints hold the memories and the checksum of the rest."""
         super().__init__()
-        backbone, self.memory = model(spec), memory or SideMemory()
+        # By keyword, which is how components take it.
+        backbone, self.memory = model(spec=spec), memory or SideMemory()  # type: ignore[call-arg]
         _check_backbone(backbone, spec)
         layers = feed_forwards(backbone)
         self.backbone, self.checksum = backbone, backbone_checksum(backbone)
