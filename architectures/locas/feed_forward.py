@@ -56,7 +56,7 @@ class FeedForward(ABC):
 
     def value_norm(self) -> float:
         """Mean norm of the values."""
-        return float(self.values().float().norm(dim=1).mean())
+        return float(self.values().detach().double().norm(dim=1).mean())
 
 
 class SeparateGLU(FeedForward):
