@@ -46,7 +46,7 @@ class Locas(Strategy):
             return
         model, self.begun = self._model(), False
         if self.after_task == "fresh":
-            model.forget_memory(*model.trained)
+            model.forget_memory(self._memory())
             return
         name = f"memory{task.index}"
         with torch.random.fork_rng(devices=[]):
@@ -57,21 +57,24 @@ class Locas(Strategy):
     def batch(self, batch: Batch) -> Batch:
         """On the first batch of a memory: begin it."""
         if not self.begun:
-            model = self._model()
-            model.begin_memory(*model.trained, batch, self.context.generator)
+            self._model().begin_memory(self._memory(), batch, self.context.generator)
             self.begun = True
         return batch
 
     def task_end(self, task: Task) -> None:
         if self.after_task == "permanentize":
-            model = self._model()
-            model.make_permanent(*model.trained)
+            self._model().make_permanent(self._memory())
 
     def state_dict(self) -> dict[str, Any]:
         return {"begun": self.begun}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.begun = state["begun"]
+
+    def _memory(self) -> str:
+        """The one that is trained now."""
+        (name,) = self._model().trained
+        return name
 
     def _model(self) -> SideMemories:
         model = self.context.architecture

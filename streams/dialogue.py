@@ -83,6 +83,7 @@ class DialogueQAStream(Stream):
             end_token=self.tokenizer.end_token,
         )  # fmt: skip
         self.begin = [] if self.tokenizer.begin_token is None else [self.tokenizer.begin_token]
+        self.lengths: dict[str, int] = {}
         self.tasks = [self._task(index, name, *found) for index, (name, found) in enumerate(read.items())]
         self.probes = [asked.eval_set(self.tokenizer, self.window) for asked in self.multiple_choice]
 
@@ -91,7 +92,7 @@ class DialogueQAStream(Stream):
         return {
             "vocab_size": self.tokenizer.vocab_size, "tokenizer": self.tokenizer.identity, "chunk": self.chunk,
             "window": self.window, "passes": self.passes,
-            **{f"{task.name}.tokens": len(task.train.tokens) for task in self.tasks},
+            **{f"{name}.tokens": length for name, length in self.lengths.items()},
             **{f"{task.name}.questions": len(task.test.data) for task in self.tasks},
         }  # fmt: skip
 
@@ -113,6 +114,7 @@ class DialogueQAStream(Stream):
 
     def _task(self, index: int, name: str, text: str, questions: Sequence[Question]) -> Task:
         tokens = torch.tensor(self.begin + self.tokenizer.encode([text])[0], dtype=torch.int32)
+        self.lengths[name] = len(tokens)
         rows = ReadingRows(
             tokens, chunk=self.chunk, window=self.window, end=self.tokenizer.end_token, task=index, passes=self.passes
         )

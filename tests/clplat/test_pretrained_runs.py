@@ -152,3 +152,9 @@ def test_rows_beyond_the_context_of_the_model_are_a_configuration_error(
     data["stream"]["init_args"] |= {"prompt_template": "x" * 60 + "{prompt}", "max_tokens": 64}
     with pytest.raises(ConfigError, match="do not fit the context of .*, 32 tokens; lower the stream's"):
         assemble(load_run(run_folder(tmp_path, data) / "config.yaml"), World())
+
+
+def test_a_model_of_ours_is_adapted_in_a_study(places: tuple[Path, Path], tmp_path: Path) -> None:
+    ours = {"class_path": "Transformer", "init_args": {"hidden_size": 32, "num_layers": 1}}
+    data = run_of(places, tmp_path / "cache", architecture={"class_path": "Adapted", "init_args": {"model": ours}})
+    assert execute(run_folder(tmp_path, data)).status == "FINISHED"
