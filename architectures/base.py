@@ -227,6 +227,23 @@ class Prompts(Protocol):
         ...
 
 
+@runtime_checkable
+class SideMemories(Adapters, Protocol):
+    """Capability: adapters that are memories beside the feed-forward layers (Locas), as many slots in every layer."""
+
+    def begin_memory(self, memory: str, batch: Batch, generator: torch.Generator) -> None:
+        """Make of a memory what the model's options say, from what the layers do with a batch."""
+        ...
+
+    def forget_memory(self, memory: str) -> None:
+        """Let a memory change nothing again, until it is begun."""
+        ...
+
+    def make_permanent(self, memory: str) -> None:
+        """Make a memory a part of the layers: frozen, and answering whatever else does."""
+        ...
+
+
 def device_of(module: nn.Module) -> torch.device:
     """The device of the module's first parameter."""
     return next(module.parameters()).device

@@ -134,6 +134,14 @@ class Hooks:
         """What strategies say of themselves, by name."""
         return {name: s.signals() for name, s in self.strategies.items() if s.overrides("signals")}
 
+    def measurements(self) -> dict[str, float]:
+        """What strategies have measured; controllers' numbers stand beside their decisions instead."""
+        return {
+            f"strategy/{name}/{key}": value
+            for name, strategy in self.strategies.items() if name not in self.controllers
+            for key, value in strategy.measurements().items()
+        }  # fmt: skip
+
     def stored_bytes(self) -> int:
         return sum(strategy.stored_bytes() for strategy in self.strategies.values())
 

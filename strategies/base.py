@@ -144,6 +144,11 @@ class Strategy:
         alone, so that it may wait for the device. Changes nothing."""
         return {}
 
+    def measurements(self) -> Mapping[str, float]:
+        """Numbers about itself that are worth a curve, `strategy/STRATEGY/NAME` in the record; asked for at task
+        boundaries only, so that it may wait for the device. Changes nothing."""
+        return {}
+
     def stored_bytes(self) -> int:
         """Bytes kept for rows of earlier tasks (samples, tokens, stored logits): the replay budget."""
         return 0

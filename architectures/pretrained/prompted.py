@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clplat.architectures.adapters import leave_backbone_out
 from clplat.architectures.base import Output
 from clplat.architectures.option_checks import check_at_least
 from clplat.architectures.pretrained import cache
@@ -69,7 +70,7 @@ class Prompted(Pretrained):
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         self._need_masks("Prompted: a prompt before the text")
-        self._freeze()
+        leave_backbone_out(self)
         self.prompts, self.pool, self.options = nn.ParameterDict(), nn.ParameterDict(), cast("Pool | None", None)
         self.shown: tuple[str, ...] = ()
         self.use_prompts([])

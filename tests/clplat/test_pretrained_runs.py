@@ -336,3 +336,9 @@ def test_what_cannot_work_is_said_by_the_command_before_anything_is_trained(
     said = capsys.readouterr().err
     assert ended.value.code == 1 and re.search(message, " ".join(said.split())), said
     assert not list(tmp_path.glob("runs/*/*/journal.jsonl"))
+
+
+def test_a_model_of_ours_is_adapted_in_a_study(places: tuple[Path, Path], tmp_path: Path) -> None:
+    ours = {"class_path": "Transformer", "init_args": {"hidden_size": 32, "num_layers": 1}}
+    data = run_of(places, tmp_path / "cache", architecture={"class_path": "Adapted", "init_args": {"model": ours}})
+    assert execute(run_folder(tmp_path, data)).status == "FINISHED"
