@@ -139,9 +139,10 @@ class TitansLMM(MemoryLayer):
 
     def __init__(
         self, *, num_heads: int = 4, conv_width: int = 4, chunk: int = 16, depth: int = 2, expand: int = 4,
-        residual: bool = True, max_rate: float | None = None, damped: bool = True,
+        residual: bool = False, max_rate: float | None = None, damped: bool = True,
     ) -> None:  # fmt: skip
-        """`depth` of the memory, 1 for a matrix. Chunk, expansion and residual are not in the paper."""
+        """`depth` of the memory, 1 for a matrix. Chunk, expansion and residual are not in the paper; a residual adds a
+        key to each answer, beside which little of what was written is seen (docs/memories.md)."""
         super().__init__(
             rule=MemoryRule(
                 memory=NetworkOptions(depth=depth, expand=expand, activation="silu", residual=residual),
