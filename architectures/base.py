@@ -93,6 +93,11 @@ class Architecture(nn.Module):
         only. Draws from no global random source and changes nothing."""
         return {}
 
+    def not_finite(self) -> str | None:
+        """Where in the model the first number that was not finite arose, in words, if it knows; asked for once a
+        loss or a weight is not."""
+        return None
+
     def facts(self) -> Mapping[str, str]:
         """Words about how the model computes that belong to the record as tags, `architecture.NAME`; asked for when
         measurements are, so that what has run is known."""

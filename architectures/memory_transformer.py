@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from clplat.architectures.associative_memory import lact, miras, titans_kinds, tnt  # noqa: F401
 from clplat.architectures.associative_memory.carrying import CarryingMixer
+from clplat.architectures.associative_memory.guard import blamed
 from clplat.architectures.associative_memory.layout import documents_of
 from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.mixer import MemoryMixer
@@ -168,6 +169,11 @@ class MemoryTransformer(Decoder):
                 place = name.removeprefix("blocks.")
                 found |= {f"memory.{place}.{key}": value for key, value in measured(mixer, f"layer {place}").items()}
         return found
+
+    def not_finite(self) -> str | None:
+        """The layer and the heads whose memories gave out the first number that was not finite; see `guard.py`."""
+        mixers = {name: module for name, module in self.named_modules() if isinstance(module, CarryingMixer)}
+        return blamed({f"layer {name.removeprefix('blocks.')}": mixer.guard for name, mixer in mixers.items()})
 
     @contextmanager
     def without_writes(self) -> Iterator[None]:

@@ -1,11 +1,13 @@
 """Training speed of TNT beside the memory whose chunks are as short, both as one layer, in one run.
 
     python benchmarks/tnt_shards.py                                                            # on a CPU, toy size
-    python benchmarks/tnt_shards.py --device cuda --tokens 4096 --hidden 512 --heads 8 --global-chunk 2048 --shard 2048
+    python benchmarks/tnt_shards.py --device cuda --tokens 4096 --hidden 512 --heads 8 --global-chunk 4096 --shard 256
 
 Forward and backward pass of the layer alone, float32 (with TF32 where `--tf32`). Repetitions alternate between the two;
 printed are median tokens per second, and the median, least and greatest ratio of pairs of neighbours, with the device.
-Both update their local memories every `--chunk` tokens; TNT adds a global memory, which TitansLMM has not.
+Both update their local memories every `--chunk` tokens; TNT adds a global memory, which TitansLMM has not. TitansLMM
+takes tokens / chunk steps in turn, TNT shard / chunk + tokens / global chunk: what it can gain is their ratio, at most
+the number of shards, printed as `steps in turn`. Two shards (`--shard` half of `--tokens`) can gain no more than 2.
 """
 
 from __future__ import annotations
@@ -42,11 +44,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden", type=int, default=32)
     parser.add_argument("--heads", type=int, default=2)
     parser.add_argument("--chunk", type=int, default=8)
-    parser.add_argument("--global-chunk", type=int, default=128)
+    parser.add_argument("--global-chunk", type=int, default=1024)
     parser.add_argument("--shard", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -77,6 +79,9 @@ def main() -> None:
     print(f"device: {device}; {vars(options)}")
     for name, taken in times.items():
         print(f"{name}: {tokens / statistics.median(taken):.0f} tokens/s (median of {len(taken)})")
+    plain = options.tokens / options.chunk
+    in_turn = min(options.shard, options.tokens) / options.chunk + options.tokens / options.global_chunk
+    print(f"steps in turn: {plain:.0f} and {in_turn:.0f}, {plain / in_turn:.1f} times fewer")
     print(f"TNT / TitansLMM: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 

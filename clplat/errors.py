@@ -17,11 +17,12 @@ class ConfigError(ClplatError):
 class NotFiniteError(ClplatError):
     """A loss or a weight became NaN or infinite; the last good checkpoint is untouched."""
 
-    def __init__(self, what: str, penalties: Sequence[str] = ()) -> None:
-        """`penalties`: the strategies whose penalties were part of the loss, any of which may be too strong."""
+    def __init__(self, what: str, penalties: Sequence[str] = (), cause: str | None = None) -> None:
+        """`penalties`: the strategies whose penalties were part of the loss, any of which may be too strong. `cause`:
+        where it began, if the model knows."""
         held = " and ".join(f"strategies.{name}" for name in penalties)
         super().__init__(
-            f"{what}. What was saved before is untouched; "
+            f"{what}{f' ({cause})' if cause else ''}. What was saved before is untouched; "
             + (f"lower the strength of {held} or " if held else "lower ")
             + "training.optimizer.init_args.lr, or set training.clip_norm."
         )

@@ -194,7 +194,7 @@ class TaskSteps:
         if self._means is None:
             return
         (means, rate, done), self._means = self._means, None
-        values = means.read()
+        values = means.read(self.run.parts.learner.architecture.not_finite)
         if self.run.journal is not None:
             self.run.journal.metrics(means.step, {f"train/{name}": value for name, value in values.items()} | rate)
         self.run.progress.step(self.task.name, done, self.total, values.get("loss"))

@@ -296,5 +296,5 @@ class Learner(LightningModule):
         """Refuse to go on, and so to save, when a weight is not a number."""
         sums = torch.stack([p.detach().float().sum() for p in self.architecture.parameters()])
         if not bool(torch.isfinite(sums).all()):
-            penalties = [name for name, _ in self.hooks.with_penalty]
-            raise NotFiniteError(f"a weight became infinite or NaN by step {self.global_steps}", penalties)
+            penalties, cause = [name for name, _ in self.hooks.with_penalty], self.architecture.not_finite()
+            raise NotFiniteError(f"a weight became infinite or NaN by step {self.global_steps}", penalties, cause)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,13 +22,14 @@ class LossMeans:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def read(self) -> dict[str, float]:
-        """The means by name; waits until they have come. Raises NotFiniteError for one that is not finite."""
+    def read(self, cause: Callable[[], str | None]) -> dict[str, float]:
+        """The means by name; waits until they have come. Raises NotFiniteError for one that is not finite, with what
+        the model knows of the `cause`."""
         if self._arrived is not None:
             self._arrived.synchronize()
         means = dict(zip(self.names, self._values.tolist(), strict=True))
         for name, value in means.items():
             if not math.isfinite(value):
                 penalties = [each.removeprefix("penalty_") for each in means if each.startswith("penalty_")]
-                raise NotFiniteError(f"{name}: became {value} by step {self.step}", penalties)
+                raise NotFiniteError(f"{name}: became {value} by step {self.step}", penalties, cause())
         return means

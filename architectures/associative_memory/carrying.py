@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clplat.architectures.associative_memory.guard import Guard
 from clplat.architectures.associative_memory.layout import Documents
 from clplat.architectures.associative_memory.reading import Reading
 from clplat.architectures.associative_memory.state import MemoryState
@@ -60,6 +61,7 @@ class CarryingMixer(nn.Module, ABC):
         self.norm = nn.RMSNorm(self.head_size, eps=1e-6)
         self.output_gate = nn.Linear(hidden_size, hidden_size, bias=False) if output_gate != "none" else None
         self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.guard = Guard(num_heads=num_heads, head_size=self.head_size)
         self.last_row: Tensor | None = None
         """The first row that was evaluated last, for `telemetry.py`; no answer depends on it."""
 
@@ -85,8 +87,11 @@ class CarryingMixer(nn.Module, ABC):
         documents = reading.documents
         if not self.training:
             self.last_row = x_BTC[:1].detach().clone()
-        tokens = self._tokens(x_BTC, self.qkv(x_BTC), None, documents)
-        return self._given_out(x_BTC, self._remembered(x_BTC, tokens, None, documents)[0])
+        qkv = self.qkv(x_BTC)
+        answers, _ = self._remembered(x_BTC, self._tokens(x_BTC, qkv, None, documents), None, documents)
+        if self.training:
+            self.guard.notes(x_BTC, qkv, answers)
+        return self._given_out(x_BTC, answers)
 
     def continued(self, x_BTC: Tensor, state: MixerState, reading: Reading) -> tuple[Tensor, MixerState]:
         """New tokens after the `reading.lengths` (B,) tokens of each row that `state` holds."""

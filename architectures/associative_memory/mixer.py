@@ -32,10 +32,11 @@ class ProjectionOptions:
     chunk then do not overshoot; under a map that makes steps smaller, to as much more; with a window of c pairs to c
     times less, as each may weigh 1, but not for orthogonal steps, which are as long as their rate. `gate_rank`: gates
     are a linear map of the token through so few numbers, None for a full one. `damped` multiplies rates by
-    1 − momentum, for the same reason. `normaliser` divides answers by the sum of what was read with, as linear
-    attention does. `output_gate` multiplies normed answers by silu(gate(x)). `learned_start`: the memory's first
-    weights are trained, otherwise 0. Gates begin where `decay_start`, `momentum_start` and `window_start`, of each pair
-    of a window, say.
+    1 − momentum, for the same reason. `short_values`: a value longer than 1 is shortened to 1, and `max_rate` then
+    defaults to as much less as a network of several layers is steeper than a matrix (`MemoryRule.steepness`).
+    `normaliser` divides answers by the sum of what was read with, as linear attention does. `output_gate` multiplies
+    normed answers by silu(gate(x)). `learned_start`: the memory's first weights are trained, otherwise 0. Gates begin
+    where `decay_start`, `momentum_start` and `window_start`, of each pair of a window, say.
     """
 
     group: ClassVar[str] = "projection"
@@ -44,6 +45,7 @@ class ProjectionOptions:
     learned_rate: bool = True
     max_rate: float | None = None
     damped: bool = False
+    short_values: bool = False
     normaliser: bool = False
     output_gate: OutputGate = "silu"
     gate_rank: int | None = None
@@ -109,7 +111,8 @@ class MemoryMixer(CarryingMixer):
         rule = self.rule
         # Erasing tokens know of each other; an orthogonal step is as long as its rate, whatever the losses weigh.
         together = rule.chunk if rule.steps_together and rule.delta == "none" else 1
-        return rule.map.step_scale(self.head_size) / (together * (1 if rule.orthogonal else rule.window))
+        steep = rule.steepness if self.options.short_values and rule.steps_together else 1.0
+        return rule.map.step_scale(self.head_size) / (together * (1 if rule.orthogonal else rule.window) * steep)
 
     def _gate_starts(self) -> dict[str, Tensor]:
         """Biases with which the gates begin, in the order of their outputs, heads first."""
@@ -132,6 +135,7 @@ class MemoryMixer(CarryingMixer):
         """Queries, keys, values and gates of tokens, whose projections `qkv` follow those `before`."""
         qkv = self._convolved(qkv, before, documents)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_size)).permute(2, 0, 3, 1, 4).unbind(0)
+        v = self._bounded(v)
         if self.options.normaliser:
             v = F.pad(v, (0, 1), value=1.0)
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -147,6 +151,12 @@ class MemoryMixer(CarryingMixer):
         return Tokens(
             q, k, v, self.max_rate * rate, self._decays(gates), momentum, threshold, counts=counts_BT, window=window
         )
+
+    def _bounded(self, v_BHTE: Tensor) -> Tensor:
+        """Values as the memory learns them."""
+        if not self.options.short_values:
+            return v_BHTE
+        return v_BHTE / torch.linalg.vector_norm(v_BHTE, dim=-1, keepdim=True).clamp(min=1.0)
 
     def _gates(self, x_BTC: Tensor, wide: torch.dtype) -> dict[str, Tensor]:
         """Gates by name before their squashing, (B, H, T), those of channels and of a window (B, H·each, T)."""

@@ -183,6 +183,18 @@ class MemoryRule:
         """Of steps on unit keys, above which a memory that erases diverges; infinite for one that does not."""
         return {"none": math.inf, "single": 2.0, "double": 1.0}[self.delta]
 
+    @property
+    def steepness(self) -> float:
+        """λ, the curvature of ½‖M(k) − v‖² along the gradient for a unit key and a value no longer, where M answers v:
+        steps that sum to more than 2 / λ swing ever further around it.
+
+        Layers whose product answers m, of length Π s_ℓ, have λ = Σ_ℓ (Π_{j≠ℓ} s_j)², which is least where all are
+        equal: depth · ‖m‖^(2 − 2/depth), 1 for a matrix. With `residual` the layers answer v − k, of length 2 at most.
+        Activations are left out: what they take off, layers make up for.
+        """
+        longest, depth = 2.0 if self.memory.residual else 1.0, self.memory.depth
+        return float(depth * longest ** (2 - 2 / depth))
+
     def erases(self, layer: int) -> bool:
         """Whether tokens erase in that layer, counted from the keys."""
         first = layer == 0 or (self.memory.kind == "swiglu" and layer == 1)
