@@ -32,7 +32,8 @@ class Adapted(AdapterHost):
         """`model` is an architecture as a component; `weights` is a checkpoint or snapshot of a run that trained it
         (variables are expanded; None leaves its initial weights). `lora.targets` default to `attention.qkv` and
         `attention.out`; on a layer that holds several matrices they share one adapter."""
-        backbone = model(spec)
+        # By keyword, which is how components take it.
+        backbone = model(spec=spec)  # type: ignore[call-arg]
         name = type(backbone).__name__
         if backbone.causal is not True or spec.kind != "language":
             raise ValueError(f"model: {name} is no causal language model, or the stream no text; adapters need both")

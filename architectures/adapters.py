@@ -51,11 +51,7 @@ class AdapterHost(Architecture, ABC):
         if lora is None:
             return
         check_targets(backbone, self.targets, fused=self.takes_fused)
-        self.register_buffer(CHECKSUM, torch.tensor(list(bytes.fromhex(self.checksum)), dtype=torch.uint8))
-        self.register_state_dict_post_hook(_leave_out_backbone)
-        self.register_load_state_dict_pre_hook(_check_backbone)
-        self.register_load_state_dict_post_hook(_expect_no_backbone)
-        backbone.requires_grad_(False)
+        leave_backbone_out(self)
         self.add_adapter(FIRST)
         self.use_adapters([FIRST])
 
@@ -148,8 +144,26 @@ class AdapterHost(Architecture, ABC):
         self.__dict__["frozen"] = tuple(name for name, p in self.named_parameters() if not p.requires_grad)
 
 
+class OnBackbone(Protocol):
+    """A module whose `backbone` is frozen, with parts beside its layers."""
+
+    backbone: nn.Module
+    checksum: str
+
+
+def leave_backbone_out(host: nn.Module) -> None:
+    """Freeze the backbone of a host (`OnBackbone`), and let its state hold the other tensors and the checksum alone."""
+    checksum = cast(OnBackbone, host).checksum
+    host.register_buffer(CHECKSUM, torch.tensor(list(bytes.fromhex(checksum)), dtype=torch.uint8))
+    host.register_state_dict_post_hook(_leave_out_backbone)
+    host.register_load_state_dict_pre_hook(_check_backbone)
+    host.register_load_state_dict_post_hook(_expect_no_backbone)
+    cast(OnBackbone, host).backbone.requires_grad_(False)
+
+
 def backbone_checksum(backbone: nn.Module) -> str:
-    """SHA-256 (hex) over name, dtype, shape and bytes of every tensor that is no adapter's, in order of names."""
+    """SHA-256 (hex) over name, dtype, shape and bytes of every tensor that is no adapter's or side memory's, in order
+    of names."""
     state = hashlib.sha256()
     tensors = {_plain(name): tensor for name, tensor in backbone.state_dict().items() if not _of_adapter(name)}
     for name, tensor in sorted(tensors.items()):
@@ -159,12 +173,12 @@ def backbone_checksum(backbone: nn.Module) -> str:
 
 
 def _plain(name: str) -> str:
-    """The name that a tensor has without adapters beside its layer."""
-    return name.replace(".base_layer.", ".")
+    """The name that a tensor has without adapters or memories beside its layer."""
+    return name.replace(".base_layer.", ".").replace(".base_ffn.", ".")
 
 
 def _of_adapter(name: str) -> bool:
-    return ".lora_A." in name or ".lora_B." in name
+    return any(part in name for part in (".lora_A.", ".lora_B.", ".side_banks."))
 
 
 def _of_backbone(name: str, prefix: str = "") -> bool:
@@ -177,7 +191,7 @@ def _leave_out_backbone(module: nn.Module, state: dict[str, Any], prefix: str, m
 
 
 def _check_backbone(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-    saved, own = state.get(f"{prefix}{CHECKSUM}"), cast(AdapterHost, module).checksum
+    saved, own = state.get(f"{prefix}{CHECKSUM}"), cast(OnBackbone, module).checksum
     found = "no checksum" if saved is None else bytes(saved.tolist()).hex()
     if found != own:
         raise ValueError(

@@ -212,6 +212,43 @@ class Adapters(Protocol):
         ...
 
 
+@runtime_checkable
+class Prompts(Protocol):
+    """Capability: trained vectors that stand before a text's embeddings, beside a backbone that stays as it is."""
+
+    def prompt_names(self) -> list[str]: ...
+
+    def add_prompt(self, prompt: str, length: int) -> None:
+        """`length` more vectors under a name, neither shown nor trained yet."""
+        ...
+
+    def use_prompts(self, shown: Sequence[str], trained: Sequence[str] | None = None) -> None:
+        """Which prompts stand before every text, in this order, and which of them are trained (None: all of them)."""
+        ...
+
+    def add_pool(self, *, size: int, length: int, top_k: int, query_tokens: int, matching: float) -> None:
+        """`size` prompts with a key each, of which every text is shown the `top_k` whose keys are nearest to the mean
+        embedding of its first `query_tokens` tokens; `matching` weighs the distance of those keys in the loss."""
+        ...
+
+
+@runtime_checkable
+class SideMemories(Adapters, Protocol):
+    """Capability: adapters that are memories beside the feed-forward layers (Locas), as many slots in every layer."""
+
+    def begin_memory(self, memory: str, batch: Batch, generator: torch.Generator) -> None:
+        """Make of a memory what the model's options say, from what the layers do with a batch."""
+        ...
+
+    def forget_memory(self, memory: str) -> None:
+        """Let a memory change nothing again, until it is begun."""
+        ...
+
+    def make_permanent(self, memory: str) -> None:
+        """Make a memory a part of the layers: frozen, and answering whatever else does."""
+        ...
+
+
 def device_of(module: nn.Module) -> torch.device:
     """The device of the module's first parameter."""
     return next(module.parameters()).device

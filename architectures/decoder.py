@@ -150,21 +150,25 @@ class Decoder(Architecture, ABC):
                 nn.init.normal_(weight, std=std * scale)
 
     def forward(self, batch: Batch, state: State = None, return_hidden: str | None = None) -> Output:
-        """Logits (B, T, V); `hidden` (B, T, C) is the input of the head.
+        """Logits (B, T, V); `hidden` (B, T, C) is the input of the head, with `return_hidden` "all" (B, L + 1, T, C)
+        the embeddings and what every block adds up to, the last of which is the input of the head.
 
         With `state`, every row continues after all the tokens it holds, and the state after them is returned.
         """
         if state is not None:
             return self._continue(batch, state)
         context = self._context(batch.inputs, batch.segment_ids if self.document_mask else None)
-        x_BTC, losses = self.dropout(self.embedding(batch.inputs)), []
+        x_BTC, losses, layers = self.dropout(self.embedding(batch.inputs)), [], []
         for block in self.blocks:
+            if return_hidden == "all":
+                layers.append(x_BTC)
             x_BTC, loss = block(x_BTC, *context)
             if loss is not None:
                 losses.append(loss)
         hidden = self.norm(x_BTC)
         named = {"balance": torch.stack(losses).sum()} if losses else {}
-        return Output(logits=self._head(hidden), losses=named, hidden=hidden)
+        shown = torch.stack([*layers, hidden], dim=1) if return_hidden == "all" else hidden
+        return Output(logits=self._head(hidden), losses=named, hidden=shown)
 
     def init_state(self, batch_size: int) -> State:
         """The state of each block before any token."""

@@ -7,11 +7,12 @@
     python benchmarks/mlp_memory.py --toy                             # the script itself, on a CPU, in seconds
 
 A shape is B,T,H,D,C: rows, tokens, heads, their width (of values too) and tokens of a chunk; the memory is four times
-as wide inside, with SiLU, residual, decay and momentum: TitansLMM's. Times are of the device's events with its cache
-emptied before each run; `forward` keeps nothing for a backward pass. Peers are the eager chunk loop, the same with the
-chunk's body under torch.compile, both with TF32 products, and titans-pytorch, whose memory has GELU and no residual, as
-ours then has beside it. Each is timed in turns with ours. "error" is the largest of ‖x − y‖ / ‖y‖ over output, end
-state and gradients, against the chunked form in fp64 on the first row's first two heads; a peer above 2 % is not timed.
+as wide inside, with SiLU, residual, decay and momentum: TitansLMM's with `residual`. Times are of the device's events
+with its cache emptied before each run; `forward` keeps nothing for a backward pass. Peers are the eager chunk loop, the
+same with the chunk's body under torch.compile, both with TF32 products, and titans-pytorch, whose memory has GELU and
+no residual, as ours then has beside it. Each is timed in turns with ours. "error" is the largest of ‖x − y‖ / ‖y‖ over
+output, end state and gradients, against the chunked form in fp64 on the first row's first two heads; a peer above 2 %
+is not timed.
 Layers are a memory, its projections, a SwiGLU and both norms, in bf16 by autocast, forward and backward.
 """
 

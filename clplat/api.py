@@ -205,6 +205,30 @@ def evaluate(run: str | Path, stream: str | None = None) -> pandas.DataFrame:
     return pandas.DataFrame([dataclasses.asdict(c) for c in cells])[["task", "view", "metric", "value", "count"]]
 
 
+def analyze_connectivity(
+    run: str | Path, *, points: int = 11, gap: int = 2, rows: int = 200
+) -> tuple[Path, pandas.DataFrame]:
+    """The loss on lines between the weights that a run had after its tasks (`connectivity.analyze`).
+
+    Returns the folder of what was written, the run's `artifacts`, which MLflow gets too where it has the run, and the
+    barriers: one row for each line and set of test rows.
+    """
+    import pandas
+
+    from clplat import connectivity
+    from clplat.execution import lock
+    from clplat.study_record import sync
+    from clplat.tracking import RUN_STATE
+
+    folder = run_folder_of(run)
+    with lock(folder):
+        walks = connectivity.analyze(folder, points=points, gap=gap, rows=rows)
+        _, barriers = connectivity.write(walks, folder / "artifacts")
+    if (folder / RUN_STATE).is_file():
+        sync(folder)
+    return folder / "artifacts", pandas.read_csv(barriers)
+
+
 def reproduce(run: str | Path, console: Console | None = None) -> pandas.DataFrame:
     """Run again what MLflow holds of a run; one row for each score, `recorded` then and `now`.
 

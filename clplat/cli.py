@@ -39,6 +39,12 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--stream", help="class name, or YAML of class_path and init_args (default: the run's own)")
     reproduce = commands.add_parser("reproduce", help="run again what MLflow holds of a run, and compare the results")
     reproduce.add_argument("run", help="an MLflow run id, or a run folder")
+    analyze = commands.add_parser("analyze", help="study the weights that a finished run kept")
+    analyze.add_argument("what", choices=["connectivity"], help="the loss on lines between the weights of its tasks")
+    analyze.add_argument("run", help="a run folder, or an MLflow run id")
+    analyze.add_argument("--points", type=int, default=11, help="losses on a line, its ends included (default 11)")
+    analyze.add_argument("--gap", type=int, default=2, help="tasks between the ends of a line, at most (default 2)")
+    analyze.add_argument("--rows", type=int, default=200, help="test rows of each task (default 200)")
     sync = commands.add_parser("sync", help="send what MLflow has not got yet")
     sync.add_argument("target", metavar="RUN_OR_FOLDER", help="a run folder or a study folder")
     sync.add_argument("--uri", help="send everything to this server from now on")
@@ -149,6 +155,15 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
             console.print(shown_frame(last, "the last row of the result table"))
             console.print("Every score of the whole table is the same, bit for bit." if same else "The tables differ.")
             return 0 if same else 1
+        case "analyze":
+            from clplat.api import analyze_connectivity
+            from clplat.overview import shown_frame
+
+            folder, barriers = analyze_connectivity(
+                options.run, points=options.points, gap=options.gap, rows=options.rows
+            )
+            console.print(shown_frame(barriers, "barriers in nats; connected: at most 5 % of the ends' mean loss"))
+            console.print(f"connectivity: {folder / 'connectivity.png'}", soft_wrap=True)
         case "sync":
             from clplat.study_record import sync
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clplat.architectures.base import Architecture, Output, State
 from clplat.objective import Objective
+from clplat.strategies.base import Hidden
 from clplat.streams.batch import Batch
 
 P = ParamSpec("P")
@@ -25,18 +26,20 @@ def answerer(
     *,
     with_inputs: bool,
     open_logits: bool,
+    hidden: Hidden | None = None,
 ) -> Answer:
     """Augmentation, forward pass and default loss as one function, so that a compiler can join them.
 
     It gives the inputs as the model saw them (`with_inputs`; each result costs a replayed graph time), the output, and
     the loss: a scalar, or one part for each origin of a mixed batch, or None without `objective`. Without `open_logits`
     no gradient but the loss's flows through the logits, which spares the backward pass a zero for each of them.
+    `hidden` says which activations the output is to show.
     """
 
     def answer(batch: Batch, state: State) -> tuple[Tensor | None, Output, Tensor | None]:
         if augment is not None:
             batch = batch.replaced(inputs=augment(batch.inputs))
-        output = architecture(batch, state)
+        output = architecture(batch, state) if hidden is None else architecture(batch, state, hidden)
         inputs = batch.inputs if with_inputs else None
         if objective is None:
             return inputs, output, None

@@ -81,7 +81,9 @@ def _try(config: RunConfig, folder: Path) -> tuple[int, int, float, float, float
         fit(run, task)
         run.short = False
         steps += wanted
-        seconds += (run.costs.training_seconds - before) / (run.parts.learner.global_steps - warm) * wanted
+        # An arm that trains nothing takes none.
+        taken = max(1, run.parts.learner.global_steps - warm)
+        seconds += (run.costs.training_seconds - before) / taken * wanted
         start = time.perf_counter()
         run.parts.hooks.task_end(task)
         seconds += time.perf_counter() - start

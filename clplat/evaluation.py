@@ -57,6 +57,9 @@ class View:
     def classes_seen(self) -> list[int]:
         return self.objective.classes_of(self.seen)
 
+    def tasks_seen(self) -> list[int]:
+        return self.seen
+
     def device(self) -> torch.device:
         return device_of(self.architecture)
 
@@ -99,7 +102,7 @@ class Evaluator:
         """
         found: list[Cell] = []
         with self._undisturbed():
-            for name, entered in ({"default": nullcontext} | self.hooks.views()).items():
+            for name, entered in self.hooks.views().items():
                 with entered():
                     view = View(self.architecture, self.objective, self.hooks, seen, self.precision)
                     for task in self.tasks:
@@ -113,7 +116,7 @@ class Evaluator:
     def reached(self, task: Task, thresholds: Mapping[str, float], seen: Sequence[int]) -> bool:
         """Whether every metric of `thresholds` on the task's validation set is as good as its threshold."""
         assert task.val is not None, "checked when the run was assembled"
-        with self._undisturbed():
+        with self._undisturbed(), self.hooks.views()["default"](), self.hooks.told(task):
             view = View(self.architecture, self.objective, self.hooks, seen, self.precision)
             scores = self._scores(task.val, view)
         kinds = task.val.scorer.metrics
@@ -125,12 +128,13 @@ class Evaluator:
     def probe_losses(self, seen: Sequence[int], rows: int) -> dict[str, float]:
         """Loss on the validation sets of the tasks `seen`, by name, on `rows` rows of each; for controllers."""
         found: dict[str, float] = {}
-        with self._undisturbed():
+        with self._undisturbed(), self.hooks.views()["default"]():
             view = View(self.architecture, self.objective, self.hooks, seen, self.precision)
             for task in self.tasks:
                 if task.index in seen:
                     assert task.val is not None, "checked when the run was assembled"
-                    found[task.name] = self._scores(task.val, view, rows)["loss"][0]
+                    with self.hooks.told(task):
+                        found[task.name] = self._scores(task.val, view, rows)["loss"][0]
         return found
 
     def _task_cells(self, task: Task, view: View, name: str) -> list[Cell]:
@@ -139,7 +143,8 @@ class Evaluator:
             # Its classes are not among the answers yet: a score would say nothing.
             scores = {metric: (float("nan"), float("nan"), 0.0) for metric in task.test.scorer.metrics}
             return self._as_cells(task.test, scores, name, task.name, task.index, headline)
-        return self._set_cells(task.test, view, name, index=task.index, headline=headline, label=task.name)
+        with self.hooks.told(task):
+            return self._set_cells(task.test, view, name, index=task.index, headline=headline, label=task.name)
 
     def _set_cells(
         self, test: EvalSet, view: View, name: str, *, index: int | None, headline: str | None, label: str = ""

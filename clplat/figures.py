@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKERS = "osD^vPX*"
+LINES = ("-", "--", ":", "-.")
 
 
 def look(number: int) -> dict[str, str]:
-    """Colour and marker of the variant at this place; pairs repeat after 64, colours after 8."""
-    return {"color": PALETTE[number % 8], "marker": MARKERS[(number + number // 8) % 8]}
+    """Colour, marker and line of the variant at this place; colours repeat after 8, with another line and marker."""
+    return {
+        "color": PALETTE[number % 8],
+        "marker": MARKERS[(number + number // 8) % 8],
+        "linestyle": LINES[number // 8 % 4],
+    }
 
 
 def new_figure(width: float, height: float, panels: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -120,7 +125,7 @@ def score_and_cost(points: Mapping[str, tuple[Interval, Interval]], cost: str) -
             price.mean, score.mean, yerr=arms(score, limits), xerr=arms(price, (0.0, np.inf)),
             color=PALETTE[number % 8], capsize=2,
         )  # fmt: skip
-        axis.plot(price.mean, score.mean, **look(number), label=variant, linestyle="none")
+        axis.plot(price.mean, score.mean, **look(number) | {"linestyle": "none"}, label=variant)
     axis.set(xlabel=cost, ylabel="final score (higher is better)")
     name_above(figure)
     return figure
@@ -163,6 +168,20 @@ def final_scores(scores: Mapping[str, Mapping[str, Interval]]) -> Figure:
         axis.invert_yaxis()
         axis.set(ylabel="final loss (nats; lower is better)")
         axis.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
+    name_above(figure)
+    return figure
+
+
+def connectivity_panels(walks: Mapping[str, tuple[Sequence[float], Mapping[str, Sequence[float]]]]) -> Figure:
+    """Losses on lines between weights, a panel a line; dashed the straight line between the losses of its ends."""
+    columns = min(4, len(walks))
+    figure, axes = new_figure(1.0 + 2.7 * columns, 0.6 + 2.3 * -(-len(walks) // columns), len(walks), columns)
+    for axis, (title, (alphas, losses)) in zip(axes, walks.items(), strict=True):
+        for number, (name, values) in enumerate(losses.items()):
+            axis.plot(alphas, values, **look(number), markersize=3, label=name if axis is axes[0] else None)
+            axis.plot([0, 1], [values[0], values[-1]], color=PALETTE[number % 8], linestyle=":", linewidth=0.8)
+        axis.set_title(title, fontsize=7)
+        axis.set(xlabel="α", ylabel="loss (nats)")
     name_above(figure)
     return figure
 

@@ -19,7 +19,7 @@ from clplat.config import TrainingConfig
 from clplat.loaders import RowOrder, TaskLoader
 from clplat.observing import observe
 from clplat.precision import of_trainer
-from clplat.streams.base import Task
+from clplat.streams.base import Data, Task
 from clplat.streams.batch import Batch
 
 if TYPE_CHECKING:
@@ -49,17 +49,16 @@ def task_loader(run: Run, task: Task) -> TaskLoader:
     """The batches of a task that are still to come."""
     training, world, hooks = run.config.training, run.world, run.parts.hooks
 
-    def order(rows: int, index: int) -> RowOrder:
+    def order(data: Data, index: int) -> RowOrder:
         return RowOrder(
-            rows, batch_size=training.batch_size, seed=run.config.seed, task=index, rank=world.rank, size=world.size
-        )
+            len(data), batch_size=training.batch_size, seed=run.config.seed, task=index, rank=world.rank,
+            size=world.size, ordered=getattr(data, "ordered", False),
+        )  # fmt: skip
 
     data = hooks.train_data(task, run.parts.context.past)
     # Epochs and tokens are counted on each task's own rows: an arm that reads more data takes as many steps.
     total = sum(
-        order(len(paid.train), paid.index).total_batches(
-            run.budget(paid), paid.train.tokens_per_row, training.accumulate
-        )
+        order(paid.train, paid.index).total_batches(run.budget(paid), paid.train.tokens_per_row, training.accumulate)
         for paid in hooks.budget_tasks(task)
     )
     learner = run.parts.learner
@@ -67,7 +66,7 @@ def task_loader(run: Run, task: Task) -> TaskLoader:
     if training.schedule_span == "stream":
         learner.total_steps *= len(run.path)
     return TaskLoader(
-        data, order(len(data), task.index), start=learner.batches, stop=total, workers=training.workers,
+        data, order(data, task.index), start=learner.batches, stop=total, workers=training.workers,
         device=run.parts.device,
     )  # fmt: skip
 

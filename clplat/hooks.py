@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor
 
 from clplat.architectures.base import Output, StepOutcome
 from clplat.errors import ConfigError, nearest
-from clplat.strategies.base import Context, Strategy
+from clplat.strategies.base import Context, Hidden, Strategy
 from clplat.strategies.controllers.base import Action, Controller
 from clplat.streams.base import Data, Task
 from clplat.streams.batch import Batch
@@ -99,7 +99,32 @@ class Hooks:
             strategy.task_end(task)
 
     def views(self) -> dict[str, Callable[[], AbstractContextManager[None]]]:
-        return {name: view for strategy in self.strategies.values() for name, view in strategy.views().items()}
+        """The ways to answer by name, `default` first; refuses two strategies that call theirs alike."""
+        found: dict[str, Callable[[], AbstractContextManager[None]]] = {}
+        for owner, strategy in self.strategies.items():
+            for name, view in strategy.views().items():
+                if name in found:
+                    raise ConfigError(f"strategies.{owner}: another strategy of this run has a view {name!r} too, and "
+                                      "one would hide the other; leave one of the two out")  # fmt: skip
+                found[name] = view
+        return {"default": found.pop("default", nullcontext)} | found
+
+    @contextmanager
+    def told(self, task: Task) -> Iterator[None]:
+        """Within it the sets of `task` are scored."""
+        with ExitStack() as entered:
+            for strategy in self._having("told"):
+                entered.enter_context(strategy.told(task))
+            yield
+
+    @property
+    def hidden(self) -> Hidden | None:
+        """What strategies want of the activations of a training step; refuses those that want different ones."""
+        wanted = {name: strategy.hidden for name, strategy in self.strategies.items() if strategy.hidden is not None}
+        if len(set(wanted.values())) > 1:
+            raise ConfigError(f"strategies: {' and '.join(wanted)} need different hidden states of one forward pass "
+                              f"({', '.join(wanted.values())}); leave one of them out")  # fmt: skip
+        return next(iter(wanted.values()), None)
 
     def due(self, step: int) -> dict[str, Controller]:
         """The controllers that are told of this optimizer step."""
@@ -108,6 +133,14 @@ class Hooks:
     def signals(self) -> dict[str, Mapping[str, float]]:
         """What strategies say of themselves, by name."""
         return {name: s.signals() for name, s in self.strategies.items() if s.overrides("signals")}
+
+    def measurements(self) -> dict[str, float]:
+        """What strategies have measured; controllers' numbers stand beside their decisions instead."""
+        return {
+            f"strategy/{name}/{key}": value
+            for name, strategy in self.strategies.items() if name not in self.controllers
+            for key, value in strategy.measurements().items()
+        }  # fmt: skip
 
     def stored_bytes(self) -> int:
         return sum(strategy.stored_bytes() for strategy in self.strategies.values())

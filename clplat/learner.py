@@ -58,12 +58,10 @@ class Learner(LightningModule):
         # The step is written out in `_step`: Lightning's automatic one costs more than a small model's forward.
         self.automatic_optimization = False
         plain = answerer(
-            architecture,
-            objective if hooks.objective is None else None,
-            augment,
+            architecture, objective if hooks.objective is None else None, augment,
             with_inputs=augment is not None and bool(hooks.with_penalty or hooks.objective),
-            open_logits=bool(hooks.with_penalty),
-        )
+            open_logits=bool(hooks.with_penalty), hidden=hooks.hidden,
+        )  # fmt: skip
         # A ResNet compiled for rows of any number takes 1.6 times as long as one for a single size; controllers change
         # the rows of replay too often for that. In a tuple, so that no second module is registered.
         dynamic = None if hooks.controllers else False
@@ -108,6 +106,8 @@ class Learner(LightningModule):
             inputs, output, parts = answer(batch, self.carried)
             seen = batch if inputs is None else batch.replaced(inputs=inputs)
             self._step(self._loss(output, seen, parts))
+            if self.hooks.hidden is not None:
+                output.hidden = None  # of every layer perhaps: not to be kept until the micro-batches are joined
         if self.architecture.memory_life != "sequence":
             self.carried = pytree.tree_map(self._kept, output.state)
         # What delayed writes may keep: the rows as they are, not this use's augmentation of them.

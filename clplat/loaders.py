@@ -20,12 +20,15 @@ from clplat.streams.batch import Batch
 class RowOrder:
     """Rows of each batch for one process: shuffled passes over the data, split evenly over processes."""
 
-    def __init__(self, rows: int, *, batch_size: int, seed: int, task: int, rank: int = 0, size: int = 1) -> None:
-        """`batch_size` counts rows over all `size` processes; the rest of a pass that cannot be split is left out."""
+    def __init__(
+        self, rows: int, *, batch_size: int, seed: int, task: int, rank: int = 0, size: int = 1, ordered: bool = False
+    ) -> None:
+        """`batch_size` counts rows over all `size` processes; the rest of a pass that cannot be split is left out.
+        `ordered` rows come as they are numbered."""
         if batch_size % size:
             raise ConfigError(f"training.batch_size: {batch_size} rows cannot be split over {size} processes evenly")
         self.rows, self.batch_size = rows, min(batch_size, rows // size * size)
-        self.seed, self.task, self.rank, self.size = seed, task, rank, size
+        self.seed, self.task, self.rank, self.size, self.ordered = seed, task, rank, size, ordered
         if self.batch_size == 0:
             raise ConfigError(f"task number {task + 1}: {rows} training rows are fewer than the {size} processes")
         rest = rows % self.batch_size // size * size
@@ -48,11 +51,16 @@ class RowOrder:
         number = start
         while number < stop:
             turn, first = divmod(number, self.batches_per_pass)
-            order = torch.randperm(self.rows, generator=generator(self.seed, "data", self.task, turn))
-            order = order[: self.used]
+            order = self._order(turn)[: self.used]
             for place in range(first, min(self.batches_per_pass, first + stop - number)):
                 yield order[place * self.batch_size : (place + 1) * self.batch_size][self.rank :: self.size]
                 number += 1
+
+    def _order(self, turn: int) -> Tensor:
+        """All rows in the order of one pass."""
+        if self.ordered:
+            return torch.arange(self.rows)
+        return torch.randperm(self.rows, generator=generator(self.seed, "data", self.task, turn))
 
 
 def resident(data: Data, device: torch.device) -> Data:

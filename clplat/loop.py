@@ -127,6 +127,7 @@ class Run:
                 self.save(self.phase)
                 raise
             measured = {f"model/{name}": value for name, value in self.parts.architecture.measurements().items()}
+            measured |= self.parts.hooks.measurements()
         step = self.parts.learner.global_steps
         self.table.add(row, step, cells)
         self.forgetting = self.table.forgetting_by_task()

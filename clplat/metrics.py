@@ -95,14 +95,14 @@ def summary(table: ResultTable, curve: Curve = ()) -> dict[str, float]:
         return {}
     last = rows[-1]
     part = scores[: last + 1]
-    diagonal = np.array([part[k + 1, k] for k in range(last)])
-    found = {"final_score": _mean(part[last, :last]), "learning_score": _mean(diagonal)}
+    found = learned_and_kept(part)
     found["average_score"] = _mean([_mean(part[i, :i]) for i in range(1, last + 1)])
+    answers = learned_and_kept(answer_scores(table)[: last + 1])
+    found |= {f"answers/{name}": value for name, value in answers.items()} | ability_delta(table)
     if last > 1:
         lost = forgetting_max(part)
         found["final_forgetting"] = _mean(lost[last, : last - 1])
         found["final_forgetting_first"] = _mean(forgetting_first(part)[last, : last - 1])
-        found["backward_transfer"] = -found["final_forgetting_first"]
         found["forward_transfer"] = _mean([part[k, k] - part[0, k] for k in range(1, last)])
         found["cumulative_forgetting"] = cumulative_forgetting(part)
         ends = table.steps()[1:]
@@ -111,6 +111,61 @@ def summary(table: ResultTable, curve: Curve = ()) -> dict[str, float]:
             found["cumulative_forgetting_curve"] = cumulative_forgetting_curve(whole, ends)
             found["cumulative_forgetting_curve_first"] = cumulative_forgetting_curve(whole, ends, window="first")
     return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def learned_and_kept(part: Scores) -> dict[str, float]:
+    """Final and learning score, and both backward transfers, of a table that ends in the row of interest.
+
+    TRACE (arXiv:2310.06762, §3.3) calls the final score overall performance and divides the sum of backward transfer by
+    the t tasks trained (`backward_transfer_trace`), others by the t − 1 that could be forgotten.
+    """
+    last = len(part) - 1
+    if last < 1:
+        return {}
+    diagonal = np.diagonal(part, -1)[:last]
+    found = {"final_score": _mean(part[last, :last]), "learning_score": _mean(diagonal)}
+    if last > 1:
+        found["backward_transfer"] = _mean(part[last, : last - 1] - diagonal[:-1])
+        found["backward_transfer_trace"] = found["backward_transfer"] * (last - 1) / last
+    return found
+
+
+def answer_scores(table: ResultTable) -> Scores:
+    """Scores (T+1, T) of what is written, for tasks whose headline is a loss: of each the one metric, higher is better,
+    that is measured beside it. Empty where a task has none or several."""
+    last = table.cells(table.rows()[-1])
+    losses = {cell.index: cell.view for cell in last if cell.headline and not cell.higher_is_better}
+    beside = [c for c in last if c.index is not None and c.higher_is_better and losses.get(c.index) == c.view]
+    named = {(cell.index, cell.view, cell.metric) for cell in beside}
+    tasks = len(table.tasks())
+    if len(named) != tasks or {index for index, *_ in named} != set(range(tasks)):
+        return np.empty((0, 0))
+    found = np.full((tasks + 1, tasks), np.nan)
+    for row in table.rows():
+        for cell in table.cells(row):
+            if cell.index is not None and (cell.index, cell.view, cell.metric) in named:
+                found[row, cell.index] = cell.value
+    return found
+
+
+def ability_delta(table: ResultTable) -> dict[str, float]:
+    """What training did to general ability: last row minus row 0, mean over the multiple-choice probes (TRACE's ΔR^G).
+
+    `ability_delta` is of their accuracy, `ability_delta_nats` of the right answer's log-likelihood, which moves where
+    accuracy is too coarse; below zero ability was lost. Multiple choice is what a probe measures by these two alone.
+    """
+    rows, kinds = table.rows(), {"accuracy": 1.0, "answer_loss": -1.0}
+    ends = [{(c.task, c.metric): c.value for c in table.cells(row) if c.index is None and c.view == "default"}
+            for row in (rows[0], rows[-1])]  # fmt: skip
+    measured: dict[str, set[str]] = {}
+    for task, metric in ends[1]:
+        measured.setdefault(task, set()).add(metric)
+    probes = [task for task, metrics in measured.items() if metrics == kinds.keys() and (task, "accuracy") in ends[0]]
+    if rows[0] != 0 or not probes:
+        return {}
+    moved = {metric: _mean([sign * (ends[1][task, metric] - ends[0][task, metric]) for task in probes])
+             for metric, sign in kinds.items()}  # fmt: skip
+    return {"ability_delta": moved["accuracy"], "ability_delta_nats": moved["answer_loss"]}
 
 
 def whole_curve(table: ResultTable, curve: Curve) -> Curve:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import numpy as np
 from clplat import figures
 from clplat.errors import ConfigError
 from clplat.report import (
+    ABILITY,
     COSTS,
     SCORES,
     TRANSFER,
@@ -74,7 +76,8 @@ def render(study: StudyResults, baseline: str | None, folder: Path) -> Path:
         "are paired over seeds; a star marks one at 95 %, for which at least 5 seeds are needed.</p>",
         _scores(study, baseline),
         "<h2>Transfer</h2>",
-        _transfer(study),
+        _shown(study, TRANSFER),
+        *_ability(study),
         "<h2>Costs</h2>",
         '<p class="small">Means over seeds. Fidelity: how close the parts of a run are to their papers, the least '
         "close one (exact, mechanism, interpretation; standard where there is no paper to follow).</p>",
@@ -120,10 +123,23 @@ def _scores(study: StudyResults, baseline: str | None) -> str:
     return _table(["variant", "n", *SCORES.values(), *([f"final − {baseline}"] if baseline else [])], rows)
 
 
-def _transfer(study: StudyResults) -> str:
-    shown = {m: head for m, head in TRANSFER.items() if any(study.by_seed(v, m) for v in study.variants())}
+def _shown(study: StudyResults, heads: Mapping[str, str]) -> str:
+    """A table of those metrics that any run has; empty without one."""
+    shown = {m: head for m, head in heads.items() if any(study.by_seed(v, m) for v in study.variants())}
     rows = [[_name(study, v), *(str(study.interval(v, metric)) for metric in shown)] for v in study.variants()]
-    return _table(["variant", *shown.values()], rows)
+    return _table(["variant", *shown.values()], rows) if shown else ""
+
+
+def _ability(study: StudyResults) -> list[str]:
+    table = _shown(study, ABILITY)
+    if not table:
+        return []
+    note = (
+        '<p class="small">Written answers by each task\'s own metric, and multiple choice after training minus before '
+        "(below zero: ability was lost). BWT divided by the tasks that could be forgotten, and as TRACE writes it by "
+        "all tasks trained.</p>"
+    )
+    return ["<h2>Answers and general ability</h2>", note, table]
 
 
 def _costs(study: StudyResults) -> str:

@@ -27,6 +27,15 @@ TRANSFER = {
     "forward_transfer": "forward transfer",
     "intransigence": "intransigence",
 }
+ABILITY = {
+    "answers/final_score": "answers: final score (OP)",
+    "answers/learning_score": "learning score (plasticity)",
+    "answers/backward_transfer": "BWT, 1/(t−1)",
+    "answers/backward_transfer_trace": "BWT, 1/t",
+    "ability_delta": "ability delta",
+    "ability_delta_nats": "in nats",
+}
+"""Of question-answer sequences: scores of written answers, and what multiple-choice probes say of general ability."""
 COSTS = {
     "cost/buffer_share": ("replay memory", lambda v: f"{v:.1%}"),
     "cost/replay_ratio": ("replay ratio", lambda v: f"{v:.2f}"),
@@ -44,7 +53,7 @@ COSTS = {
 TERMINAL = ("final_score", "final_forgetting", "cumulative_forgetting")
 TERMINAL_COSTS = (
     "cost/buffer_share", "cost/replay_ratio", "cost/steps", "cost/samples_per_second", "cost/tokens_per_second",
-    "cost/training_seconds",
+    "cost/training_seconds", "cost/evaluation_seconds",
 )  # fmt: skip
 
 
@@ -53,7 +62,7 @@ def compare_table(study: StudyResults, baseline: str | None = None) -> Group:
     base = baseline_of(study, baseline)
     heads = ["n", *(SCORES[m] for m in TERMINAL), *([f"score − {base}"] if base else [])]
     scores = _numbers(f"{study.name}: mean ± 95 % interval over seeds", heads)
-    scores.caption = "Score: higher is better; forgetting: lower. † sees more data than a learner may."
+    scores.caption = "Score: higher is better; forgetting: lower. † reference arm."
     if any(study.interval(variant, "final_score").mean < 0 for variant in study.variants()):
         scores.caption += "\nScores below zero are losses with their sign turned: a loss of 2 nats is −2."
     shown = [name for name in known_costs(study) if name in TERMINAL_COSTS]

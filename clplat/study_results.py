@@ -93,16 +93,16 @@ class StudyResults:
         return interval([scores[-1, names.index(task)] for scores in self.scores(variant) if task in names])
 
     def forgetting(self, variant: str) -> list[tuple[Scores, Scores]]:
-        """Forgetting over the stream of each finished run that went through it task by task."""
+        """Forgetting over the stream of each finished run that went through it task by task, in steps."""
         walked = [(run.table, run.curve) for run in self.of(variant) if run.table and len(run.table.rows()) > 2]
         return [
             forgetting_over_time(whole_curve(table, curve), table.steps()[1:])
             for table, curve in walked
-            if len(table.rows()) == len(table.tasks()) + 1
+            if len(table.rows()) == len(table.tasks()) + 1 and table.steps()[-1] > 0
         ]
 
     def is_reference(self, variant: str) -> bool:
-        """Whether the variant sees more data than a continual learner may."""
+        """Whether the variant is no continual learner, but something to compare them with."""
         return any(run.tags.get("reference") == "true" for run in self.runs if run.variant == variant)
 
     def _intransigence(self, variant: str) -> dict[int, float]:

@@ -6,7 +6,7 @@ Only hooks that a class overrides are called, so a strategy that does nothing co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,9 @@ from clplat.streams.batch import Batch
 
 Fixed = Literal["nothing", "trained", "everything"]
 """What of a model must keep its shape from task to task: its trained weights, or all that its state holds."""
+
+Hidden = Literal["last", "all"]
+"""Hidden states to ask a model for: the input of its head (B, T, C), or that of all layers (B, L + 1, T, C)."""
 
 Fidelity = Literal["exact", "mechanism", "interpretation", "standard"]
 """How close a component is to its paper; standard where there is no paper to follow."""
@@ -60,9 +63,11 @@ class Strategy:
     """Base class with the hooks in the order in which they are called.
 
     Class attributes: `knobs`, the numeric attributes that a controller may set while the run goes on;
-    `reference`, True for arms that see more data than a continual learner may (joint, cumulative);
+    `reference`, True for arms that are no continual learners, but something to compare them with: they see more data
+    (joint, cumulative), are told more (an adapter for each task), or train nothing;
     `replays`, True where rows of earlier tasks are stored; `restarts`, True where every task begins from the initial
-    weights; `fixed`, what of the model must not grow from task to task; `paper`; `fidelity` to it.
+    weights; `fixed`, what of the model must not grow from task to task; `hidden`, what the training's forward pass
+    shows to `penalty` in `output.hidden`: the head's input, or every layer; `paper`; `fidelity` to it.
     `context` is there from `setup` on.
     """
 
@@ -71,6 +76,7 @@ class Strategy:
     replays: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
     fixed: ClassVar[Fixed] = "nothing"
+    hidden: Hidden | None = None
     paper: ClassVar[str] = ""
     fidelity: ClassVar[Fidelity] = "standard"
     context: Context
@@ -124,12 +130,23 @@ class Strategy:
         raise TypeError(f"{type(self).__name__} does not predict")
 
     def views(self) -> Mapping[str, Callable[[], AbstractContextManager[None]]]:
-        """Further ways to answer: by name a context manager within which the architecture is changed."""
+        """Further ways to answer: by name a context manager within which the architecture is changed. The name
+        `default` is not a further one, but stands for how the learner answers when nothing else is said."""
         return {}
+
+    def told(self, task: Task) -> AbstractContextManager[None]:
+        """Within it the sets of `task` are scored, by a learner that may know whose they are: for arms with task
+        identity (task-incremental). `task` may be one that is not trained yet; probes belong to none."""
+        return nullcontext()
 
     def signals(self) -> Mapping[str, float]:
         """Numbers about itself that controllers may steer by, the same on all processes; asked for at their events
         alone, so that it may wait for the device. Changes nothing."""
+        return {}
+
+    def measurements(self) -> Mapping[str, float]:
+        """Numbers about itself that are worth a curve, `strategy/STRATEGY/NAME` in the record; asked for at task
+        boundaries only, so that it may wait for the device. Changes nothing."""
         return {}
 
     def stored_bytes(self) -> int:

@@ -3,7 +3,8 @@
     def test_my_strategy_keeps_the_contract() -> None:
         check_strategy(lambda: MyStrategy(ratio=0.5), Objective, off={"ratio": 0.0})
 
-Every check takes a function that builds the strategy and the default objective (`clplat.objective.Objective`), and
+Every check takes a function that builds the strategy and the default objective (`clplat.objective.Objective`), and, for
+strategies that ask a model for more than `ToyModel` has, one that builds a small model from a spec. It
 raises `AssertionError` with what is wrong.
 """
 
@@ -15,51 +16,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clplat.architectures.base import Architecture
 from clplat.strategies.base import Strategy
 from clplat.strategies.replay import ExperienceReplay
 from clplat.strategies.toy_run import BATCH, STEPS, Kind, ToyRun
+from clplat.streams.base import Spec
 from clplat.streams.batch import CURRENT
 
 Make = Callable[[], Strategy]
+Model = Callable[[Spec], Architecture]
 
 
 def check_strategy(
-    make: Make, objective: Callable[..., Any], *, off: Mapping[str, float] | None, kind: Kind = "classify"
+    make: Make,
+    objective: Callable[..., Any],
+    *,
+    off: Mapping[str, float] | None,
+    kind: Kind = "classify",
+    model: Model | None = None,
 ) -> None:
     """Every check; `off` are the knobs at which the strategy does nothing (None for reference arms)."""
-    check_resume(make, objective, kind)
-    check_randomness(make, objective, kind)
-    check_storage(make, objective, kind)
+    check_resume(make, objective, kind, model)
+    check_randomness(make, objective, kind, model)
+    check_storage(make, objective, kind, model)
     check_knobs(make)
     if off is not None:
-        check_disabled(make, objective, off, kind)
-        check_composition(make, objective, kind)
+        check_disabled(make, objective, off, kind, model)
+        check_composition(make, objective, kind, model)
 
 
-def check_resume(make: Make, objective: Callable[..., Any], kind: Kind = "classify") -> None:
+def check_resume(
+    make: Make, objective: Callable[..., Any], kind: Kind = "classify", model: Model | None = None
+) -> None:
     """A run that is saved, rebuilt and loaded ends as one that was never interrupted, bit for bit."""
-    whole = ToyRun([make()], objective, kind).train()
+    whole = ToyRun([make()], objective, kind, model=model).train()
     for stop in (2, STEPS, STEPS + 2, 2 * STEPS):
         if stop < whole.length:
-            saved = ToyRun([make()], objective, kind).train(stop).saved()
-            resumed = ToyRun([make()], objective, kind).load(saved)
+            saved = ToyRun([make()], objective, kind, model=model).train(stop).saved()
+            resumed = ToyRun([make()], objective, kind, model=model).load(saved)
             assert resumed.saved() == saved, f"loading what was saved after step {stop} and saving again differs"
             assert resumed.train().saved() == whole.saved(), f"resumed after step {stop}, the run ends otherwise"
 
 
-def check_randomness(make: Make, objective: Callable[..., Any], kind: Kind = "classify") -> None:
+def check_randomness(
+    make: Make, objective: Callable[..., Any], kind: Kind = "classify", model: Model | None = None
+) -> None:
     """The strategy draws from `context.generator` alone, and twice the same run is the same."""
     before = torch.get_rng_state()
-    first = ToyRun([make()], objective, kind).train().saved()
+    first = ToyRun([make()], objective, kind, model=model).train().saved()
     assert torch.equal(before, torch.get_rng_state()), "drew from torch's global random source"
     torch.rand(1)
-    assert ToyRun([make()], objective, kind).train().saved() == first, "the same run twice ends differently"
+    assert ToyRun([make()], objective, kind, model=model).train().saved() == first, (
+        "the same run twice ends differently"
+    )
 
 
-def check_storage(make: Make, objective: Callable[..., Any], kind: Kind = "classify") -> None:
+def check_storage(
+    make: Make, objective: Callable[..., Any], kind: Kind = "classify", model: Model | None = None
+) -> None:
     """After every step `stored_bytes` is what lies under `rows` in the state, and within the budget; 0 if none are."""
     strategy = make()
-    run = ToyRun([strategy], objective, kind)
+    run = ToyRun([strategy], objective, kind, model=model)
     for step in range(1, run.length + 1):
         run.train(step)
         stored, rows = strategy.stored_bytes(), list(_under_rows(strategy.state_dict()))
@@ -90,13 +107,17 @@ def check_knobs(make: Make) -> None:
 
 
 def check_disabled(
-    make: Make, objective: Callable[..., Any], off: Mapping[str, float], kind: Kind = "classify"
+    make: Make,
+    objective: Callable[..., Any],
+    off: Mapping[str, float],
+    kind: Kind = "classify",
+    model: Model | None = None,
 ) -> None:
     """With its knobs at `off` the strategy changes no bit of the weights, and makes no batch larger."""
     strategy = make()
     for knob, value in off.items():
         setattr(strategy, knob, value)
-    with_it, without = ToyRun([strategy], objective, kind), ToyRun([], objective, kind)
+    with_it, without = ToyRun([strategy], objective, kind, model=model), ToyRun([], objective, kind, model=model)
     for step in range(1, without.length + 1):
         with_it.train(step)
         assert len(with_it.mixed) == BATCH, f"at {dict(off)} it still adds rows"
@@ -105,11 +126,13 @@ def check_disabled(
         assert torch.equal(tensor, weights[name]), f"at {dict(off)} it still changes {name}"
 
 
-def check_composition(make: Make, objective: Callable[..., Any], kind: Kind = "classify") -> None:
+def check_composition(
+    make: Make, objective: Callable[..., Any], kind: Kind = "classify", model: Model | None = None
+) -> None:
     """Before or after experience replay both add what they add alone, and current rows keep their place and origin."""
-    alone = ToyRun([make()], objective, kind)
-    replay = ToyRun([_replay()], objective, kind)
-    both = [ToyRun(pair, objective, kind) for pair in ([make(), _replay()], [_replay(), make()])]
+    alone = ToyRun([make()], objective, kind, model=model)
+    replay = ToyRun([_replay()], objective, kind, model=model)
+    both = [ToyRun(pair, objective, kind, model=model) for pair in ([make(), _replay()], [_replay(), make()])]
     for step in range(1, alone.length + 1):
         added = sum(len(run.train(step).mixed) - BATCH for run in (alone, replay))
         for run in (alone, *(pair.train(step) for pair in both)):

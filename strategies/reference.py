@@ -1,4 +1,4 @@
-"""Reference arms: nothing done against forgetting, and more data than a continual learner may keep."""
+"""Reference arms: nothing done against forgetting, nothing done at all, and more data than a learner may keep."""
 
 from __future__ import annotations
 
@@ -34,3 +34,12 @@ class Joint(Strategy):
 
     def train_data(self, task: Task, past: Sequence[Task]) -> Data:
         return JoinedData([each.train for each in self.context.tasks])
+
+
+class ZeroShot(Strategy):
+    """Train nothing: every row of the table is row 0, the model as it came."""
+
+    reference = True
+
+    def budget_tasks(self, task: Task) -> Sequence[Task]:
+        return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
@@ -59,8 +60,8 @@ def toy_stream(kind: Kind) -> tuple[Spec, list[Task]]:
 class ToyRun:
     """A run in small: calls the hooks of its strategies in the learner's order, five steps a task.
 
-    `objective(spec, tasks)` builds the default loss. `mixed` is the last batch as it went into the model, and
-    `current` as it came from the stream.
+    `objective(spec, tasks)` builds the default loss, `model(spec)` the architecture (default: `ToyModel`). `mixed` is
+    the last batch as it went into the model, and `current` as it came from the stream.
     """
 
     def __init__(
@@ -69,13 +70,13 @@ class ToyRun:
         objective: Callable[..., Any],
         kind: Kind = "classify",
         world: World | None = None,
+        model: Callable[[Spec], Architecture] | None = None,
     ) -> None:
         self.named = dict(strategies if isinstance(strategies, Mapping) else zip(map(str, count()), strategies))
         self.strategies = list(self.named.values())
         spec, tasks = toy_stream(kind)
         loss = objective(spec, tasks)
-        self.architecture = ToyModel(spec)
-        self.optimizer = self._new_optimizer()
+        self.architecture = (model or ToyModel)(spec)
         self.context = Context(
             architecture=self.architecture, spec=spec, tasks=tasks, world=world or World(),
             generator=torch.Generator().manual_seed(2), loss=loss, row_loss=loss.row_loss, masked=loss.masked,
@@ -85,6 +86,8 @@ class ToyRun:
         # Controllers first, as in the platform.
         for strategy in sorted(self.strategies, key=lambda one: not hasattr(one, "observe")):
             strategy.setup(self.context)
+        self.hidden = next((one.hidden for one in self.strategies if one.hidden is not None), None)
+        self.optimizer = self._new_optimizer()
         self.path: Sequence[Task] = tasks
         for strategy in self.having("select_tasks"):
             self.path = strategy.select_tasks(self.path)
@@ -106,9 +109,9 @@ class ToyRun:
             self.context.task, self.context.past = task, self.path[:position]
             if place == 0:
                 self.architecture.task_start(task)
-                self._follow_growth()
                 for strategy in self.having("task_start"):
                     strategy.task_start(task)
+                self._follow_growth()
             self._step(self._rows(task))
             if place == STEPS - 1:
                 for strategy in self.having("task_end"):
@@ -142,7 +145,7 @@ class ToyRun:
         if owners:
             _, output = owners[0].step(batch, self.optimizer)
         else:
-            output = self.architecture(batch)
+            output = self.architecture(batch, None, self.hidden)
             self._descend(output, batch)
         outcome = StepOutcome(
             step=self.context.step + 1, batch=batch, output=output,
@@ -171,7 +174,8 @@ class ToyRun:
         """Everything that a checkpoint holds, as a file."""
         file = io.BytesIO()
         state = {
-            "structure": dict(self.architecture.structure()),
+            # As text: a pickle tells a name that stands twice from two equal ones, and files would differ for nothing.
+            "structure": repr(dict(self.architecture.structure())),
             "architecture": self.architecture.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "strategies": [strategy.state_dict() for strategy in self.strategies],
@@ -184,7 +188,7 @@ class ToyRun:
     def load(self, saved: bytes) -> ToyRun:
         """The inverse of `saved`, into a new run; fails on anything but tensors and plain data."""
         state = torch.load(io.BytesIO(saved), weights_only=True)
-        self.architecture.restructure(state["structure"])
+        self.architecture.restructure(ast.literal_eval(state["structure"]))
         self._follow_growth()
         self.architecture.load_state_dict(state["architecture"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -24,7 +24,11 @@ Scenario = Literal["task", "domain", "class"]
 
 @runtime_checkable
 class Data(Protocol):
-    """A set of rows that is sliced, never collated."""
+    """A set of rows that is sliced, never collated.
+
+    A set with a true attribute `ordered` is read in the order of its rows, which is the order of a text, and never
+    shuffled.
+    """
 
     digest: str
     """Identity of the content (hex)."""

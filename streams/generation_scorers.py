@@ -26,15 +26,19 @@ class WrittenAnswers(Scorer):
         max_examples: int,
         metric: AnswerMetric = "exact_match",
         begin: int | None = None,
+        once_seen: int | None = None,
     ) -> None:
         """Scores the first `max_examples` documents of `cache` that have a prompt.
+
+        `once_seen` is a task's index: its answers are written before any training and from that task on, and have no
+        score (NaN) in between.
 
         Answers are cut at `max_new_tokens`, and of a prompt longer than `max_prompt_tokens` the end is kept, which
         is where the question stands, behind the token `begin` where one is given.
         """
         self.cache, self.tokenizer, self.max_prompt_tokens = cache, tokenizer, max_prompt_tokens
         self.begin = [] if begin is None else [begin]
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.once_seen = max_new_tokens, once_seen
         self.examples = torch.from_numpy(np.flatnonzero(cache.prompts)[:max_examples])
         self.metric = NAMES.get(metric, metric)
         self.metrics = {self.metric: Metric(higher_is_better=True, best=1.0)}
@@ -46,6 +50,8 @@ class WrittenAnswers(Scorer):
 
     def score(self, model: Answerer, data: Data, rows: Tensor, batch_size: int) -> Sums:
         """Example e goes with row e (modulo the rows): a process that has the row writes that answer."""
+        if self.once_seen is not None and model.tasks_seen() and self.once_seen not in model.tasks_seen():
+            return {self.metric: torch.zeros(2, dtype=torch.float64)}
         mine = self.examples[torch.isin(torch.arange(len(self.examples)) % max(1, len(data)), rows)]
         # Prompts of like length side by side: a batch costs what its longest one does.
         mine = mine[torch.from_numpy(self.cache.prompts[mine.numpy()]).argsort(stable=True)]

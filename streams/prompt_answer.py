@@ -68,16 +68,20 @@ class PromptAnswerStream(TextStream):
         prompt_template: str = "{prompt}",
         max_eval_rows: int = 200,
         max_answers: int = 32,
+        write_unseen: bool = True,
         cache_dir: str | None = None,
     ) -> None:
         """`root` holds the tasks' folders (variables are expanded). A row has at most `max_tokens` tokens, prompt and
         answer together; of an answer the first `max_answer_tokens` are kept, and of a prompt that does not fit beside
         it the end, or it is an error (`long_prompts`). Rows are as long as the longest one needs. `order` names tasks
         (default: as listed); `probes` are tasks whose test part is scored and nothing trained. `max_eval_rows` of
-        a part are scored by likelihood, spread evenly, and `max_answers` of a test part are written out (0: none). The
-        rest is as in `TextStream`."""
+        a part are scored by likelihood, spread evenly, and `max_answers` of a test part are written out (0: none).
+        Without `write_unseen` a task's answers are written before any training and from its own training on, and not
+        while its turn is still to come: most of an evaluation's time is spent on writing. The rest is as in
+        `TextStream`."""
         self.answer_tasks = {task.name: task for task in [*tasks, *(probes or [])]}
         self.root, self.long_prompts = Path(_expanded(root)), long_prompts
+        self.write_unseen = write_unseen
         self.max_eval_rows, self.fields, self.template = max_eval_rows, (prompt_field, answer_field), prompt_template
         if max_eval_rows < 1 or max_answers < 0:
             raise ValueError(f"max_eval_rows, max_answers: at least 1 and 0, got {max_eval_rows} and {max_answers}")
@@ -157,7 +161,7 @@ class PromptAnswerStream(TextStream):
             written = WrittenAnswers(
                 cache=data.cache, tokenizer=self.tokenizer, max_prompt_tokens=self.row_length - new, max_new_tokens=new,
                 max_examples=self.max_answers, metric=self.answer_tasks[domain.name].metric,
-                begin=self.tokenizer.begin_token,
+                begin=self.tokenizer.begin_token, once_seen=None if self.write_unseen or index < 0 else index,
             )  # fmt: skip
             scorer = Together(scorer, written)
         return EvalSet(name=domain.name, data=data, scorer=scorer)

@@ -33,6 +33,10 @@ class Answerer(Protocol):
         """Output units, or numbers of labels, of the tasks that the learner has been trained on."""
         ...
 
+    def tasks_seen(self) -> list[int]:
+        """Indices of the tasks that the learner has been trained on."""
+        ...
+
     def device(self) -> torch.device: ...
 
 

@@ -134,8 +134,13 @@ class PretrainedTokenizer(_LibraryTokenizer):
     def prepare(self, texts: Iterable[str], cache_dir: Path, source: str) -> None:
         from transformers import AutoTokenizer
 
+        path = os.path.expandvars(self.name)
+        if unset := re.search(r"\$\{?(\w+)", path):
+            raise ValueError(
+                f"PretrainedTokenizer.name: {path} needs the environment variable {unset[1]}, which is not set"
+            )
         try:
-            whole = AutoTokenizer.from_pretrained(os.path.expandvars(self.name), gguf_file=self.gguf_file)
+            whole = AutoTokenizer.from_pretrained(path, gguf_file=self.gguf_file)
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"PretrainedTokenizer.name: {self.name!r} cannot be loaded ({reason})") from error

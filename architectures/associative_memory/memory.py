@@ -61,14 +61,17 @@ class AssociativeMemory(nn.Module):
 
     @torch.no_grad()
     def reset_start(self) -> None:
-        """A matrix begins near zero; the layers of an MLP such that they keep the scale of what they read, and a matrix
-        under a norm too: the norm's slope grows as what it divides by shrinks. Features begin as `features.py` says."""
+        """A matrix begins near zero, an MLP with layers that keep the scale of what they read and a last one of zeros:
+        what a random one would answer to every key drowns the little that a chunk writes. Under a norm, whose slope
+        grows as what it divides by shrinks, or a map all layers keep the scale. Features: see `features.py`."""
         self.features.reset()
-        near_zero = self.rule.memory.depth == 1 and not self.rule.memory.norm
+        answers_nothing = not self.rule.memory.norm and not self.rule.mapped
         for weight in self.first:
-            std = 0.02 if near_zero else 1 / math.sqrt(weight.shape[1])
+            std = 0.02 if self.rule.memory.depth == 1 and not self.rule.memory.norm else 1 / math.sqrt(weight.shape[1])
             # Weights are some root of I times smaller than their logarithms, the slices' mass over I.
             nn.init.normal_(weight, std=std * math.sqrt(weight.shape[1]) if self.rule.map.kind == "kl" else std)
+        if answers_nothing and len(self.first) > 1:
+            nn.init.zeros_(self.first[-1])
         if self.scale is not None and self.shift is not None:
             nn.init.ones_(self.scale)
             nn.init.zeros_(self.shift)

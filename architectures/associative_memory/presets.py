@@ -139,10 +139,11 @@ class TitansLMM(MemoryLayer):
 
     def __init__(
         self, *, num_heads: int = 4, conv_width: int = 4, chunk: int = 16, depth: int = 2, expand: int = 4,
-        residual: bool = True, max_rate: float | None = None, damped: bool = True, short_values: bool = True,
+        residual: bool = False, max_rate: float | None = None, damped: bool = True, short_values: bool = True,
     ) -> None:  # fmt: skip
         """`depth` of the memory, 1 for a matrix. Chunk, expansion, residual are not in the paper, nor is what keeps it
-        finite: `damped`, `short_values`, `max_rate`, see `ProjectionOptions`."""
+        finite: `damped`, `short_values`, `max_rate`, see `ProjectionOptions`. A residual adds a key to each answer,
+        beside which little of what was written is seen (docs/memories.md)."""
         super().__init__(
             rule=MemoryRule(
                 memory=NetworkOptions(depth=depth, expand=expand, activation="silu", residual=residual),

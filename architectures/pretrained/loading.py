@@ -19,6 +19,8 @@ from clplat.streams.base import Spec
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager"]
+ORIGIN = "clplat_weights"
+"""Entry of config.json with what the weights were before `dequantise` wrote them."""
 PADDED_SHARE = 0.9
 """Least share of a model's vocabulary that its tokenizer fills; embeddings are padded by a few rows, not by a tenth."""
 
@@ -68,10 +70,11 @@ class Source:
                 "safetensors, or a folder and a gguf_file in it"
             ) from error
 
-    def weights(self) -> str:
-        """What the weights are, in words: their dtype, and from what they were dequantised."""
+    def weights(self, config: Any) -> str:
+        """What the weights are, in words: their dtype, and from what they were dequantised, now or by `dequantise`."""
         if self.gguf_file is None:
-            return self.dtype
+            origin = getattr(config, ORIGIN, None)
+            return self.dtype if origin is None else f"{origin}, {self.dtype}"
         from gguf import GGUFReader
 
         file = Path(self.path()) / self.gguf_file

@@ -71,6 +71,8 @@ class Pretrained(AdapterHost):
         self.source, self.config = source, cast(Any, backbone.config)
         self.row_length, self.num_outputs = spec.input_shape[0], spec.num_outputs
         self.document_mask, self.skip_padding = document_mask, skip_padding
+        # Asked once: it reads a signature, which takes longer than a layer of a small model.
+        self.cache_name = cache.argument(backbone)
         self.masks = self._obeys_masks()
         if gradient_checkpointing:
             _checkpoint(backbone)
@@ -112,7 +114,7 @@ class Pretrained(AdapterHost):
         self._need_masks("generation from prompts of unequal length")
         positions, new, mask = cache.continued(held, lengths, tokens.shape[1])
         grown = cache.as_library(layers)
-        options = {cache.argument(self.backbone): grown, "attention_mask": self._mask(mask), "position_ids": new}
+        options = {self.cache_name: grown, "attention_mask": self._mask(mask), "position_ids": new}
         found = self._read(tokens, use_cache=True, **options)
         return found.logits[..., : self.num_outputs], (positions, cache.as_tensors(grown))
 
@@ -132,8 +134,8 @@ class Pretrained(AdapterHost):
     def facts(self) -> Mapping[str, str]:
         revision = getattr(self.config, "_commit_hash", None) or self.source.revision or "local"
         return {
-            **super().facts(), "model": self.source.name, "revision": revision, "weights": self.source.weights(),
-            "attention": self.source.attention,
+            **super().facts(), "model": self.source.name, "revision": revision, "attention": self.source.attention,
+            "weights": self.source.weights(self.config),
         }  # fmt: skip
 
     def _insert(self, adapter: str) -> None:

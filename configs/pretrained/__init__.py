@@ -1,1 +1,1 @@
-"""Pretrained language models: `clplat run pretrained/tiny` on a CPU."""
+"""Pretrained language models: `clplat run pretrained/tiny`, `book_tiny` and `dialogue_tiny` on a CPU."""

@@ -31,9 +31,10 @@ def unpacked(rows: Tensor, D: int, E: int, *, momentum: bool) -> MLPState:
     for pair in rows.unbind(2):
         first, second = pair.split([D * inner, inner * E], 2)
         parts += [first.unflatten(2, (D, inner)).contiguous(), second.unflatten(2, (inner, E)).contiguous()]
-    W1, W2, *rest = parts
-    S1, S2 = (rest.pop(0), rest.pop(0)) if momentum else (None, None)
-    anchor1, anchor2 = (rest[0], rest[1]) if rest else (None, None)
+    W1, W2 = parts[:2]
+    S1, S2 = parts[2:4] if momentum else (None, None)
+    anchors = parts[4 if momentum else 2 :]
+    anchor1, anchor2 = anchors or (None, None)
     return MLPState(W1, W2, S1, S2, anchor1, anchor2)
 
 

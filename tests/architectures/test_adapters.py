@@ -188,8 +188,16 @@ def test_a_backbone_is_read_from_the_snapshot_of_the_run_that_trained_it(tmp_pat
     ("model", "targets", "message"),
     [
         (transformer, ["q_proj"], "no layer of Transformer is called 'q_proj'; its linear layers are down, gate_up"),
-        (lambda s: MoETransformer(spec=s, hidden_size=32, num_layers=1), ["mlp.down"], "no layer of MoETransformer"),
-        (lambda s: Mamba(spec=s, hidden_size=32, num_layers=1), None, "no layer of Mamba is called 'attention.qkv'"),
+        (
+            lambda spec: MoETransformer(spec=spec, hidden_size=32, num_layers=1),
+            ["mlp.down"],
+            "no layer of MoETransformer",
+        ),
+        (
+            lambda spec: Mamba(spec=spec, hidden_size=32, num_layers=1),
+            None,
+            "no layer of Mamba is called 'attention.qkv'",
+        ),
     ],
 )
 def test_targets_that_name_no_linear_layer_are_refused(model: Any, targets: Any, message: str) -> None:
@@ -205,7 +213,7 @@ def test_a_layer_whose_weights_are_read_without_calling_it_is_refused() -> None:
     with pytest.raises(ValueError, match="Tied reads the weights of own_head without calling the layer"):
         Adapted(
             spec=SPEC,
-            model=lambda s: Tied(spec=s, hidden_size=32, num_layers=1, tie_head=False),
+            model=lambda spec: Tied(spec=spec, hidden_size=32, num_layers=1, tie_head=False),
             lora=LoRA(targets=["own_head"]),
         )
 

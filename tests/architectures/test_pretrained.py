@@ -13,6 +13,7 @@ from clplat.architectures.contract import CHECKS
 from clplat.architectures.generation import greedy
 from clplat.architectures.lora import LoRA
 from clplat.architectures.pretrained import loading
+from clplat.architectures.pretrained.dequantise import dequantise
 from clplat.architectures.pretrained.model import Pretrained
 from clplat.architectures.probing import Contract
 from clplat.streams.base import Spec
@@ -206,3 +207,23 @@ def test_a_gguf_file_gives_the_model_that_was_written_and_says_that_it_was_quant
         torch.testing.assert_close(exact(batch()).logits, plain(batch()).logits)
     assert exact.facts()["weights"] == "float32" and small.facts()["weights"] == "dequantised Q4_0, float32"
     assert small.checksum != exact.checksum
+
+
+def test_a_gguf_file_dequantised_once_is_the_same_model_and_still_says_what_its_weights_were(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written_gguf(tmp_path / "small.gguf", made(folders["llama"]).backbone, quantised=True)
+    saved: list[Path] = []
+
+    class Saver:
+        def save_pretrained(self, folder: Path) -> None:
+            saved.append(folder)
+
+    # The file has no tokenizer.
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: Saver())
+    assert dequantise(tmp_path / "small.gguf", tmp_path / "folder") == "dequantised Q4_0"
+    direct, once = made(tmp_path, gguf_file="small.gguf"), made(tmp_path / "folder")
+    assert once.checksum == direct.checksum and saved == [tmp_path / "folder"]
+    assert once.facts()["weights"] == direct.facts()["weights"] == "dequantised Q4_0, float32"
+    with pytest.raises(ValueError, match="there is no file"):
+        dequantise(tmp_path / "none.gguf", tmp_path / "other")

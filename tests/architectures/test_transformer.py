@@ -35,6 +35,16 @@ def test_rotated_scores_depend_on_the_distance_of_positions_alone() -> None:
     assert not torch.isclose(near, (q * k).sum())
 
 
+def test_hidden_states_of_all_layers_begin_with_the_embeddings_and_end_with_the_input_of_the_head() -> None:
+    model, batch = transformer(), batch_of(tokens())
+    found, plain = model(batch, None, "all"), model(batch)
+    assert found.hidden.shape == (2, 3, 16, 32) and plain.hidden.shape == (2, 16, 32)
+    assert torch.equal(found.hidden[:, 0], model.embedding(batch.inputs)) and torch.equal(found.logits, plain.logits)
+    assert torch.equal(found.hidden[:, -1], plain.hidden)
+    angles = model._context(batch.inputs, None)
+    assert torch.equal(found.hidden[:, 1], model.blocks[0](found.hidden[:, 0], *angles)[0])
+
+
 def test_grouped_heads_equal_full_heads_with_repeated_keys_and_values() -> None:
     grouped = Attention(hidden_size=16, num_heads=4, num_kv_heads=2)
     full = Attention(hidden_size=16, num_heads=4, num_kv_heads=4)

@@ -144,3 +144,55 @@ def test_intervals_are_student_t_over_paired_seeds_and_few_seeds_show_a_directio
     assert verdict(interval([1.0, 1.1, 0.9, 1.0, 1.05])) == "difference"
     assert verdict(interval([1.0, -1.1, 0.9, -1.0, 0.05])) == "no difference shown"
     assert math.isnan(interval([]).mean) and str(interval([])) == "–"
+
+
+def answered(rows: list[dict[str, list[float]]]) -> ResultTable:
+    """Two question-answer tasks, of which `loss` leads and `accuracy` is written, one probe of multiple choice and one
+    of written answers."""
+    found = ResultTable()
+    for row, values in enumerate(rows):
+        kinds = [("loss", k, False, True, v) for k, v in enumerate(values["loss"])]
+        kinds += [("accuracy", k, True, False, v) for k, v in enumerate(values["accuracy"])]
+        kinds += [("bits_per_byte", k, False, False, 9.0) for k in range(2)]
+        cells = [
+            Cell(view="default", metric=metric, task=f"t{index}", index=index, value=value, total=value, count=1.0,
+                 higher_is_better=higher, headline=headline)
+            for metric, index, higher, headline, value in kinds
+        ]  # fmt: skip
+        for task, metric, value in (
+            ("mmlu", "accuracy", values["mmlu"][0]), ("mmlu", "answer_loss", values["mmlu"][1]),
+            ("meetings", "accuracy", 0.9 - 0.3 * row), ("meetings", "loss", 3.0),
+        ):  # fmt: skip
+            cells.append(Cell(view="default", metric=metric, task=task, index=None, value=value, total=value, count=1.0,
+                              higher_is_better=metric == "accuracy", headline=False))  # fmt: skip
+        found.add(row, 10 * row, cells)
+    return found
+
+
+QUESTIONS = [
+    {"loss": [3.0, 4.0], "accuracy": [0.1, 0.2], "mmlu": [0.30, 1.4]},
+    {"loss": [1.0, 4.0], "accuracy": [0.8, 0.1], "mmlu": [0.27, 1.5]},
+    {"loss": [2.0, 1.5], "accuracy": [0.5, 0.6], "mmlu": [0.24, 1.9]},
+]
+
+
+def test_written_answers_and_ability_of_a_table_made_by_hand() -> None:
+    found = summary(answered(QUESTIONS))
+    assert found["final_score"] == pytest.approx(-1.75) and found["answers/final_score"] == pytest.approx(0.55)
+    assert found["answers/learning_score"] == pytest.approx(0.7)
+    assert found["answers/backward_transfer"] == pytest.approx(-0.3)
+    assert found["answers/backward_transfer_trace"] == pytest.approx(-0.15)
+    assert found["backward_transfer"] == pytest.approx(-1.0)
+    assert found["ability_delta"] == pytest.approx(-0.06) and found["ability_delta_nats"] == pytest.approx(-0.5)
+
+
+def test_backward_transfer_in_the_form_of_trace_is_the_same_sum_over_one_task_more() -> None:
+    found = summary(as_table(ACCURACY))
+    assert found["backward_transfer_trace"] == pytest.approx(((0.6 - 0.9) + (0.4 - 0.8)) / 3)
+    assert found["backward_transfer"] == pytest.approx(((0.6 - 0.9) + (0.4 - 0.8)) / 2)
+
+
+def test_tables_without_written_answers_or_multiple_choice_have_no_such_numbers() -> None:
+    plain = summary(as_table(ACCURACY))
+    losses = summary(as_table(ACCURACY, higher=False))
+    assert not [name for name in plain | losses if name.startswith(("answers/", "ability"))]

@@ -61,6 +61,13 @@ def test_a_dry_run_of_an_arm_with_all_tasks_budgets_takes_two_steps_a_task_and_c
     assert len(taken) == 2 * 3 and list(table.columns[2].cells) == [str(9 * 3)]
 
 
+def test_a_dry_run_of_an_arm_that_trains_nothing_counts_no_step() -> None:
+    table = estimate(
+        load_study(study(variants={"zero": {"strategies": {"zero": {"class_path": "ZeroShot"}}}})), Console()
+    )
+    assert list(table.columns[2].cells) == ["0"]
+
+
 def test_momenta_that_would_outlive_a_fresh_start_are_refused() -> None:
     data = study(strategies=named("gdumb"), training__optimizer_state="keep")
     with pytest.raises(ConfigError, match=r"training\.optimizer_state: strategies\.gdumb .* use reset"):

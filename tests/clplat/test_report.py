@@ -138,6 +138,18 @@ def test_curves_measured_inside_tasks_and_runs_without_rows_of_their_own_tasks_r
     assert "joint †" in printed(results) and write_report(results, "out").is_file()
 
 
+def test_an_arm_that_trains_nothing_has_scores_and_no_forgetting_curve(store: str) -> None:
+    study = Made(store, ["naive", "zero_shot"], [0], baseline="naive")
+    study.run("naive", 0, NAIVE[0])
+    study.run("zero_shot", 0, [[0.1, 0.2]] * 3, row_steps=0, tags={"reference": "true"})
+    results = load_study_results("digits", store)
+    assert results.forgetting("zero_shot") == [] and results.by_seed("zero_shot", "final_score") == pytest.approx(
+        {0: 0.15}
+    )
+    assert "zero_shot †" in printed(results) and write_report(results, "out").is_file()
+    assert not any("unequal steps" in note for note in notes(results))
+
+
 def test_the_page_opens_without_a_network_and_escapes_what_it_shows(store: str, tmp_path: Path) -> None:
     study = Made(store, ["naive"], [0])
     study.run("naive", 0, NAIVE[0], tasks=("<script>alert(1)</script>", "b & c"))
@@ -171,3 +183,13 @@ def test_a_study_of_one_task_has_a_report_without_forgetting(store: str, tmp_pat
     assert finding(results) == "Best final score: naive, 0.900 (n = 1)."
     assert "0.900" in write_report(results, tmp_path / "out").read_text()
     assert not (tmp_path / "out" / "figures" / "forgetting.png").exists()
+
+
+def test_written_answers_and_ability_stand_on_the_page_of_studies_that_measure_them_alone(store: str) -> None:
+    study = Made(store, ["naive", "er"], [0])
+    study.run("naive", 0, NAIVE[0])
+    plain = write_report(load_study_results("digits", store), "out").read_text()
+    study.run("er", 0, ER[0], steps={"answers/final_score": {20: 0.51}, "ability_delta": {20: -0.062}})
+    page = write_report(load_study_results("digits", store), "out").read_text()
+    assert "general ability" not in plain
+    assert "answers: final score (OP)" in page and "0.510" in page and "-0.062" in page and "BWT" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ import yaml
 from interruptions import assert_resumes_as_if_never_stopped
 
 from clplat.api import load_model
+from clplat.api import run as clplat_run
 from clplat.architectures.adapters import backbone_checksum
 from clplat.architectures.contract import CHECKS, learns_one_batch_by_heart
 from clplat.architectures.generation import greedy
@@ -20,6 +22,9 @@ from clplat.architectures.pretrained.model import Pretrained
 from clplat.architectures.probing import Contract
 from clplat.assembly import prepared_stream
 from clplat.config import load_run
+from clplat.connectivity import analyze
+from clplat.journal import read, table
+from clplat.metrics import summary
 from clplat.streams.base import Spec
 from clplat.streams.batch import IGNORE, Batch
 from clplat.streams.tokenizers import PretrainedTokenizer
@@ -122,6 +127,38 @@ def test_the_toy_study_resumes_as_if_never_stopped_and_keeps_the_backbone(
     model = load_model(run)
     assert backbone_checksum(model.backbone) == CHECKSUM
     assert sum(value.numel() for value in model.state_dict().values()) < 40_000
+
+
+def test_the_study_of_trace_measures_what_it_is_for_and_its_weights_can_be_walked(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it but for sizes, on the toy model in the place of SmolLM2."""
+    monkeypatch.setenv("CLPLAT_SMOLLM2", str(data / "stories260k"))
+    monkeypatch.setenv("CLPLAT_CACHE", str(tmp_path / "cache"))
+    study = yaml.safe_load((ROOT / "configs" / "pretrained" / "trace.yaml").read_text())
+    options = study["stream"]["init_args"] | {"max_tokens": 96, "max_answer_tokens": 16, "max_eval_rows": 3}
+    options["tasks"] = [
+        t | {"max_new_tokens": min(8, t["max_new_tokens"]), "max_examples": 16} for t in options["tasks"]
+    ]
+    options["probes"][0] |= {"max_new_tokens": 8, "max_examples": 10}
+    options["multiple_choice"][0] |= {"max_questions": 8}
+    study["stream"]["init_args"] = options | {"max_answers": 2}
+    study["tracking"] = {"enabled": False, "system_metrics": False}
+    study |= {"variants": {"seq": {}}, "seeds": [0]}
+    run = clplat_run(study, quiet=True).folder / "seq-s0"
+    found = table(run)
+    assert found.tasks() == ["C-STANCE", "FOMC", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten"]
+    numbers = summary(found)
+    assert {"final_score", "answers/final_score", "answers/backward_transfer_trace", "ability_delta"} <= set(numbers)
+    written = found.matrix("edit_similarity")[:, 2]
+    assert np.isfinite(written[[0, 3, 4, 5, 6, 7]]).all() and np.isnan(written[[1, 2]]).all()
+    assert {(c.task, c.metric) for c in found.cells(7) if c.index is None} >= {("MeetingBank", "rouge_l"),
+                                                                               ("mmlu", "accuracy")}  # fmt: skip
+    costs = [entry["values"] for entry in read(run) if entry["kind"] == "metric" and "cost/steps" in entry["values"]]
+    assert costs[-1]["cost/steps"] == 5 + 3 + 5 + 3 + 5 + 5 + 7
+    walks = analyze(run, points=3, gap=1, rows=2)
+    assert [w.space for w in walks] == ["weights"] * 6 + ["products"] * 6
+    assert set(walks[0].losses) == {"earlier", "later", "seen", "general"}
 
 
 def test_rows_of_trace_end_in_their_answer_and_their_end_token(

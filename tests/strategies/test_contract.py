@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adapted_toys import ours
 
 from clplat.objective import Objective
+from clplat.strategies.adapter_per_task import AdapterPerTask
 from clplat.strategies.base import Strategy
 from clplat.strategies.contract import (
     Make,
@@ -21,10 +23,12 @@ from clplat.strategies.distillation import DER, DERpp, LwF
 from clplat.strategies.er_ace import ERACE
 from clplat.strategies.fast_slow import FastSlow
 from clplat.strategies.icarl import iCaRL
+from clplat.strategies.ilora import ILoRA
 from clplat.strategies.interpolated_weights import InterpolatedWeights
 from clplat.strategies.la_maml import LaMAML
+from clplat.strategies.olora import OLoRA
 from clplat.strategies.path_integral import SI, RWalk
-from clplat.strategies.projection import GEM
+from clplat.strategies.projection import AGEM, GEM
 from clplat.strategies.prototype_answers import PrototypeAnswers
 from clplat.strategies.reference import Cumulative, Joint, Naive
 from clplat.strategies.regularization import EWC, MAS, OnlineEWC
@@ -120,6 +124,27 @@ def test_every_strategy_keeps_the_contract(name: str, kind: Kind) -> None:
             ToyRun([make()], Objective, kind)
     else:
         check_strategy(make, Objective, off=off, kind=kind)
+
+
+ON_ADAPTERS: dict[str, Make] = {
+    "I-LoRA": lambda: ILoRA(capacity=7),
+    "I-LoRA as meant": lambda: ILoRA(arm="code_intent", capacity_bytes=500, capacity=None, exclude_current=True),
+    "I-LoRA as it runs": lambda: ILoRA(arm="code_inert_ema", capacity=7, ratio=0.5, from_task=1),
+    "I-LoRA logits": lambda: ILoRA(capacity=7, space="logits", target="better_ce", boundary="reset_fast", decay=0.5),
+    "O-LoRA": lambda: OLoRA(norm=0.1),
+    "adapter per task": AdapterPerTask,
+    "GEM": lambda: GEM(patterns_per_task=4),
+    "A-GEM": lambda: AGEM(patterns_per_task=4, sample_size=4),
+    "EWC": lambda: EWC(strength=5.0, fisher_samples=6, fisher_batch_size=4),
+}
+
+
+@pytest.mark.parametrize("name", ON_ADAPTERS)
+def test_strategies_on_adapters_keep_the_contract(name: str) -> None:
+    make = ON_ADAPTERS[name]
+    check_strategy(make, Objective, off=None, kind="language", model=ours)
+    if make().overrides("penalty") or make().replays:
+        check_composition(make, Objective, "language", ours)
 
 
 @pytest.mark.parametrize("name", ["GDumb", "SCR", "SCR one view", "iCaRL", "iCaRL bytes", "La-MAML", "FastSlow single"])

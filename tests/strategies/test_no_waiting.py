@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adapted_toys import ours
 from no_questions import NoQuestions
 from torch import Tensor
 
@@ -13,6 +14,9 @@ from clplat.strategies.base import Strategy
 from clplat.strategies.contract import Make
 from clplat.strategies.distillation import LwF
 from clplat.strategies.fast_slow import FastSlow
+from clplat.strategies.ilora import ILoRA
+from clplat.strategies.ilora_arms import ARMS, Arm
+from clplat.strategies.olora import OLoRA
 from clplat.strategies.path_integral import SI, RWalk
 from clplat.strategies.regularization import EWC, MAS
 from clplat.strategies.replay import ExperienceReplay
@@ -56,6 +60,23 @@ def test_no_step_of_fast_slow_waits_for_the_device() -> None:
     with NoQuestions():
         run.train(3 * STEPS - 1)
     assert len(run.mixed) > len(run.current), "the steps must have replayed rows"
+
+
+def test_no_step_of_olora_waits_for_the_device() -> None:
+    run = ToyRun([OLoRA(norm=0.1)], Objective, "language", model=ours).train(2 * STEPS + 1)
+    with NoQuestions():
+        run.train(3 * STEPS - 1)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_slow_weights_are_followed_and_answer_without_waiting_for_the_device(arm: Arm) -> None:
+    strategy = ILoRA(capacity=12, arm=arm)
+    run = ToyRun([strategy], Objective, "language", model=ours).train(STEPS + 2)
+    output = run.architecture(run.mixed, None, strategy.hidden)
+    # Not the whole step: which rows a reservoir keeps is settled on the CPU, where asking costs nothing.
+    with NoQuestions():
+        assert strategy.penalty(output, run.mixed) is not None
+        strategy.pairs.update(strategy.options.decay)
 
 
 def test_what_replayed_rows_cost_is_noted_without_waiting_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

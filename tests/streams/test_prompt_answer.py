@@ -126,6 +126,26 @@ def test_answers_are_written_from_prompts_behind_the_begin_token_and_scored_by_t
     assert set(score(made(root, max_answers=0).tasks[0].test, model)) == {"loss", "bits_per_byte"}
 
 
+def test_answers_of_tasks_whose_turn_is_to_come_are_written_before_training_alone_where_asked_for(root: Path) -> None:
+    class Trained(Writer):
+        seen: list[int] = []
+
+        def tasks_seen(self) -> list[int]:
+            return self.seen
+
+    for name in ("more", "never"):
+        folder(root, name, {"train": ROWS, "test": ROWS[:3]})
+    tasks = [AnswerTask(name="more"), TASK]
+    stream = made(root, tasks, write_unseen=False, probes=[AnswerTask(name="never")])
+    later, probe, written = stream.tasks[1].test, stream.probes[0], []
+    for seen in ([], [0], [0, 1]):
+        model = Trained({"1+1=": "2"})
+        model.seen = seen
+        written.append((score(later, model)["exact_match"][1], score(probe, model)["exact_match"][1]))
+        assert score(later, model)["loss"][1] > 0
+    assert written == [(3, 3), (0, 3), (3, 3)]
+
+
 def test_prompts_that_leave_no_room_for_the_answer_are_cut_on_the_left(root: Path) -> None:
     model = Writer({})
     score(made(root, tokenizer=BeginTokenizer()).tasks[0].test, model)

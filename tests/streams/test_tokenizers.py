@@ -78,6 +78,8 @@ def test_a_vocabulary_without_room_for_all_bytes_is_refused() -> None:
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"PretrainedTokenizer\.name: '.*nothing' cannot be loaded"):
         PretrainedTokenizer(name=str(tmp_path / "nothing")).prepare([], tmp_path, "")
+    with pytest.raises(ValueError, match=r"PretrainedTokenizer\.name: .* needs the environment variable NO_SUCH_PLACE"):
+        PretrainedTokenizer(name="${NO_SUCH_PLACE}/model").prepare([], tmp_path, "")
 
 
 def test_added_tokens_count_as_their_text_and_special_ones_as_nothing() -> None:

@@ -133,7 +133,12 @@ def read(case: Case, given: Tensors, backend: str) -> Tensor:
         return mlp_memory(*tokens, state=state_of(case, given), backend=backend, **arguments)[0]  # type: ignore[arg-type]
 
 
-def definition(case: Case, given: Tensors, form: Callable[..., tuple[Tensor, MLPState]] = recurrent) -> Tensors:
+def definition(
+    case: Case,
+    given: Tensors,
+    form: Callable[..., tuple[Tensor, MLPState]] = recurrent,
+    dtype: torch.dtype = torch.float64,
+) -> Tensors:
     """The solution of the token loop in fp64, one sequence after another, or of another `form` of the reference."""
 
     def each(inputs: Inputs, state: MLPState) -> tuple[Tensor, MLPState]:
@@ -155,13 +160,24 @@ def definition(case: Case, given: Tensors, form: Callable[..., tuple[Tensor, MLP
         parts = [None if own[0] is None else torch.cat(own) for own in zip(*ends)]
         return torch.cat(outputs, 0 if case.lengths is None else 1), MLPState(*parts)  # type: ignore[arg-type]
 
-    return solved(case, {name: part.double() for name, part in given.items()}, each)
+    return solved(case, {name: part.to(dtype) for name, part in given.items()}, each)
 
 
-def assert_close(found: Tensors, expected: Tensors, *, forward: float, backward: float, gates: float = 0.0) -> None:
-    """Fails with all names that are further apart than allowed; gates' gradients may be given a bound of their own."""
+def assert_close(
+    found: Tensors,
+    expected: Tensors,
+    *,
+    forward: float,
+    backward: float,
+    gates: float = 0.0,
+    rounded: Tensors | None = None,
+) -> None:
+    """Fails with all names that are further apart than allowed; gates' gradients may be given a bound of their own, and
+    states may be as far off as those of plain PyTorch with `rounded` products."""
     allowed = {name: forward for name in ("o", *STATES)} | {"offset": 0.0}
     allowed |= {f"d{name}": max(gates, backward) for name in ("rate", "log_decay", "log_momentum")}
+    if rounded is not None:
+        allowed |= {name: max(forward, error) for name, error in distances(rounded, expected).items() if name in STATES}
     errors = distances(found, expected)
     # Written so that NaN fails.
     wrong = {name: error for name, error in errors.items() if not error <= allowed.get(name, backward)}

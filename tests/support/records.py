@@ -53,10 +53,11 @@ class Made:
         status: str = "FINISHED",
         reason: str = "",
         higher: bool = True,
+        row_steps: int = 10,
     ) -> None:
         """Write and send one run: `rows` of its result table from the row before training on, None for one left out.
 
-        `costs` are recorded at every row, `steps` are metrics by name and optimizer step.
+        `costs` are recorded at every row, `steps` are metrics by name and optimizer step, `row_steps` lie between rows.
         """
         folder = self.folder / f"{variant}-s{seed}"
         journal = Journal(folder)
@@ -65,8 +66,8 @@ class Made:
         for row, scores in enumerate(rows):
             if scores is None:
                 continue
-            journal.results(row, 10 * row, cells(scores, tasks, higher=higher))
-            journal.metrics(10 * row, {"cost/steps": 10.0 * row} | dict(costs or {}))
+            journal.results(row, row_steps * row, cells(scores, tasks, higher=higher))
+            journal.metrics(row_steps * row, {"cost/steps": float(row_steps * row)} | dict(costs or {}))
         for name, points in (steps or {}).items():
             for step, point in points.items():
                 journal.metrics(step, {name: point})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from clplat.streams.tokenizers import ByteTokenizer
 
 VOCABULARY, END, CONTEXT = 60, 2, 32
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "eos_token_id": END, "bos_token_id": 1, "pad_token_id": 0}
@@ -13,6 +16,19 @@ LLAMA: dict[str, Any] = SIZES | {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "initializer_range": 0.3,
 }  # fmt: skip
+
+
+class SixtyTokens(ByteTokenizer):
+    """A tokenizer of as many tokens as the models here, for tests that read no text."""
+
+    vocab_size, end_token, identity = VOCABULARY, END, "sixty"
+
+    def encode_joined(self, texts: Sequence[str]) -> tuple[Any, Any, Any]:
+        ids, lengths, sizes = super().encode_joined(texts)
+        return ids % VOCABULARY, lengths, sizes
+
+    def token_bytes(self) -> torch.Tensor:
+        return torch.ones(VOCABULARY)
 
 
 def model_folder(parent: Path, kind: str, **changes: Any) -> Path:
@@ -24,6 +40,7 @@ def model_folder(parent: Path, kind: str, **changes: Any) -> Path:
         "gpt2": lambda: library.GPT2Config(
             **SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, initializer_range=0.3, **changes
         ),
+        "phi3": lambda: library.Phi3Config(**LLAMA | changes),
         "mixtral": lambda: library.MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2, **changes),
         "mamba": lambda: library.MambaConfig(**SIZES, hidden_size=32, state_size=4, num_hidden_layers=2, **changes),
     }

@@ -1,0 +1,52 @@
+"""A GGUF file as a folder of `transformers`, made once, so that runs need not dequantise it each time they start.
+
+    python -m clplat.architectures.pretrained.dequantise MODEL.gguf FOLDER
+
+The folder holds float32 safetensors, `config.json` and the tokenizer. What the weights were is written into the
+configuration, and every run says it (`architecture.weights: dequantised Q4_1, float32`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+from clplat.architectures.pretrained.loading import ORIGIN, Source, need
+
+
+def dequantise(file: Path, folder: Path) -> str:
+    """Write the folder; what the weights were, in words. A ValueError says what cannot be read and why."""
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    need("gguf", "accelerate")
+    from transformers import AutoTokenizer
+
+    source = Source(name=str(file.parent.resolve()), gguf_file=file.name, local_files_only=True)
+    model = cast(Any, source.load())
+    origin = source.weights(model.config).partition(",")[0]
+    # What was read from GGUF is not written as such: in memory these are plain float32 weights.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    setattr(model.config, ORIGIN, origin)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.name, gguf_file=file.name).save_pretrained(folder)
+    return origin
+
+
+def main() -> None:
+    """Entry point of the command above."""
+    parser = argparse.ArgumentParser(description="write a GGUF file as a folder of float32 safetensors")
+    parser.add_argument("file", type=Path, help="the GGUF file")
+    parser.add_argument("folder", type=Path, help="where to write")
+    given = parser.parse_args()
+    try:
+        print(f"{given.folder}: {dequantise(given.file, given.folder)}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"dequantise: {error}")
+
+
+if __name__ == "__main__":
+    main()
