@@ -115,14 +115,14 @@ def test_a_loss_that_is_not_a_number_says_what_the_model_knows_of_it() -> None:
 
 
 def largest_answer(kind: TitansLMM, momentum: float, *, scale: float, tokens: int = 512) -> float:
-    """Of a memory whose first weights are `scale` times those it begins with, to one key that is stepped on with the
+    """Of a memory, first weights `scale` times those that keep the scale of what they read, to one key that is stepped on with the
     largest steps, at values 7 long."""
     torch.manual_seed(0)
     mixer = kind.build(4 * 32)
     memory, chunk = mixer.memory, kind.rule.chunk
     with torch.no_grad():
         for part in memory.first:
-            part *= scale
+            torch.nn.init.normal_(part, std=scale / part.shape[1] ** 0.5)
         x = torch.zeros(1, tokens, 128)
         prepared = mixer._tokens(x, mixer.qkv(x), None, None)
         k, v = torch.randn(1, 4, 1, 32).expand(1, 4, tokens, 32), torch.randn(1, 4, tokens, 32)
@@ -136,16 +136,17 @@ def largest_answer(kind: TitansLMM, momentum: float, *, scale: float, tokens: in
         return float(memory(given)[0].norm(dim=-1).nan_to_num(torch.inf).max())
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("depth", [1, 2, 4])
 @pytest.mark.parametrize("momentum", [0.01, 0.97])
 def test_titans_stay_of_the_size_of_their_values_at_the_largest_steps_though_first_weights_have_grown(
-    depth: int, momentum: float
+    depth: int, momentum: float, residual: bool
 ) -> None:
-    assert largest_answer(TitansLMM(num_heads=4, depth=depth), momentum, scale=1.5) < 4
+    assert largest_answer(TitansLMM(num_heads=4, depth=depth, residual=residual), momentum, scale=1.5) < 4
 
 
 def test_steps_that_suit_a_matrix_make_two_layers_overflow_once_their_first_weights_have_grown() -> None:
-    loose = TitansLMM(num_heads=4, short_values=False)
+    loose = TitansLMM(num_heads=4, residual=True, short_values=False)
     assert loose.build(128).max_rate == 1 / 16
     assert largest_answer(loose, 0.01, scale=1.5) == torch.inf
 
