@@ -115,8 +115,8 @@ def test_a_loss_that_is_not_a_number_says_what_the_model_knows_of_it() -> None:
 
 
 def largest_answer(kind: TitansLMM, momentum: float, *, scale: float, tokens: int = 512) -> float:
-    """The longest answer to one key that is stepped on with the largest steps, at values 7 long, of a memory whose first
-    weights are `scale` times those that keep the scale of what they read."""
+    """The longest answer to one key that is stepped on with the largest steps, at values 7 long, of a memory whose
+    first weights are `scale` times those that keep the scale of what they read."""
     torch.manual_seed(0)
     mixer = kind.build(4 * 32)
     memory, chunk = mixer.memory, kind.rule.chunk
