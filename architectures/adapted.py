@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from clplat.architectures.adapters import AdapterHost
+from clplat.architectures.adapters import AdapterHost, check_may_be_backbone, not_called
 from clplat.architectures.base import Architecture, Decodes, Output, State
 from clplat.architectures.lora import LoRA, insert
 from clplat.streams.base import Spec
@@ -35,15 +35,13 @@ class Adapted(AdapterHost):
         # By keyword, which is how components take it.
         backbone = model(spec=spec)  # type: ignore[call-arg]
         name = type(backbone).__name__
-        if backbone.causal is not True or spec.kind != "language":
-            raise ValueError(f"model: {name} is no causal language model, or the stream no text; adapters need both")
-        for hook in ("task_start", "step_end"):
-            if getattr(type(backbone), hook) is not getattr(Architecture, hook):
-                raise ValueError(f"model: {name} changes itself while it is trained ({hook}), and a backbone does not")
+        check_may_be_backbone(backbone, spec, "adapters")
         if weights is not None:
             backbone.load_state_dict(_weights_in(weights, name))
         super().__init__(backbone, lora or LoRA(), TARGETS)
-        self._check_used(spec)
+        if unused := not_called(backbone, self._layers(), spec.input_shape[0]):
+            raise ValueError(f"lora.targets: {name} reads the weights of {unused[0]} without calling the layer, so "
+                             "that an adapter there does nothing; name others")  # fmt: skip
 
     def forward(self, batch: Batch, state: State = None, return_hidden: str | None = None) -> Output:
         return self.backbone(batch, state, return_hidden)
@@ -73,24 +71,6 @@ class Adapted(AdapterHost):
     def _insert(self, adapter: str) -> None:
         assert self.lora is not None
         insert(self.backbone, adapter, self.lora, self.targets)
-
-    @torch.no_grad()
-    def _check_used(self, spec: Spec) -> None:
-        """ValueError for a layer whose weights the model reads without calling it: its adapter would do nothing."""
-        unused = set(self._layers())
-
-        def called(path: str) -> Callable[..., None]:
-            return lambda *_: unused.discard(path)
-
-        hooks = [self.backbone.get_submodule(path).register_forward_hook(called(path)) for path in list(unused)]
-        tokens = torch.zeros(1, spec.input_shape[0], dtype=torch.long)
-        with torch.random.fork_rng(devices=[]):
-            self.backbone(Batch(inputs=tokens, targets=tokens))
-        for hook in hooks:
-            hook.remove()
-        if unused:
-            raise ValueError(f"lora.targets: {type(self.backbone).__name__} reads the weights of {min(unused)} without "
-                             "calling the layer, so that an adapter there does nothing; name others")  # fmt: skip
 
 
 def _weights_in(given: str, name: str) -> dict[str, Any]:

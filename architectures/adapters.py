@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol, cast
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from clplat.architectures.base import Architecture
 from clplat.architectures.lora import LoRA, check_targets
+from clplat.streams.base import Spec
+from clplat.streams.batch import Batch
 
 FIRST = "default"
 """The adapter that a model begins with: active and trained."""
@@ -30,7 +32,59 @@ class AdapterLayer(Protocol):
     def enable_adapters(self, enabled: bool) -> None: ...
 
 
-class AdapterHost(Architecture, ABC):
+class AdapterChoice(Architecture, ABC):
+    """Parts by name beside a backbone: which of them answer, and which of these are trained."""
+
+    called: ClassVar[tuple[str, str]] = ("adapter", "adapters")
+    """What one of them and several are called in errors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+        self.trained: tuple[str, ...] = ()
+
+    @abstractmethod
+    def adapter_names(self) -> list[str]:
+        """Those that can be chosen."""
+
+    @abstractmethod
+    def _let_answer(self, active: Sequence[str]) -> None:
+        """Let these answer, while `trained` stays as it is."""
+
+    def use_adapters(self, active: Sequence[str], trained: Sequence[str] | None = None) -> None:
+        """Which of them answer, their changes added up, and which of these are trained (None: all of them)."""
+        self._check_known(active)
+        chosen = tuple(active if trained is None else trained)
+        if not set(chosen) <= set(active):
+            raise ValueError(f"{self.called[1]} {sorted(set(chosen) - set(active))}: trained, but not active: no "
+                             "gradient would reach them")  # fmt: skip
+        self.active, self.trained = tuple(active), chosen
+        self._let_answer(self.active)
+
+    @contextmanager
+    def answering(self, *adapters: str) -> Iterator[None]:
+        """Within it others answer (none: the backbone, with what cannot be taken from it); what is trained stays so.
+        Leave it before `backward`: gradient checkpointing reads layers again, with what is active then."""
+        self._check_known(adapters)
+        self._let_answer(adapters)
+        try:
+            yield
+        finally:
+            self._let_answer(self.active)
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        if unknown := [name for name in names if name not in self.adapter_names()]:
+            raise ValueError(f"{self.called[0]} {unknown[0]!r}: there is none of that name; there are "
+                             f"{self.adapter_names()}")  # fmt: skip
+
+    def _check_new(self, name: str, taken: Sequence[str]) -> None:
+        if not name.isidentifier():
+            raise ValueError(f"{self.called[0]} {name!r}: a name is made of letters, digits and '_'")
+        if name in taken:
+            raise ValueError(f"{self.called[0]} {name!r}: is there already; there are {self.adapter_names()}")
+
+
+class AdapterHost(AdapterChoice, ABC):
     """A backbone, and adapters beside its layers where `lora` is given (`base.Adapters`); else all of it is trained.
 
     With adapters the state dict holds their tensors and the backbone's checksum (uint8, 32 bytes of SHA-256) alone:
@@ -46,8 +100,6 @@ class AdapterHost(Architecture, ABC):
         self.backbone, self.lora = backbone, lora
         self.targets = default_targets if lora is None or lora.targets is None else lora.targets
         self.checksum = backbone_checksum(backbone)
-        self.active: tuple[str, ...] = ()
-        self.trained: tuple[str, ...] = ()
         if lora is None:
             return
         check_targets(backbone, self.targets, fused=self.takes_fused)
@@ -76,33 +128,9 @@ class AdapterHost(Architecture, ABC):
         """One more that changes nothing yet, neither active nor trained. Draws from torch's global random source."""
         if self.lora is None:
             raise ValueError(f"{type(self).__name__}.lora: all weights are trained; give lora options for adapters")
-        if not adapter.isidentifier():
-            raise ValueError(f"adapter {adapter!r}: a name is made of letters, digits and '_'")
-        if adapter in self.adapter_names():
-            raise ValueError(f"adapter {adapter!r}: is there already; there are {self.adapter_names()}")
+        self._check_new(adapter, self.adapter_names())
         self._insert(adapter)
         self._let_answer(self.active)
-
-    def use_adapters(self, active: Sequence[str], trained: Sequence[str] | None = None) -> None:
-        """Which adapters answer, their changes added up, and which of these are trained (None: all of them)."""
-        self._check_known(active)
-        chosen = tuple(active if trained is None else trained)
-        if not set(chosen) <= set(active):
-            raise ValueError(f"adapters {sorted(set(chosen) - set(active))}: trained, but not active: no gradient "
-                             "would reach them")  # fmt: skip
-        self.active, self.trained = tuple(active), chosen
-        self._let_answer(self.active)
-
-    @contextmanager
-    def answering(self, *adapters: str) -> Iterator[None]:
-        """Within it other adapters answer (none: the backbone alone); what is trained stays so. Leave it before
-        `backward`: gradient checkpointing reads the layers again, with the adapters that are active then."""
-        self._check_known(adapters)
-        self._let_answer(adapters)
-        try:
-            yield
-        finally:
-            self._let_answer(self.active)
 
     def structure(self) -> Mapping[str, Any]:
         if self.lora is None:
@@ -126,10 +154,6 @@ class AdapterHost(Architecture, ABC):
         """The layers with adapters, by their path in the backbone."""
         found = ((path, module) for path, module in self.backbone.named_modules() if hasattr(module, "lora_A"))
         return {path: cast(AdapterLayer, module) for path, module in found}
-
-    def _check_known(self, adapters: Sequence[str]) -> None:
-        if unknown := [adapter for adapter in adapters if adapter not in self.adapter_names()]:
-            raise ValueError(f"adapter {unknown[0]!r}: there is none of that name; there are {self.adapter_names()}")
 
     def _let_answer(self, active: Sequence[str]) -> None:
         """Let these adapters answer, and gradients reach the trained ones alone: peft moves both at once, and would
@@ -159,6 +183,33 @@ def leave_backbone_out(host: nn.Module) -> None:
     host.register_load_state_dict_pre_hook(_check_backbone)
     host.register_load_state_dict_post_hook(_expect_no_backbone)
     cast(OnBackbone, host).backbone.requires_grad_(False)
+
+
+def check_may_be_backbone(backbone: Architecture, spec: Spec, parts: str) -> None:
+    """ValueError for a model beside which such parts cannot stand: no language model, or one that changes itself."""
+    name = type(backbone).__name__
+    if backbone.causal is not True or spec.kind != "language":
+        raise ValueError(f"model: {name} is no causal language model, or the stream no text; {parts} need both")
+    for hook in ("task_start", "step_end"):
+        if getattr(type(backbone), hook) is not getattr(Architecture, hook):
+            raise ValueError(f"model: {name} changes itself while it is trained ({hook}), and a backbone does not")
+
+
+@torch.no_grad()
+def not_called(backbone: Architecture, layers: Mapping[str, nn.Module], length: int) -> list[str]:
+    """Those layers, by name, that a row of `length` tokens does not call: what stands beside them would do nothing."""
+    silent = set(layers)
+
+    def called(name: str) -> Callable[..., None]:
+        return lambda *_: silent.discard(name)
+
+    hooks = [layer.register_forward_hook(called(name)) for name, layer in layers.items()]
+    tokens = torch.zeros(1, length, dtype=torch.long)
+    with torch.random.fork_rng(devices=[]):
+        backbone(Batch(inputs=tokens, targets=tokens))
+    for hook in hooks:
+        hook.remove()
+    return sorted(silent)
 
 
 def backbone_checksum(backbone: nn.Module) -> str:

@@ -8,14 +8,22 @@ The memories are adapters (`base.Adapters`): named, active or not, trained or no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clplat.architectures.adapters import FIRST, AdapterHost, backbone_checksum, leave_backbone_out
+from clplat.architectures.adapters import (
+    FIRST,
+    AdapterChoice,
+    AdapterHost,
+    backbone_checksum,
+    check_may_be_backbone,
+    leave_backbone_out,
+    not_called,
+)
 from clplat.architectures.base import Architecture, Decodes, Output, State, StepOutcome
 from clplat.architectures.locas.feed_forward import feed_forwards
 from clplat.architectures.locas.memory import Bank, SidewayFFN
@@ -25,9 +33,10 @@ from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
 
 
-class LocasModel(Architecture):
+class LocasModel(AdapterChoice):
     """A causal language model that stays as it is, and memories of few slots that are trained beside it."""
 
+    called = ("memory", "memories")
     causal = True
     paper = "Lu et al. 2026, arXiv:2602.05085"
     fidelity = "interpretation"
@@ -39,7 +48,10 @@ class LocasModel(Architecture):
         super().__init__()
         # By keyword, which is how components take it.
         backbone, self.memory = model(spec=spec), memory or SideMemory()  # type: ignore[call-arg]
-        _check_backbone(backbone, spec)
+        check_may_be_backbone(backbone, spec, "memories")
+        if isinstance(backbone, AdapterHost) and backbone.lora is not None:
+            raise ValueError(f"model: {type(backbone).__name__} has low-rank adapters; leave out its lora, and let "
+                             "memories stand alone")  # fmt: skip
         layers = feed_forwards(backbone)
         self.backbone, self.checksum = backbone, backbone_checksum(backbone)
         leave_backbone_out(self)
@@ -50,12 +62,12 @@ class LocasModel(Architecture):
         if gated and self.memory.start == "gradient":
             raise ValueError(f"memory.start: gradient writes into layers without a gate, and those of "
                              f"{type(backbone).__name__} have one; use clone")  # fmt: skip
-        self.active: tuple[str, ...] = ()
-        self.trained: tuple[str, ...] = ()
         self.permanent: tuple[str, ...] = ()
         self.add_adapter(FIRST)
         self.use_adapters([FIRST])
-        self._check_called(spec)
+        if silent := not_called(backbone, self.sideways(), min(8, spec.input_shape[0])):
+            raise ValueError(f"model: {type(backbone).__name__} does not call {silent[0]}, so that a memory beside it "
+                             "would do nothing; choose another model")  # fmt: skip
 
     def sideways(self) -> dict[str, SidewayFFN]:
         """The layers with memories, by their path in the backbone."""
@@ -92,10 +104,7 @@ class LocasModel(Architecture):
 
     def add_adapter(self, adapter: str) -> None:
         """One more memory that changes nothing yet. Draws from torch's global random source."""
-        if not adapter.isidentifier():
-            raise ValueError(f"memory {adapter!r}: a name is made of letters, digits and '_'")
-        if adapter in (*self.permanent, *self.adapter_names()):
-            raise ValueError(f"memory {adapter!r}: is there already; there are {self.adapter_names()}")
+        self._check_new(adapter, (*self.permanent, *self.adapter_names()))
         for side in self.sideways().values():
             view, rank = side.view(), self.memory.rank
             made = Bank(
@@ -105,30 +114,13 @@ class LocasModel(Architecture):
             side.side_banks[adapter] = made.requires_grad_(False)
 
     def use_adapters(self, active: Sequence[str], trained: Sequence[str] | None = None) -> None:
-        """Which memories answer, their changes added up, and which of these are trained (None: all of them)."""
-        self._check_known(active)
-        chosen = tuple(active if trained is None else trained)
-        if not set(chosen) <= set(active):
-            raise ValueError(f"memories {sorted(set(chosen) - set(active))}: trained, but not active: no gradient "
-                             "would reach them")  # fmt: skip
-        self.active, self.trained = tuple(active), chosen
-        self._let_answer(self.active)
+        super().use_adapters(active, trained)
         for side in self.sideways().values():
             side.permanent = list(self.permanent)
             for name, bank in side.side_banks.items():
-                bank.requires_grad_(name in chosen)
+                bank.requires_grad_(name in self.trained)
         # A class attribute by contract; here it depends on what is trained.
         self.__dict__["frozen"] = tuple(name for name, p in self.named_parameters() if not p.requires_grad)
-
-    @contextmanager
-    def answering(self, *adapters: str) -> Iterator[None]:
-        """Within it other memories answer (none: the model as it was, with what has become permanent)."""
-        self._check_known(adapters)
-        self._let_answer(adapters)
-        try:
-            yield
-        finally:
-            self._let_answer(self.active)
 
     def without_writes(self) -> AbstractContextManager[None]:
         """Within it no memory answers, as if nothing had been written."""
@@ -196,36 +188,3 @@ class LocasModel(Architecture):
     def _let_answer(self, names: Sequence[str]) -> None:
         for side in self.sideways().values():
             side.active = list(names)
-
-    def _check_known(self, names: Sequence[str]) -> None:
-        if unknown := [name for name in names if name not in self.adapter_names()]:
-            raise ValueError(f"memory {unknown[0]!r}: there is none of that name; there are {self.adapter_names()}")
-
-    @torch.no_grad()
-    def _check_called(self, spec: Spec) -> None:
-        """ValueError for a layer whose matrices the model reads without calling it: its memory would do nothing."""
-        silent = set(self.sideways())
-
-        def called(path: str) -> Callable[..., None]:
-            return lambda *_: silent.discard(path)
-
-        hooks = [side.register_forward_hook(called(path)) for path, side in self.sideways().items()]
-        tokens = torch.zeros(1, min(8, spec.input_shape[0]), dtype=torch.long)
-        with torch.random.fork_rng(devices=[]):
-            self.backbone(Batch(inputs=tokens, targets=tokens))
-        for hook in hooks:
-            hook.remove()
-        if silent:
-            raise ValueError(f"model: {type(self.backbone).__name__} does not call {min(silent)}, so that a memory "
-                             "beside it would do nothing; choose another model")  # fmt: skip
-
-
-def _check_backbone(backbone: Architecture, spec: Spec) -> None:
-    name = type(backbone).__name__
-    if backbone.causal is not True or spec.kind != "language":
-        raise ValueError(f"model: {name} is no causal language model, or the stream no text; memories need both")
-    for hook in ("task_start", "step_end"):
-        if getattr(type(backbone), hook) is not getattr(Architecture, hook):
-            raise ValueError(f"model: {name} changes itself while it is trained ({hook}), and a backbone does not")
-    if isinstance(backbone, AdapterHost) and backbone.lora is not None:
-        raise ValueError(f"model: {name} has low-rank adapters; leave out its lora, and let memories stand alone")
