@@ -68,15 +68,18 @@ class BookStream(Stream):
         window: int = 2048,
         passes: int = 2,
         parts: int = 4,
+        max_eval_rows: int | None = None,
         multiple_choice: list[MultipleChoice] | None = None,
         cache_dir: str | None = None,
     ) -> None:
         """A row shows `window` tokens, of which the last `chunk` are learned, and stands `passes` times in a row: one
-        epoch reads a book once. `parts` divide each book's chunks evenly. `tokenizer` defaults to bytes;
-        `multiple_choice` questions are scored before, between and behind the parts."""
+        epoch reads a book once. `parts` divide each book's chunks evenly, and at most `max_eval_rows` chunks of each
+        are its test set. `tokenizer` defaults to bytes; `multiple_choice` questions are scored before, between and
+        behind the parts."""
         check_reading(chunk=chunk, window=window, passes=passes)
-        if not books or parts < 1:
-            raise ValueError(f"books, parts: at least one of each, got {len(books)} and {parts}")
+        if not books or parts < 1 or (max_eval_rows or 1) < 1:
+            raise ValueError(f"books, parts, max_eval_rows: at least one of each, got {len(books)}, {parts} and "
+                             f"{max_eval_rows}")  # fmt: skip
         names = [book.name for book in books] + [asked.name for asked in multiple_choice or []]
         if len(set(names)) < len(names):
             raise ValueError(f"books, multiple_choice: each needs a name of its own, got {names}")
@@ -88,6 +91,7 @@ class BookStream(Stream):
         for asked in multiple_choice or []:
             asked.check()
         self.books, self.chunk, self.window, self.passes, self.parts = books, chunk, window, passes, parts
+        self.max_eval_rows = max_eval_rows
         self.tokenizer: Tokenizer = tokenizer or ByteTokenizer()
         self.multiple_choice, self.cache_dir = multiple_choice or [], cache_folder(cache_dir)
 
@@ -126,12 +130,13 @@ class BookStream(Stream):
             name = book.name if self.parts == 1 else f"{book.name}_{part + 1}"
             index = len(self.tasks)
 
-            def rows(passes: int, part: int = part, index: int = index) -> ReadingRows:
+            def rows(passes: int, max_rows: int | None, part: int = part, index: int = index) -> ReadingRows:
                 return ReadingRows(
                     tokens, chunk=self.chunk, window=self.window, end=self.tokenizer.end_token, task=index,
                     passes=passes, first=part * chunks // self.parts, last=(part + 1) * chunks // self.parts,
+                    max_rows=max_rows,
                 )  # fmt: skip
 
-            test = EvalSet(name=name, data=rows(1), scorer=scorer)
-            self.tasks = [*self.tasks, Task(index=index, name=name, train=rows(self.passes), test=test,
+            test = EvalSet(name=name, data=rows(1, self.max_eval_rows), scorer=scorer)
+            self.tasks = [*self.tasks, Task(index=index, name=name, train=rows(self.passes, None), test=test,
                                             headline="loss")]  # fmt: skip

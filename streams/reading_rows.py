@@ -10,7 +10,7 @@ import copy
 import torch
 from torch import Tensor
 
-from clplat.streams.base import digest
+from clplat.streams.base import digest, spread_rows
 from clplat.streams.batch import IGNORE, Batch
 
 
@@ -18,8 +18,9 @@ class ReadingRows:
     """Row r is chunk r // `passes` of a text: its S tokens are targets, and the T + 1 − S before them are read only.
 
     Chunks count targets: chunk c has tokens 1 + cS … (c + 1)S of the text, whose first token is never one. `first` and
-    `last` (not included) bound the chunks that are rows here; what a window shows may lie before `first`. Rows are
-    filled up on the right with `end`. Only the text's last chunk may be shorter.
+    `last` (not included) bound the chunks that are rows here; what a window shows may lie before `first`. `max_rows`
+    keeps so many rows, spread evenly. Rows are filled up on the right with `end`. Only the text's last chunk may be
+    shorter.
     """
 
     ordered = True
@@ -35,29 +36,32 @@ class ReadingRows:
         passes: int = 1,
         first: int = 0,
         last: int | None = None,
+        max_rows: int | None = None,
     ) -> None:
         self.tokens, self.chunk, self.end, self.passes, self.first = tokens, chunk, end, passes, first
         self.chunks = (chunks_of(len(tokens), chunk) if last is None else last) - first
         self.prefix, self.task = window + 1 - chunk, task
         self._window = torch.arange(window)
         self.tokens_per_row = chunk
+        self._rows = spread_rows(self.chunks * passes, max_rows)
         covered = min(len(tokens), 1 + (first + self.chunks) * chunk) - first * chunk
         self.nbytes = max(0, covered) * tokens.element_size()
-        self.digest = digest(tokens, torch.tensor([chunk, window, passes, first, self.chunks]))
+        self.digest = digest(tokens, torch.tensor([chunk, window, passes, first, self.chunks]), self._rows)
 
     def __len__(self) -> int:
-        return self.chunks * self.passes
+        return len(self._rows)
 
     def to(self, device: torch.device) -> ReadingRows:
         """The same rows on another device."""
         moved = copy.copy(self)
         moved.tokens, moved._window = self.tokens.to(device), self._window.to(device)
+        moved._rows = self._rows.to(device)
         return moved
 
     def batch(self, rows: Tensor) -> Batch:
         """Rows (B,) as inputs and targets (B, T)."""
         device = self.tokens.device
-        chunks = (self.first + rows // self.passes).to(device, non_blocking=True).unsqueeze(1)
+        chunks = (self.first + self._rows[rows.to(device, non_blocking=True)] // self.passes).unsqueeze(1)
         starts = 1 + chunks * self.chunk
         ends = (starts + self.chunk).clamp(max=len(self.tokens))
         places = (starts - self.prefix).clamp(min=0) + self._window

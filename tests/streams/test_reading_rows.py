@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from clplat.streams.base import spread_rows
 from clplat.streams.batch import IGNORE
 from clplat.streams.book import Book, BookStream
 from clplat.streams.reading_rows import ReadingRows
@@ -69,9 +70,22 @@ def test_a_book_becomes_tasks_whose_test_sets_are_the_chunks_that_they_read(tmp_
     assert made.facts()["tale.tokens"] == 80 and made.facts()["second.tokens"] == 40
 
 
+def test_a_test_set_can_be_fewer_chunks_spread_over_the_part(tmp_path: Path) -> None:
+    made = stream(tmp_path, max_eval_rows=2)
+    made.prepare()
+    task = made.tasks[0]
+    assert len(task.train) == 15 and len(task.test.data) == 2
+    both = task.test.data.batch(torch.arange(2)).inputs
+    assert torch.equal(both, task.train.batch(3 * spread_rows(5, 2)).inputs)
+    everything = stream(tmp_path)
+    everything.prepare()
+    assert task.test.data.digest != everything.tasks[0].test.data.digest
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"max_eval_rows": 0}, "max_eval_rows: at least one"),
         ({"chunk": 32}, "window: 16 tokens do not hold a chunk of 32"),
         ({"passes": 0}, "chunk, passes: at least 1"),
         ({"parts": 0}, "books, parts: at least one of each"),
