@@ -77,14 +77,18 @@ class BookStream(Stream):
         are its test set. `tokenizer` defaults to bytes; `multiple_choice` questions are scored before, between and
         behind the parts."""
         check_reading(chunk=chunk, window=window, passes=passes)
-        if not books or parts < 1 or (max_eval_rows or 1) < 1:
+        if not books or parts < 1 or (max_eval_rows is not None and max_eval_rows < 1):
             raise ValueError(f"books, parts, max_eval_rows: at least one of each, got {len(books)}, {parts} and "
                              f"{max_eval_rows}")  # fmt: skip
         names = [book.name for book in books] + [asked.name for asked in multiple_choice or []]
         if len(set(names)) < len(names):
             raise ValueError(f"books, multiple_choice: each needs a name of its own, got {names}")
         for book in books:
-            if not re.fullmatch(r"[\w.-]+", book.name) or book.row < 0 or (book.max_tokens or 2) < 2:
+            if (
+                not re.fullmatch(r"[\w.-]+", book.name)
+                or book.row < 0
+                or (book.max_tokens is not None and book.max_tokens < 2)
+            ):
                 raise ValueError(f"book {book.name!r}: its name is made of letters, digits, '.', '_' and '-', row is "
                                  "at least 0 and max_tokens at least 2")  # fmt: skip
             book.domain().check()
