@@ -58,7 +58,7 @@ class DialogueQAStream(Stream):
         check_reading(chunk=chunk, window=window, passes=passes)
         if "{question}" not in question_template:
             raise ValueError("question_template: needs {question}")
-        if min(max_questions, max_new_tokens, max_turns or 1) < 1 or max_answers < 0:
+        if min(max_questions, max_new_tokens, 1 if max_turns is None else max_turns) < 1 or max_answers < 0:
             raise ValueError("max_questions, max_new_tokens, max_turns, max_answers: at least 1, 1, 1 and 0")
         self.file = Path(os.path.expandvars(file))
         if unset := re.search(r"\$\{?(\w+)", str(self.file)):
