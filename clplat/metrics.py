@@ -130,6 +130,15 @@ def learned_and_kept(part: Scores) -> dict[str, float]:
     return found
 
 
+def through_view(table: ResultTable, view: str) -> dict[str, float]:
+    """`final_score`, `learning_score` and `final_forgetting` of a run as another view has them."""
+    part = table.seen_through(view)[: table.rows()[-1] + 1]
+    found = {name: value for name, value in learned_and_kept(part).items() if name.endswith("_score")}
+    if len(part) > 2:
+        found["final_forgetting"] = _mean(forgetting_max(part)[-1, : len(part) - 2])
+    return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
 def answer_scores(table: ResultTable) -> Scores:
     """Scores (T+1, T) of what is written, for tasks whose headline is a loss: of each the one metric, higher is better,
     that is measured beside it. Empty where a task has none or several."""

@@ -12,11 +12,13 @@ import numpy as np
 
 from clplat import figures
 from clplat.errors import ConfigError
+from clplat.metrics import interval, paired
 from clplat.report import (
     ABILITY,
     COSTS,
     SCORES,
     TRANSFER,
+    VIEWED,
     baseline_of,
     difference,
     finding,
@@ -34,7 +36,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .88rem }
-th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th, td { padding: .35rem .55rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child { text-align: left } th { font-weight: 600; border-bottom: 2px solid #888 }
 .finding { font-size: 1.05rem; background: #f2f6fa; padding: .8rem 1rem; border-left: 4px solid #0072B2 }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem } .figures > div { flex: 1 1 26rem; max-width: 40rem }
@@ -75,8 +77,8 @@ def render(study: StudyResults, baseline: str | None, folder: Path) -> Path:
         "(a loss of 2 nats is −2). Forgetting: best score since training minus score now; lower is better. Differences "
         "are paired over seeds; a star marks one at 95 %, for which at least 5 seeds are needed.</p>",
         _scores(study, baseline),
-        "<h2>Transfer</h2>",
-        _shown(study, TRANSFER),
+        *(["<h2>Transfer</h2>", shown] if (shown := _shown(study, TRANSFER)) else []),
+        *_views(study),
         *_ability(study),
         "<h2>Costs</h2>",
         '<p class="small">Means over seeds. Fidelity: how close the parts of a run are to their papers, the least '
@@ -128,6 +130,25 @@ def _shown(study: StudyResults, heads: Mapping[str, str]) -> str:
     shown = {m: head for m, head in heads.items() if any(study.by_seed(v, m) for v in study.variants())}
     rows = [[_name(study, v), *(str(study.interval(v, metric)) for metric in shown)] for v in study.variants()]
     return _table(["variant", *shown.values()], rows) if shown else ""
+
+
+def _views(study: StudyResults) -> list[str]:
+    """How the same runs score through other views; nothing where there is none."""
+    rows = []
+    for variant in study.variants():
+        for view in study.views(variant):
+            seen = {metric: study.through_view(variant, view, metric) for metric in VIEWED}
+            shown = [str(interval(list(values.values()))) for values in seen.values()]
+            apart = paired(seen["final_score"], study.by_seed(variant, "final_score"))
+            rows.append([_name(study, variant), view, str(len(seen["final_score"])), *shown, str(apart)])
+    if not rows:
+        return []
+    note = (
+        '<p class="small">The same runs scored another way: without what memories wrote, with slow or interpolated '
+        "weights, by other answers. The tables above have the default view; the last column is paired over seeds.</p>"
+    )
+    heads = [SCORES[metric] for metric in VIEWED]
+    return ["<h2>Other views</h2>", note, _table(["variant", "view", "n", *heads, "final − default"], rows)]
 
 
 def _ability(study: StudyResults) -> list[str]:

@@ -27,6 +27,8 @@ TRANSFER = {
     "forward_transfer": "forward transfer",
     "intransigence": "intransigence",
 }
+VIEWED = ("final_score", "learning_score", "final_forgetting")
+"""What other views are shown by."""
 ABILITY = {
     "answers/final_score": "answers: final score (OP)",
     "answers/learning_score": "learning score (plasticity)",

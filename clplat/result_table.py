@@ -93,6 +93,22 @@ class ResultTable:
                     table[row, cell.index] = cell.value
         return table
 
+    def views(self) -> list[str]:
+        """The views beside the default one through which tasks were scored."""
+        seen = (dict(zip(_KIND, kind, strict=True)) for kind in self._kinds)
+        return sorted({kind["view"] for kind in seen if kind["index"] is not None} - {"default"})
+
+    def seen_through(self, view: str) -> Scores:
+        """S (T+1, T) through another view, by the metrics that are the tasks' headlines."""
+        kinds = (dict(zip(_KIND, kind, strict=True)) for kind in self._kinds)
+        headlines = {(kind["index"], kind["metric"]) for kind in kinds if kind["headline"]}
+        table = np.full((len(self._names) + 1, len(self._names)), np.nan)
+        for row in self.rows():
+            for cell in self.cells(row):
+                if cell.index is not None and cell.view == view and (cell.index, cell.metric) in headlines:
+                    table[row, cell.index] = cell.value if cell.higher_is_better else -cell.value
+        return table
+
     def scores(self) -> Scores:
         """S (T+1, T): the headline metric of each task, signed so that higher is better."""
         table = np.full((len(self._names) + 1, len(self._names)), np.nan)

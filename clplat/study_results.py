@@ -15,7 +15,7 @@ import numpy as np
 from clplat import journal
 from clplat.config import load_run
 from clplat.errors import ClplatError, ConfigError, nearest
-from clplat.metrics import Interval, forgetting_over_time, interval, whole_curve
+from clplat.metrics import Interval, forgetting_over_time, interval, through_view, whole_curve
 from clplat.points import Translator
 from clplat.result_table import Curve, ResultTable, Scores
 from clplat.study_file import load_study, run_folders
@@ -73,6 +73,15 @@ class StudyResults:
             return self._intransigence(variant)
         found = {run.seed: _metric(run, metric) for run in self.of(variant)}
         return {seed: value for seed, value in found.items() if not math.isnan(value)}
+
+    def views(self, variant: str) -> list[str]:
+        """The views beside the default one that finished runs of a variant were scored through."""
+        return sorted({view for run in self.of(variant) if run.table for view in run.table.views()})
+
+    def through_view(self, variant: str, view: str, metric: str) -> dict[int, float]:
+        """A metric of `metrics.through_view` of every finished run of a variant that has it."""
+        found = {run.seed: through_view(run.table, view) for run in self.of(variant) if run.table}
+        return {seed: values[metric] for seed, values in found.items() if metric in values}
 
     def interval(self, variant: str, metric: str) -> Interval:
         """Mean and interval of a metric over seeds."""

@@ -193,3 +193,25 @@ def test_written_answers_and_ability_stand_on_the_page_of_studies_that_measure_t
     page = write_report(load_study_results("digits", store), "out").read_text()
     assert "general ability" not in plain
     assert "answers: final score (OP)" in page and "0.510" in page and "-0.062" in page and "BWT" in page
+
+
+def test_other_views_of_the_same_runs_stand_beside_the_default_one(store: str) -> None:
+    study = Made(store, ["naive", "er"], [0, 1])
+    for seed in (0, 1):
+        study.run("naive", seed, NAIVE[seed])
+        study.run("er", seed, ER[seed], views={"slow": NAIVE[seed]})
+    results = load_study_results("digits", store)
+    assert results.views("naive") == [] and results.views("er") == ["slow"]
+    for metric in ("final_score", "learning_score", "final_forgetting"):
+        assert results.through_view("er", "slow", metric) == pytest.approx(results.by_seed("naive", metric))
+    page = write_report(results, "out").read_text()
+    apart = paired(results.by_seed("naive", "final_score"), results.by_seed("er", "final_score"))
+    assert (
+        "Other views" in page and f"<td>slow</td><td>2</td><td>{results.interval('naive', 'final_score')}</td>" in page
+    )
+    assert f"<td>{apart}</td>" in page
+    # Losses are turned in other views too.
+    study = Made(store, ["naive"], [0], baseline=None)
+    study.run("naive", 0, NAIVE[0], higher=False, views={"slow": ER[0]})
+    found = load_study_results(str(study.folder)).through_view("naive", "slow", "final_score")
+    assert found == {0: pytest.approx(-(0.8 + 0.7) / 2)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from studies import study
@@ -54,10 +55,12 @@ class Made:
         reason: str = "",
         higher: bool = True,
         row_steps: int = 10,
+        views: Mapping[str, Rows] | None = None,
     ) -> None:
         """Write and send one run: `rows` of its result table from the row before training on, None for one left out.
 
-        `costs` are recorded at every row, `steps` are metrics by name and optimizer step, `row_steps` lie between rows.
+        `costs` are recorded at every row, `steps` are metrics by name and optimizer step, `row_steps` lie between rows,
+        `views` are the rows of other views.
         """
         folder = self.folder / f"{variant}-s{seed}"
         journal = Journal(folder)
@@ -66,7 +69,11 @@ class Made:
         for row, scores in enumerate(rows):
             if scores is None:
                 continue
-            journal.results(row, row_steps * row, cells(scores, tasks, higher=higher))
+            seen = cells(scores, tasks, higher=higher)
+            for view, others in (views or {}).items():
+                beside = cells(others[row] or [], tasks, higher=higher)
+                seen += [replace(cell, view=view, headline=False) for cell in beside]
+            journal.results(row, row_steps * row, seen)
             journal.metrics(row_steps * row, {"cost/steps": float(row_steps * row)} | dict(costs or {}))
         for name, points in (steps or {}).items():
             for step, point in points.items():
