@@ -32,6 +32,8 @@ from clplat.tracking import client
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MEASURED = "strategy/"
+"""Names of what strategies measure begin so."""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
@@ -79,6 +81,7 @@ def render(study: StudyResults, baseline: str | None, folder: Path) -> Path:
         _scores(study, baseline),
         *(["<h2>Transfer</h2>", shown] if (shown := _shown(study, TRANSFER)) else []),
         *_views(study),
+        *_measured(study),
         *_ability(study),
         "<h2>Costs</h2>",
         '<p class="small">Means over seeds. Fidelity: how close the parts of a run are to their papers, the least '
@@ -149,6 +152,17 @@ def _views(study: StudyResults) -> list[str]:
     )
     heads = [SCORES[metric] for metric in VIEWED]
     return ["<h2>Other views</h2>", note, _table(["variant", "view", "n", *heads, "final − default"], rows)]
+
+
+def _measured(study: StudyResults) -> list[str]:
+    """What strategies have to tell of a run, such as how well a text was predicted while it was read."""
+    finished = [variant for variant in study.variants() if study.of(variant)]
+    names = sorted({name for v in finished for run in study.of(v) for name in run.metrics if name.startswith(MEASURED)})
+    if not names:
+        return []
+    rows = [[name.removeprefix(MEASURED), *(str(study.interval(v, name)) for v in finished)] for name in names]
+    note = '<p class="small">The last value of each run, mean ± 95 % Student t interval over seeds.</p>'
+    return ["<h2>What strategies measured</h2>", note, _table(["", *(_name(study, v) for v in finished)], rows)]
 
 
 def _ability(study: StudyResults) -> list[str]:

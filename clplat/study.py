@@ -93,6 +93,15 @@ def try_out(parts: Parts) -> None:
     """Make the optimizer, and let the model answer two rows."""
     import torch
 
+    if not trains(parts):
+        # A strategy may bring what is trained when a task begins.
+        parts.context.task = parts.hooks.select_tasks(parts.stream.tasks)[0]
+        parts.hooks.task_start(parts.context.task)
+        if not trains(parts):
+            raise ConfigError(
+                f"architecture: nothing of {type(parts.architecture).__name__} is trained; give it a strategy that "
+                "brings what is (Prompted: ProgressivePrompts or PromptPool), or another architecture"
+            )
     parts.learner.configure_optimizers()
     rows = parts.stream.tasks[0].train.batch(torch.arange(min(2, len(parts.stream.tasks[0].train))))
     try:
@@ -103,6 +112,11 @@ def try_out(parts: Parts) -> None:
         raise ConfigError(
             f"architecture: {name} cannot answer rows {shape} of this stream ({type(error).__name__}: {error})"
         ) from error
+
+
+def trains(parts: Parts) -> bool:
+    """Whether the model has a weight to train."""
+    return any(weight.requires_grad for weight in parts.architecture.parameters())
 
 
 def lay_out(study: StudyConfig, runs: Sequence[RunConfig], streams: Sequence[Mapping[str, Any]] = ()) -> Path:

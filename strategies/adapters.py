@@ -18,7 +18,7 @@ def adapters_of(context: Context, name: str) -> Adapters:
     if not isinstance(model, Adapters):
         raise ValueError(f"{name}: {type(model).__name__} has no adapters; use Pretrained with lora, or Adapted")
     if not model.adapter_names():
-        raise ValueError(f"{name}: all weights of {type(model).__name__} are trained; give it lora options")
+        raise ValueError(f"{name}: {type(model).__name__} has no adapters; use Pretrained with lora, or Adapted")
     return model
 
 

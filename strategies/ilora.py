@@ -88,8 +88,9 @@ class ILoRA(ExperienceReplay):
     def setup(self, context: Context) -> None:
         if context.spec.kind != "language":
             raise ValueError("ILoRA: reads token rows, and the stream has none; use a language stream")
-        super().setup(context)
+        # Before rows are counted: what is wrong with the model is the more telling.
         self.fast = first_adapter(context, "ILoRA")
+        super().setup(context)
         self.model = cast(Adapters, context.architecture)
         copied_adapter(context, SLOW, self.fast)
         self.pairs = SlowFast(self.model.adapter_parameters(self.fast), self.model.adapter_parameters(SLOW))

@@ -28,6 +28,8 @@ class ProgressivePrompts(Strategy):
     def setup(self, context: Context) -> None:
         super().setup(context)
         _with_prompts(self, context)
+        if any(isinstance(other, PromptPool) for other in context.strategies.values()):
+            raise ValueError("ProgressivePrompts: PromptPool shows each text its own prompts; leave one of the two out")
 
     def task_start(self, task: Task) -> None:
         model, name = _with_prompts(self, self.context), f"task{task.index}"

@@ -93,8 +93,8 @@ class _Rehearsal(Strategy):
         if rows < 1:
             raise ValueError(f"{name}.{option}: {given}; give room for at least one row")
         if rows > available:
-            raise ValueError(f"{name}.{option}: {given}, more than the stream's {available} training rows; lower it, "
-                             "or use Cumulative")  # fmt: skip
+            raise ValueError(f"{name}.{option}: {given}, more than the stream's {available} training rows; lower it"
+                             + (", or use Cumulative" if type(self) is ExperienceReplay else ""))  # fmt: skip
         return rows
 
 

@@ -43,7 +43,12 @@ def dense(model: LocasModel) -> Architecture:
 
 
 def export(model: LocasModel, folder: str | Path) -> Path:
-    """Write the dense model as a folder of `transformers`. ValueError where the backbone is none of its models."""
+    """Write the dense model as a folder of `transformers`, without a tokenizer: copy that of the model it was made of.
+    ValueError where there are no memories, or the backbone is none of the library's models."""
+    if not isinstance(model, LocasModel):
+        raise ValueError(
+            f"export: {type(model).__name__} has no memories to write into its layers; it takes LocasModel"
+        )
     library = getattr(dense(model), "backbone", None)
     if not hasattr(library, "save_pretrained"):
         raise ValueError(f"export: {type(model.backbone).__name__} is no model of transformers; keep `dense(model)`")

@@ -50,6 +50,8 @@ class Source:
         path = self.path()
         if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
             raise ValueError(f"name: there is no folder {path}")
+        if self.local_files_only and not Path(path).is_dir():
+            self._check_cached(path)
         if self.gguf_file is not None:
             need("gguf", "accelerate")
         from transformers import AutoModelForCausalLM
@@ -69,6 +71,20 @@ class Source:
                 f"name: {path!r} cannot be loaded ({reason}); give a hub id, a folder with config.json and "
                 "safetensors, or a folder and a gguf_file in it"
             ) from error
+
+    def _check_cached(self, path: str) -> None:
+        """ValueError where the hub's cache has not got the model: looking for adapters, the library would ask a server
+        all the same."""
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            cached = try_to_load_from_cache(path, "config.json", revision=self.revision)
+        except HFValidationError:
+            cached = None
+        if not isinstance(cached, str):
+            raise ValueError(f"name: {path} is no folder and not in the hub's cache, and local_files_only asks no "
+                             "server; download it before, or leave local_files_only out")  # fmt: skip
 
     def weights(self, config: Any) -> str:
         """What the weights are, in words: their dtype, and from what they were dequantised, now or by `dequantise`."""

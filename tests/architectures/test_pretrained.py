@@ -14,6 +14,7 @@ from clplat.architectures.generation import greedy
 from clplat.architectures.lora import LoRA
 from clplat.architectures.pretrained import loading
 from clplat.architectures.pretrained.dequantise import dequantise
+from clplat.architectures.pretrained.loading import Source
 from clplat.architectures.pretrained.model import Pretrained
 from clplat.architectures.probing import Contract
 from clplat.streams.base import Spec
@@ -227,3 +228,8 @@ def test_a_gguf_file_dequantised_once_is_the_same_model_and_still_says_what_its_
     assert once.facts()["weights"] == direct.facts()["weights"] == "dequantised Q4_0, float32"
     with pytest.raises(ValueError, match="there is no file"):
         dequantise(tmp_path / "none.gguf", tmp_path / "other")
+
+
+def test_without_a_server_a_model_that_is_not_there_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="name: nobody/nothing is no folder and not in the hub's cache"):
+        Source(name="nobody/nothing", local_files_only=True).load()

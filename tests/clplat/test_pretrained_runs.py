@@ -24,6 +24,7 @@ from clplat.errors import ConfigError
 from clplat.execution import execute
 from clplat.journal import read, table
 from clplat.strategies.world import World
+from clplat.study import preflight
 
 BYTES = 257
 
@@ -342,3 +343,17 @@ def test_a_model_of_ours_is_adapted_in_a_study(places: tuple[Path, Path], tmp_pa
     ours = {"class_path": "Transformer", "init_args": {"hidden_size": 32, "num_layers": 1}}
     data = run_of(places, tmp_path / "cache", architecture={"class_path": "Adapted", "init_args": {"model": ours}})
     assert execute(run_folder(tmp_path, data)).status == "FINISHED"
+
+
+def test_a_model_without_a_trained_weight_is_refused_and_prompts_that_come_with_a_task_are_not(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def tried(name: str, strategies: dict[str, Any]) -> None:
+        data = prompted(places, tmp_path / "cache", "progressive") | {"strategies": strategies}
+        preflight([load_run(run_folder(tmp_path / name, data) / "config.yaml")])
+
+    tried("one", {"prompts": PROMPTS["progressive"]})
+    with pytest.raises(ConfigError, match="nothing of Prompted is trained; give it a strategy"):
+        tried("none", {})
+    with pytest.raises(ConfigError, match="strategies.a: ProgressivePrompts: PromptPool shows each text"):
+        tried("both", {"a": PROMPTS["progressive"], "b": PROMPTS["pool"]})

@@ -215,3 +215,14 @@ def test_other_views_of_the_same_runs_stand_beside_the_default_one(store: str) -
     study.run("naive", 0, NAIVE[0], higher=False, views={"slow": ER[0]})
     found = load_study_results(str(study.folder)).through_view("naive", "slow", "final_score")
     assert found == {0: pytest.approx(-(0.8 + 0.7) / 2)}
+
+
+def test_what_strategies_measured_stands_on_the_page(store: str) -> None:
+    study = Made(store, ["naive", "er"], [0, 1])
+    for seed in (0, 1):
+        study.run("naive", seed, NAIVE[seed])
+    assert "strategies measured" not in write_report(load_study_results("digits", store), "out").read_text()
+    for seed, ppl in ((0, 30.0), (1, 32.0)):
+        study.run("er", seed, ER[seed], steps={"strategy/prequential/ppl": {10: 99.0, 20: ppl}})
+    page = write_report(load_study_results("digits", store), "out").read_text()
+    assert f"<td>prequential/ppl</td><td>–</td><td>{interval([30.0, 32.0])}</td>" in page
