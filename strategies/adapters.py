@@ -58,8 +58,11 @@ def _undisturbed(context: Context) -> AbstractContextManager[None]:
 
 def refuse_numbers_by_weight(context: Context, name: str) -> None:
     """ValueError beside a strategy that keeps a number for each trained weight: with other weights trained in every
-    task, they would be held to what they never were."""
+    task, they would be held to what they never were; and beside another one that begins every task anew."""
     for other, strategy in context.strategies.items():
+        if strategy.restarts and type(strategy).__name__ != name:
+            raise ValueError(f"{name} trains another adapter in every task, and strategies.{other} "
+                             f"({type(strategy).__name__}) begins every task anew too; leave one out")  # fmt: skip
         if strategy.fixed != "nothing":
             raise ValueError(f"{name} trains another adapter in every task, and strategies.{other} "
                              f"({type(strategy).__name__}) needs the same weights in all; leave one out")  # fmt: skip

@@ -123,7 +123,8 @@ def test_zero_shot_pays_for_no_step() -> None:
 
 @pytest.mark.parametrize("make", [OLoRA, AdapterPerTask])
 def test_new_adapters_are_refused_beside_strategies_that_need_the_same_weights(make: Any) -> None:
-    beside: list[Strategy] = [EWC(strength=1.0), ILoRA(capacity=8)]
+    rival = OLoRA() if make is AdapterPerTask else AdapterPerTask()
+    beside: list[Strategy] = [EWC(strength=1.0), ILoRA(capacity=8), rival]
     for other in beside:
         with pytest.raises(ValueError, match=f"{make.__name__} trains another adapter in every task, and strategies.1"):
             adapted_run(make(), other)
