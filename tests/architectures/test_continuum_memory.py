@@ -250,7 +250,7 @@ def test_the_pages_example_can_be_built() -> None:
     assert list(made.levels()) == ["step1", "step16"] and "token64" in made.blocks[1].mlp.levels
 
 
-@pytest.mark.parametrize("name", ["intents_clinc", "intents_banking", "language", "levels"])
+@pytest.mark.parametrize("name", ["intents_clinc", "intents_banking", "levels"])
 def test_arms_of_a_shipped_study_have_as_many_feed_forward_weights_and_levels_have_their_clock(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,3 +265,16 @@ def test_arms_of_a_shipped_study_have_as_many_feed_forward_weights_and_levels_ha
         sizes.add(sum(count for name, count in own.items() if not name.endswith("target.weight")))
         assert bool(made.levels()) == run.training.optimizer.class_path.endswith("LevelClock")
     assert len(sizes) == 1
+
+
+def test_arms_of_the_language_study_are_of_one_size_and_levels_have_their_clock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CLPLAT_DATA", "data")
+    spec, sizes = Spec(kind="language", input_shape=(256,), num_outputs=4096), []
+    for run in expand(load_study("hope/language", [("seeds", "[0]")])):
+        named = checked(run.architecture, "architecture", "architecture")
+        made = build(named, "architecture", "architecture", {"spec": spec})
+        sizes.append(sum(p.numel() for p in made.parameters()))
+        assert bool(made.levels()) == run.training.optimizer.class_path.endswith("LevelClock")
+    assert max(sizes) < 1.05 * min(sizes)
