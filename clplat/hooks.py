@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -117,7 +118,7 @@ class Hooks:
                 entered.enter_context(strategy.told(task))
             yield
 
-    @property
+    @cached_property
     def hidden(self) -> Hidden | None:
         """What strategies want of the activations of a training step; refuses those that want different ones."""
         wanted = {name: strategy.hidden for name, strategy in self.strategies.items() if strategy.hidden is not None}

@@ -149,12 +149,7 @@ def answer_scores(table: ResultTable) -> Scores:
     tasks = len(table.tasks())
     if len(named) != tasks or {index for index, *_ in named} != set(range(tasks)):
         return np.empty((0, 0))
-    found = np.full((tasks + 1, tasks), np.nan)
-    for row in table.rows():
-        for cell in table.cells(row):
-            if cell.index is not None and (cell.index, cell.view, cell.metric) in named:
-                found[row, cell.index] = cell.value
-    return found
+    return table.values(lambda cell: (cell.index, cell.view, cell.metric) in named)
 
 
 def ability_delta(table: ResultTable) -> dict[str, float]:

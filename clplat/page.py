@@ -140,10 +140,11 @@ def _views(study: StudyResults) -> list[str]:
     rows = []
     for variant in study.variants():
         for view in study.views(variant):
-            seen = {metric: study.through_view(variant, view, metric) for metric in VIEWED}
-            shown = [str(interval(list(values.values()))) for values in seen.values()]
-            apart = paired(seen["final_score"], study.by_seed(variant, "final_score"))
-            rows.append([_name(study, variant), view, str(len(seen["final_score"])), *shown, str(apart)])
+            seen = study.through_view(variant, view)
+            shown = [str(interval(list(seen.get(metric, {}).values()))) for metric in VIEWED]
+            final = seen.get("final_score", {})
+            apart = paired(final, study.by_seed(variant, "final_score"))
+            rows.append([_name(study, variant), view, str(len(final)), *shown, str(apart)])
     if not rows:
         return []
     note = (

@@ -7,7 +7,7 @@ where a task cannot be answered. A loss of 2.1 nats is a score of −2.1.
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,14 @@ class ResultTable:
 
     def matrix(self, metric: str, view: str = "default") -> Scores:
         """Raw values (T+1, T) of one metric through one view; NaN where not measured."""
+        return self.values(lambda cell: cell.metric == metric and cell.view == view)
+
+    def values(self, wanted: Callable[[Cell], bool]) -> Scores:
+        """Raw values (T+1, T) of those scores of tasks, of which there is one at most of each in a row; NaN else."""
         table = np.full((len(self._names) + 1, len(self._names)), np.nan)
         for row in self.rows():
             for cell in self.cells(row):
-                if cell.index is not None and cell.metric == metric and cell.view == view:
+                if cell.index is not None and wanted(cell):
                     table[row, cell.index] = cell.value
         return table
 
@@ -100,14 +104,12 @@ class ResultTable:
 
     def seen_through(self, view: str) -> Scores:
         """S (T+1, T) through another view, by the metrics that are the tasks' headlines."""
-        kinds = (dict(zip(_KIND, kind, strict=True)) for kind in self._kinds)
-        headlines = {(kind["index"], kind["metric"]) for kind in kinds if kind["headline"]}
-        table = np.full((len(self._names) + 1, len(self._names)), np.nan)
-        for row in self.rows():
-            for cell in self.cells(row):
-                if cell.index is not None and cell.view == view and (cell.index, cell.metric) in headlines:
-                    table[row, cell.index] = cell.value if cell.higher_is_better else -cell.value
-        return table
+        kinds = [dict(zip(_KIND, kind, strict=True)) for kind in self._kinds]
+        signs = {(k["index"], k["metric"]): 1 if k["higher_is_better"] else -1 for k in kinds if k["headline"]}
+        signs_T = np.ones(len(self._names))
+        for (index, _), sign in signs.items():
+            signs_T[index] = sign
+        return signs_T * self.values(lambda cell: cell.view == view and (cell.index, cell.metric) in signs)
 
     def scores(self) -> Scores:
         """S (T+1, T): the headline metric of each task, signed so that higher is better."""

@@ -78,10 +78,13 @@ class StudyResults:
         """The views beside the default one that finished runs of a variant were scored through."""
         return sorted({view for run in self.of(variant) if run.table for view in run.table.views()})
 
-    def through_view(self, variant: str, view: str, metric: str) -> dict[int, float]:
-        """A metric of `metrics.through_view` of every finished run of a variant that has it."""
-        found = {run.seed: through_view(run.table, view) for run in self.of(variant) if run.table}
-        return {seed: values[metric] for seed, values in found.items() if metric in values}
+    def through_view(self, variant: str, view: str) -> dict[str, dict[int, float]]:
+        """What `metrics.through_view` gives for the finished runs of a variant: by metric, then by seed."""
+        found: dict[str, dict[int, float]] = {}
+        for run in self.of(variant):
+            for metric, value in through_view(run.table, view).items() if run.table else ():
+                found.setdefault(metric, {})[run.seed] = value
+        return found
 
     def interval(self, variant: str, metric: str) -> Interval:
         """Mean and interval of a metric over seeds."""

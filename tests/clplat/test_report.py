@@ -203,7 +203,7 @@ def test_other_views_of_the_same_runs_stand_beside_the_default_one(store: str) -
     results = load_study_results("digits", store)
     assert results.views("naive") == [] and results.views("er") == ["slow"]
     for metric in ("final_score", "learning_score", "final_forgetting"):
-        assert results.through_view("er", "slow", metric) == pytest.approx(results.by_seed("naive", metric))
+        assert results.through_view("er", "slow")[metric] == pytest.approx(results.by_seed("naive", metric))
     page = write_report(results, "out").read_text()
     apart = paired(results.by_seed("naive", "final_score"), results.by_seed("er", "final_score"))
     assert (
@@ -213,7 +213,7 @@ def test_other_views_of_the_same_runs_stand_beside_the_default_one(store: str) -
     # Losses are turned in other views too.
     study = Made(store, ["naive"], [0], baseline=None)
     study.run("naive", 0, NAIVE[0], higher=False, views={"slow": ER[0]})
-    found = load_study_results(str(study.folder)).through_view("naive", "slow", "final_score")
+    found = load_study_results(str(study.folder)).through_view("naive", "slow")["final_score"]
     assert found == {0: pytest.approx(-(0.8 + 0.7) / 2)}
 
 
