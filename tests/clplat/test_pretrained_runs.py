@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import pytest
 import torch
 import yaml
 from interruptions import assert_resumes_as_if_never_stopped
+from question_runs import BYTES, run_of
 from small_models import model_folder
-from studies import DIGITS, run_folder
+from studies import run_folder
 
 from clplat.api import load_model
 from clplat.architectures.adapters import backbone_checksum
@@ -24,46 +24,6 @@ from clplat.errors import ConfigError
 from clplat.execution import execute
 from clplat.journal import read, table
 from clplat.strategies.world import World
-from clplat.study import preflight
-
-BYTES = 257
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A folder of two question-answer tasks, and one of a model that reads bytes."""
-    root = tmp_path_factory.mktemp("tasks")
-    for name, sign in (("plus", "+"), ("minus", "-")):
-        (root / name).mkdir()
-        rows = [{"prompt": f"{a}{sign}{b}=", "answer": str(a + b if sign == "+" else a - b)} for a in range(9)
-                for b in range(9)]  # fmt: skip
-        for part, chosen in (("train", rows[::2]), ("eval", rows[1::4]), ("test", rows[3::4])):
-            (root / name / f"{part}.json").write_text(json.dumps(chosen))
-    return root, model_folder(tmp_path_factory.mktemp("models"), "llama", vocab_size=BYTES, eos_token_id=BYTES - 1)
-
-
-def run_of(places: tuple[Path, Path], cache: Path, **changes: Any) -> dict[str, Any]:
-    root, model = places
-    tasks = [{"name": name, "metric": "number", "max_new_tokens": 3} for name in ("plus", "minus")]
-    return {
-        "name": "adapters",
-        "stream": {
-            "class_path": "PromptAnswerStream",
-            "init_args": {
-                "root": str(root), "tasks": tasks, "max_tokens": 16, "max_answer_tokens": 4, "max_answers": 4,
-                "max_eval_rows": 8, "cache_dir": str(cache),
-            },
-        },
-        "architecture": {
-            "class_path": "Pretrained",
-            "init_args": {"name": str(model), "lora": {"rank": 4, "dropout": 0.1}},
-        },
-        "training": {
-            "budget": {"steps": 6}, "batch_size": 8, "optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e-2}}
-        },
-        "checkpoint": DIGITS["checkpoint"], "tracking": DIGITS["tracking"],
-    } | changes  # fmt: skip
-
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "replay and penalty": {
@@ -220,61 +180,6 @@ def test_a_model_that_changed_since_the_run_began_is_refused_when_it_is_resumed(
     assert outcome.status == "FAILED" and "these adapters were trained beside another backbone" in outcome.reason
 
 
-PROMPTS: dict[str, dict[str, Any]] = {
-    "progressive": {"class_path": "ProgressivePrompts", "init_args": {"length": 3}},
-    "pool": {"class_path": "PromptPool", "init_args": {"size": 4, "length": 2, "top_k": 2, "query_tokens": 3}},
-}
-
-
-def prompted(places: tuple[Path, Path], cache: Path, name: str) -> dict[str, Any]:
-    model = {"class_path": "Prompted", "init_args": {"name": str(places[1])}}
-    return run_of(places, cache, architecture=model, strategies={"prompts": PROMPTS[name]})
-
-
-@pytest.mark.parametrize("name", PROMPTS)
-def test_a_stopped_run_with_prompts_goes_on_as_if_it_had_not_been(
-    places: tuple[Path, Path], tmp_path: Path, name: str
-) -> None:
-    assert_resumes_as_if_never_stopped(prompted(places, tmp_path / "cache", name), step=9, folder=tmp_path)
-
-
-def test_progressive_prompts_grow_by_one_a_task_and_the_first_stays_as_its_task_left_it(
-    places: tuple[Path, Path], tmp_path: Path
-) -> None:
-    data = prompted(places, tmp_path / "cache", "progressive")
-    data["checkpoint"] = {"every_seconds": 60, "snapshots": "boundary"}
-    data["training"] |= {"budget": {"steps": 80}, "optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.1}}}
-    folder = run_folder(tmp_path, data)
-    assert execute(folder).status == "FINISHED"
-    first, second = (torch.load(path, weights_only=True) for path in sorted((folder / "snapshots").glob("*.pt")))
-    assert second["structure"]["shown"] == ["task1", "task0"] and second["structure"]["trained"] == ["task1"]
-    kept = [state["architecture"]["prompts.task0"] for state in (first, second)]
-    assert torch.equal(kept[0], kept[1]) and len(kept[0]) == 3
-    scores = table(folder).scores()
-    assert scores[1][0] > scores[0][0] and scores[2][1] > scores[1][1]
-
-
-def test_a_pool_learns_prompts_and_keys_and_says_in_the_record_how_far_they_are(
-    places: tuple[Path, Path], tmp_path: Path
-) -> None:
-    folder = run_folder(tmp_path, prompted(places, tmp_path / "cache", "pool"))
-    assert execute(folder).status == "FINISHED"
-    model, fresh = load_model(folder), assemble(load_run(folder / "config.yaml"), World()).architecture
-    assert not torch.equal(model.pool["key"], fresh.pool["key"])
-    assert not torch.equal(model.pool["prompt"], fresh.pool["prompt"])
-    names = {name for entry in read(folder) if entry["kind"] == "metric" for name in entry["values"]}
-    assert [name for name in names if "prompt_matching" in name], names
-
-
-@pytest.mark.parametrize("name", PROMPTS)
-def test_prompts_before_a_model_that_takes_none_are_a_configuration_error(
-    places: tuple[Path, Path], tmp_path: Path, name: str
-) -> None:
-    data = run_of(places, tmp_path / "cache", strategies={"prompts": PROMPTS[name]})
-    with pytest.raises(ConfigError, match=r"takes no prompts; use Prompted"):
-        assemble(load_run(run_folder(tmp_path, data) / "config.yaml"), World())
-
-
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -343,17 +248,3 @@ def test_a_model_of_ours_is_adapted_in_a_study(places: tuple[Path, Path], tmp_pa
     ours = {"class_path": "Transformer", "init_args": {"hidden_size": 32, "num_layers": 1}}
     data = run_of(places, tmp_path / "cache", architecture={"class_path": "Adapted", "init_args": {"model": ours}})
     assert execute(run_folder(tmp_path, data)).status == "FINISHED"
-
-
-def test_a_model_without_a_trained_weight_is_refused_and_prompts_that_come_with_a_task_are_not(
-    places: tuple[Path, Path], tmp_path: Path
-) -> None:
-    def tried(name: str, strategies: dict[str, Any]) -> None:
-        data = prompted(places, tmp_path / "cache", "progressive") | {"strategies": strategies}
-        preflight([load_run(run_folder(tmp_path / name, data) / "config.yaml")])
-
-    tried("one", {"prompts": PROMPTS["progressive"]})
-    with pytest.raises(ConfigError, match="nothing of Prompted is trained; give it a strategy"):
-        tried("none", {})
-    with pytest.raises(ConfigError, match="strategies.a: ProgressivePrompts: PromptPool shows each text"):
-        tried("both", {"a": PROMPTS["progressive"], "b": PROMPTS["pool"]})
