@@ -66,7 +66,8 @@ class Strategy:
     `reference`, True for arms that are no continual learners, but something to compare them with: they see more data
     (joint, cumulative), are told more (an adapter for each task), or train nothing;
     `replays`, True where rows of earlier tasks are stored; `restarts`, True where every task begins from the initial
-    weights; `fixed`, what of the model must not grow from task to task; `hidden`, what the training's forward pass
+    weights; `trains`, False where no weight is ever moved; `begins_memories`, True where side memories are begun;
+    `fixed`, what of the model must not grow from task to task; `hidden`, what the training's forward pass
     shows to `penalty` in `output.hidden`: the head's input, or every layer; `paper`; `fidelity` to it.
     `context` is there from `setup` on.
     """
@@ -75,6 +76,8 @@ class Strategy:
     reference: ClassVar[bool] = False
     replays: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
+    trains: ClassVar[bool] = True
+    begins_memories: ClassVar[bool] = False
     fixed: ClassVar[Fixed] = "nothing"
     hidden: Hidden | None = None
     paper: ClassVar[str] = ""

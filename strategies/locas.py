@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from clplat.architectures.base import SideMemories
+from clplat.strategies.adapters import refuse_numbers_by_weight
 from clplat.strategies.base import Context, Strategy
 from clplat.streams.base import Task
 from clplat.streams.batch import Batch
@@ -26,6 +27,7 @@ class Locas(Strategy):
 
     paper = "Lu et al. 2026, arXiv:2602.05085"
     fidelity = "interpretation"
+    begins_memories = True
 
     def __init__(self, *, after_task: AfterTask = "keep_one") -> None:
         if after_task not in get_args(AfterTask):
@@ -34,11 +36,13 @@ class Locas(Strategy):
         self.begun = False
 
     def setup(self, context: Context) -> None:
-        """Refuse an architecture without side memories."""
+        """Refuse an architecture without side memories, and strategies that need the same ones in all tasks."""
         super().setup(context)
         if not isinstance(context.architecture, SideMemories):
             raise ValueError(f"Locas: {type(context.architecture).__name__} has no side memories; put it into "
                              "LocasModel, as its `model`")  # fmt: skip
+        if self.after_task != "keep_one" or any(other.restarts for other in context.strategies.values()):
+            refuse_numbers_by_weight(context, "Locas")
 
     def task_start(self, task: Task) -> None:
         """A memory for the task, where it does not go on with the last one's."""

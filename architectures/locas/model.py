@@ -62,12 +62,18 @@ class LocasModel(AdapterChoice):
         if gated and self.memory.start == "gradient":
             raise ValueError(f"memory.start: gradient writes into layers without a gate, and those of "
                              f"{type(backbone).__name__} have one; use clone")  # fmt: skip
+        for side in self.sideways().values():
+            self.memory.check_room(*side.view().keys().shape)
         self.permanent: tuple[str, ...] = ()
         self.add_adapter(FIRST)
         self.use_adapters([FIRST])
         if silent := not_called(backbone, self.sideways(), min(8, spec.input_shape[0])):
             raise ValueError(f"model: {type(backbone).__name__} does not call {silent[0]}, so that a memory beside it "
                              "would do nothing; choose another model")  # fmt: skip
+
+    @property
+    def needs_beginning(self) -> bool:
+        return self.memory.start != "gaussian"
 
     def sideways(self) -> dict[str, SidewayFFN]:
         """The layers with memories, by their path in the backbone."""

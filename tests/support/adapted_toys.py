@@ -30,7 +30,7 @@ def ours(spec: Spec, dropout: float = 0.0) -> AdapterHost:
     """A frozen Transformer of ours with adapters, always from the same draw."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Adapted(spec=spec, model=_transformer, lora=LoRA(rank=RANK, alpha=RANK, dropout=dropout))
+        return Adapted(spec=spec, model=small_transformer, lora=LoRA(rank=RANK, alpha=RANK, dropout=dropout))
 
 
 def theirs(folder: Path, spec: Spec) -> AdapterHost:
@@ -45,5 +45,5 @@ def adapted_run(*strategies: Strategy, model: AdapterHost | None = None) -> ToyR
     return ToyRun(list(strategies), Objective, "language", model=ours if model is None else lambda _: model)
 
 
-def _transformer(spec: Spec) -> Architecture:
+def small_transformer(spec: Spec) -> Architecture:
     return Transformer(spec=spec, hidden_size=8, num_layers=2, num_heads=2, initial_std=0.3, tie_head=False)
