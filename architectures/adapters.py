@@ -48,6 +48,10 @@ class AdapterChoice(Architecture, ABC):
         """Those that can be chosen."""
 
     @abstractmethod
+    def adapter_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The tensors of one of them; those of another have the same names."""
+
+    @abstractmethod
     def _let_answer(self, active: Sequence[str]) -> None:
         """Let these answer, while `trained` stays as it is."""
 
@@ -60,6 +64,11 @@ class AdapterChoice(Architecture, ABC):
                              "gradient would reach them")  # fmt: skip
         self.active, self.trained = tuple(active), chosen
         self._let_answer(self.active)
+
+    def resting_parameters(self) -> int:
+        """Parameters of those that do not answer now."""
+        resting = [name for name in self.adapter_names() if name not in self.active]
+        return sum(p.numel() for name in resting for p in self.adapter_parameters(name).values())
 
     @contextmanager
     def answering(self, *adapters: str) -> Iterator[None]:

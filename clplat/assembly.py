@@ -101,8 +101,8 @@ def _refuse_unbegun_memories(hooks: Hooks, architecture: Architecture) -> None:
     begun = any(strategy.begins_memories or not strategy.trains for strategy in hooks.strategies.values())
     if isinstance(architecture, SideMemories) and architecture.needs_beginning and not begun:
         raise ConfigError(
-            f"strategies: none of them begins the memories of {type(architecture).__name__}, and its memory.start would "
-            "do nothing; add Locas, or set memory.start: gaussian"
+            f"strategies: none of them begins the memories of {type(architecture).__name__}, and its memory.start "
+            "would do nothing; add Locas, or set memory.start: gaussian"
         )
 
 

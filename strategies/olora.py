@@ -40,8 +40,8 @@ class OLoRA(Strategy):
         self.model = adapters_of(context, "OLoRA")
         first = first_adapter(context, "OLoRA")
         if not any(name.endswith("lora_A") for name in self.model.adapter_parameters(first)):
-            raise ValueError(f"OLoRA: the adapters of {type(self.model).__name__} are not low-rank ones; use Pretrained "
-                             "or Adapted with lora")  # fmt: skip
+            raise ValueError(f"OLoRA: the adapters of {type(self.model).__name__} are not low-rank ones; use "
+                             "Pretrained or Adapted with lora")  # fmt: skip
         refuse_numbers_by_weight(context, "OLoRA")
         self.earlier: list[tuple[list[str], Tensor]] | None = None
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from clplat.strategies.base import Context, Strategy
 from clplat.streams.base import Data, JoinedData, Task
 
-
 LEARNING = ("select_tasks", "train_data", "task_start", "batch", "objective", "penalty", "gradient", "step", "step_end")
 """Hooks of strategies that need training to have something to do."""
 READING = ("views", "predict", "measurements")
@@ -21,8 +20,8 @@ def refuse_learners(strategy: Strategy, context: Context, *beside: type[Strategy
         reads = any(map(other.overrides, READING)) and not any(map(other.overrides, LEARNING))
         if other is not strategy and not reads and not isinstance(other, beside):
             raise ValueError(
-                f"{type(strategy).__name__} trains nothing, so that strategies.{name} ({type(other).__name__}) would do "
-                "nothing; leave one of the two out"
+                f"{type(strategy).__name__} trains nothing, so that strategies.{name} ({type(other).__name__}) would "
+                "do nothing; leave one of the two out"
             )
 
 

@@ -186,7 +186,7 @@ class LocasModel(AdapterChoice):
         return self.backbone.flops_per_row()
 
     def active_parameters(self) -> int:
-        return self.backbone.active_parameters()
+        return self.backbone.active_parameters() - self.resting_parameters()
 
     def _banks(self, names: Sequence[str]) -> list[Bank]:
         return [side.bank(name) for side in self.sideways().values() for name in names]

@@ -47,8 +47,8 @@ class SideMemory:
     def check_room(self, rows: int, size: int) -> None:
         """ValueError where a layer of `rows` rows of `size` numbers cannot fill the slots: empty ones learn nothing."""
         if self.start in CLONES and self.rank > rows:
-            raise ValueError(f"memory.rank: {self.rank} slots cannot be cloned from a layer of {rows} rows; give {rows} "
-                             "at most, or start: gaussian")  # fmt: skip
+            raise ValueError(f"memory.rank: {self.rank} slots cannot be cloned from a layer of {rows} rows; give "
+                             f"{rows} at most, or start: gaussian")  # fmt: skip
         if self.start == "gradient" and self.compression != "prune_refit" and self.rank > size:
             raise ValueError(f"memory.rank: {self.compression} gives a layer of size {size} no {self.rank} slots; give "
                              f"{size} at most, or compression: prune_refit")  # fmt: skip

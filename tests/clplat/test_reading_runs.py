@@ -209,7 +209,7 @@ def wrong(model: Path, folder: Path, case: str) -> dict[str, Any]:
         ("no lora", "TempLoRA: the adapters of LocasModel are not low-rank ones"),
         ("after", "after_task"),
         ("context", "do not fit the context"),
-        ("unbegun", "strategies: none of them begins the memories of LocasModel.*add Locas, or set memory.start: gaussian"),
+        ("unbegun", "strategies: none of them begins the memories of LocasModel.*add Locas, or set memory.start: gau"),
         ("truncated", r"Truncation trains nothing, so that strategies.locas \(Locas\) would do nothing"),
         ("twice", "Locas trains another adapter in every task, and strategies.own"),
     ],
