@@ -155,6 +155,10 @@ class AdapterHost(AdapterChoice, ABC):
                 if adapter not in self.adapter_names():
                     self.add_adapter(adapter)
         self.use_adapters(structure["active"], structure["trained"])
+        # What came later goes: a copy of the model, made to be as it was after an earlier task, has it.
+        for adapter in set(self.adapter_names()) - set(structure["adapters"]):
+            for layer in self._layers().values():
+                del layer.lora_A[adapter], layer.lora_B[adapter]
 
     def facts(self) -> Mapping[str, str]:
         return {"backbone_sha256": self.checksum}

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-import torch
-
 from clplat.architectures.base import SideMemories
-from clplat.strategies.adapters import refuse_numbers_by_weight
+from clplat.strategies.adapters import new_adapter, refuse_numbers_by_weight
 from clplat.strategies.base import Context, Strategy
 from clplat.streams.base import Task
 from clplat.streams.batch import Batch
@@ -53,9 +51,7 @@ class Locas(Strategy):
             model.forget_memory(self._memory())
             return
         name = f"memory{task.index}"
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=self.context.generator)))
-            model.add_adapter(name)
+        new_adapter(self.context, name)
         model.use_adapters([*model.active, name], [name])
 
     def batch(self, batch: Batch) -> Batch:

@@ -170,6 +170,9 @@ class LocasModel(AdapterChoice):
                     self.add_adapter(memory)
         self.permanent = tuple(structure["permanent"])
         self.use_adapters(structure["active"], structure["trained"])
+        for memory in set(self.adapter_names()) - set(structure["memories"]):
+            for side in self.sideways().values():
+                del side.side_banks[memory]
 
     def measurements(self) -> Mapping[str, float]:
         """How much has been written: the mean norm of values, of all layers and slots, and the numbers a memory has."""

@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_toys import RANK, adapted_run, ours, small_transformer, theirs, toy_folder
+from adapted_toys import RANK, adapted_run, ours, remembering, theirs, toy_folder
 
 from clplat.architectures.adapters import AdapterHost, backbone_checksum
 from clplat.architectures.base import Output
-from clplat.architectures.locas import LocasModel
-from clplat.architectures.locas.options import SideMemory
 from clplat.objective import Objective
 from clplat.strategies.adapter_per_task import AdapterPerTask
 from clplat.strategies.base import Strategy
@@ -140,7 +138,7 @@ def test_zero_shot_may_be_read_in_another_way() -> None:
 
 def test_olora_refuses_adapters_without_factors() -> None:
     with pytest.raises(ValueError, match="OLoRA: the adapters of LocasModel are not low-rank ones"):
-        adapted_run(OLoRA(), model=LocasModel(spec=SPEC, model=small_transformer, memory=SideMemory(rank=2)))
+        adapted_run(OLoRA(), model=remembering(SPEC))
 
 
 @pytest.mark.parametrize("make", [OLoRA, AdapterPerTask])
