@@ -55,9 +55,13 @@ class Locas(Strategy):
         model.use_adapters([*model.active, name], [name])
 
     def batch(self, batch: Batch) -> Batch:
-        """On the first batch of a memory: begin it."""
+        """On the first batch of a memory, that of all processes: begin it."""
         if not self.begun:
-            self._model().begin_memory(self._memory(), batch, self.context.generator)
+            world, model, memory = self.context.world, self._model(), self._memory()
+            whole = Batch.from_tensors({name: world.gather(tensor) for name, tensor in batch.tensors().items()})
+            model.begin_memory(memory, whole, self.context.generator)
+            for tensor in model.adapter_parameters(memory).values():
+                world.broadcast(tensor.data)  # sums of a GPU, and what is chosen by them, may differ
             self.begun = True
         return batch
 
