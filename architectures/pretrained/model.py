@@ -148,6 +148,8 @@ class Pretrained(AdapterHost):
         with warnings.catch_warnings():
             # Several adapters are what is wanted.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            # Beside GPT-2's layers, whose weights are transposed, peft sets it of itself.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             inject_adapter_in_model(options, self.backbone, adapter)
         for layer in self._layers().values():
             for adapters in (layer.lora_A, layer.lora_B):
