@@ -215,9 +215,13 @@ def written(run: ControlledRun, path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["buffer", "random"])
-def test_played_back_decisions_give_the_same_run_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_played_back_decisions_give_the_same_run_bit_for_bit(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = ControlledRun(MAKES[name](), Objective).train()
-    path = written(first, tmp_path / "decisions.jsonl")
+    written(first, tmp_path / "decisions.jsonl")
+    monkeypatch.setenv("FIRST_RUN", str(tmp_path))
+    path = "${FIRST_RUN}/decisions.jsonl"
     replay = MAKES[name]()["replay"]
     second = ControlledRun({"replay": replay, "back": Playback(decisions=path)}, Objective).train()
     third = ControlledRun(controlled(mode="playback", decisions=path), Objective).train()
