@@ -34,6 +34,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "slow weights": {"ilora": {"class_path": "ILoRA", "init_args": {"capacity": 12, "arm": "code_intent"}}},
     "orthogonal adapters": {"olora": {"class_path": "OLoRA", "init_args": {"norm": 0.1}}},
     "task identity": {"one": {"class_path": "AdapterPerTask"}},
+    "held to what it was": {"olora": {"class_path": "OLoRA"}, "lwf": {"class_path": "LwF"}},
 }
 
 
