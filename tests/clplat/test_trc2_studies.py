@@ -11,11 +11,12 @@ import torch
 from rich.console import Console
 
 from clplat.components import build
-from clplat.config import RunConfig, parse_yaml
+from clplat.config import RunConfig
 from clplat.dry_run import estimate
 from clplat.strategies.controllers.replay_law import ReplayLaw
 from clplat.streams.base import Spec
 from clplat.study_file import expand, find, load_study
+from clplat.yaml_text import parse_yaml
 
 STUDIES = ("main", "factorial", "orders", "tiny", "large")
 CONTROLLERS = ("controllers", "large_controllers", "large_report")
