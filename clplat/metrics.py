@@ -207,12 +207,12 @@ class Interval:
 
 def interval(values: Sequence[float]) -> Interval:
     """Student t interval at 95 % over independent values; the half width is NaN for fewer than two."""
-    from scipy import stats
+    from scipy.special import stdtrit  # not scipy.stats, which takes a second to import
 
     kept = np.asarray([v for v in values if not math.isnan(v)])
     if len(kept) < 2:
         return Interval(mean=float(kept.mean()) if len(kept) else math.nan, half=math.nan, n=len(kept))
-    spread = stats.t.ppf(0.975, len(kept) - 1) * kept.std(ddof=1) / math.sqrt(len(kept))
+    spread = stdtrit(len(kept) - 1, 0.975) * kept.std(ddof=1) / math.sqrt(len(kept))
     return Interval(mean=float(kept.mean()), half=float(spread), n=len(kept))
 
 

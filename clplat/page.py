@@ -189,7 +189,7 @@ def _costs(study: StudyResults) -> str:
 
 
 def _figures(study: StudyResults, folder: Path) -> list[str]:
-    finished = [variant for variant in study.variants() if study.of(variant)]
+    finished = [variant for variant in study.variants() if study.scores(variant)]
     if not finished:
         return []
     several = [v for v in finished if study.forgetting(v)]

@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run as MLflow holds it; `table` is None until it has ended once."""
+    """One run as MLflow holds it."""
 
     run_id: str
     variant: str
@@ -36,9 +38,22 @@ class RunRecord:
     status: str
     tags: dict[str, str]
     metrics: dict[str, float]
-    table: ResultTable | None
-    curve: Curve
-    """Scores measured inside tasks."""
+    read_tables: Callable[[], tuple[ResultTable | None, Curve]]
+    """Reads the two below when they are first asked for: of a thousand runs this takes minutes, and many never are."""
+
+    @cached_property
+    def _tables(self) -> tuple[ResultTable | None, Curve]:
+        return self.read_tables()
+
+    @property
+    def table(self) -> ResultTable | None:
+        """The result table; None until the run has ended once."""
+        return self._tables[0]
+
+    @property
+    def curve(self) -> Curve:
+        """Scores measured inside tasks."""
+        return self._tables[1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +68,18 @@ class StudyResults:
     planned: list[tuple[str, int]]
     runs: list[RunRecord]
 
+    @cached_property
+    def _finished(self) -> dict[str, list[RunRecord]]:
+        """Finished runs of each variant by seed; a variant that has none is there too."""
+        found: dict[str, list[RunRecord]] = {run.variant: [] for run in self.runs}
+        for run in sorted(self.runs, key=lambda run: run.seed):
+            if run.status == "FINISHED":
+                found[run.variant].append(run)
+        return found
+
     def variants(self) -> list[str]:
         """Variant names, each once."""
-        return list(dict.fromkeys(run.variant for run in self.runs))
+        return list(self._finished)
 
     def missing(self) -> list[tuple[str, int]]:
         """Variants and seeds that were planned and have no run."""
@@ -64,8 +88,7 @@ class StudyResults:
 
     def of(self, variant: str) -> list[RunRecord]:
         """The finished runs of a variant, by seed."""
-        found = [run for run in self.runs if run.variant == variant and run.status == "FINISHED" and run.table]
-        return sorted(found, key=lambda run: run.seed)
+        return self._finished.get(variant, [])
 
     def by_seed(self, variant: str, metric: str) -> dict[int, float]:
         """A metric of every finished run of a variant that has it."""
@@ -195,17 +218,22 @@ def _newest(runs: list[Any]) -> list[Any]:
 
 def _record(connection: Any, run: Any) -> RunRecord:
     tags = run.data.tags
-    files = {file.path for file in connection.list_artifacts(run.info.run_id)}
+    return RunRecord(
+        run_id=run.info.run_id, variant=tags["variant"], seed=int(tags["seed"]), status=run.info.status,
+        tags=dict(tags), metrics=dict(run.data.metrics), read_tables=partial(_read_tables, connection, run.info.run_id),
+    )  # fmt: skip
+
+
+def _read_tables(connection: Any, run_id: str) -> tuple[ResultTable | None, Curve]:
+    """Result table and curve out of a run's artifacts."""
+    files = {file.path for file in connection.list_artifacts(run_id)}
     tables = []
     for name in ("results.csv", "curve.csv"):
         with tempfile.TemporaryDirectory() as place:
-            file = connection.download_artifacts(run.info.run_id, name, dst_path=place) if name in files else None
+            file = connection.download_artifacts(run_id, name, dst_path=place) if name in files else None
             tables.append(ResultTable.from_csv(Path(file)) if file else None)
     table, inside = tables
-    return RunRecord(
-        run_id=run.info.run_id, variant=tags["variant"], seed=int(tags["seed"]), status=run.info.status,
-        tags=dict(tags), metrics=dict(run.data.metrics), table=table, curve=inside.as_curve() if inside else (),
-    )  # fmt: skip
+    return table, inside.as_curve() if inside else ()
 
 
 def journal_results(folder: Path) -> StudyResults:
@@ -231,7 +259,7 @@ def _record_of_folder(folder: Path) -> RunRecord:
     table = translator.table if translator.table.rows() else None
     return RunRecord(
         run_id="", variant=config.variant, seed=config.seed, status=journal.last_status(folder), tags=tags,
-        metrics=metrics, table=table, curve=translator.curve,
+        metrics=metrics, read_tables=lambda: (table, translator.curve),
     )  # fmt: skip
 
 
