@@ -19,7 +19,7 @@ import yaml
 from clplat.components import Component
 from clplat.errors import ConfigError, nearest
 from clplat.known_good import KnownGood
-from clplat.streams.base import Budget
+from clplat.streams.budget import Budget
 from clplat.yaml_text import BOOLEAN, parse_yaml
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]

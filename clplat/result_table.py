@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 Scores = NDArray[np.float64]
@@ -46,7 +45,7 @@ class ResultTable:
     def __init__(self) -> None:
         # Rows as numbers, and what summaries read kept up row by row: with hundreds of tasks there are hundreds of
         # thousands of cells, and as objects they would slow down every walk of Python's garbage collector.
-        self._rows: dict[int, tuple[int, torch.Tensor, torch.Tensor]] = {}
+        self._rows: dict[int, tuple[int, NDArray[np.int64], Scores]] = {}
         self._kinds: dict[tuple[Any, ...], int] = {}
         self._headlines: dict[int, Scores] = {}
         self._names: dict[int, str] = {}
@@ -54,9 +53,9 @@ class ResultTable:
     def add(self, row: int, step: int, cells: Sequence[Cell]) -> None:
         """Fill row `row`, measured at optimizer step `step`."""
         kinds = [tuple(getattr(cell, name) for name in _KIND) for cell in cells]
-        places = [self._kinds.setdefault(kind, len(self._kinds)) for kind in kinds]
-        numbers = torch.tensor([[cell.value, cell.total, cell.count] for cell in cells], dtype=torch.float64)
-        self._rows[row] = (step, torch.tensor(places, dtype=torch.long), numbers.view(-1, 3))
+        places = np.array([self._kinds.setdefault(kind, len(self._kinds)) for kind in kinds], dtype=np.int64)
+        numbers = np.array([[cell.value, cell.total, cell.count] for cell in cells], dtype=np.float64)
+        self._rows[row] = (step, places, numbers.reshape(-1, 3))
         self._note(row, cells)
 
     def _note(self, row: int, cells: Sequence[Cell]) -> None:
@@ -158,12 +157,14 @@ class ResultTable:
 
     def state_dict(self) -> dict[str, Any]:
         """The table as tensors and plain data, small enough for every checkpoint of a long stream."""
+        from torch import from_numpy  # whoever only reads and compares tables need not wait for torch
+
         rows = [(row, *self._rows[row]) for row in self.rows()]
         return {
             "kinds": [list(kind) for kind in self._kinds],
             "rows": [(row, step, len(places)) for row, step, places, _ in rows],
-            "places": torch.cat([places for *_, places, _ in rows] or [torch.zeros(0, dtype=torch.long)]),
-            "numbers": torch.cat([numbers for *_, numbers in rows] or [torch.zeros(0, 3, dtype=torch.float64)]),
+            "places": from_numpy(np.concatenate([places for *_, places, _ in rows] or [np.zeros(0, np.int64)])),
+            "numbers": from_numpy(np.concatenate([numbers for *_, numbers in rows] or [np.zeros((0, 3))])),
         }
 
     @classmethod
@@ -173,7 +174,7 @@ class ResultTable:
         table._kinds = {tuple(kind): place for place, kind in enumerate(state["kinds"])}
         for row, step, count in state["rows"]:
             part = slice(start, start + count)
-            table._rows[row] = (step, state["places"][part], state["numbers"][part])
+            table._rows[row] = (step, state["places"][part].numpy(), state["numbers"][part].numpy())
             table._note(row, table.cells(row))
             start += count
         return table

@@ -16,7 +16,7 @@ from clplat.components import checked
 from clplat.config import Experiment, RunConfig, StudyConfig, difference, load_run, parse, plain
 from clplat.errors import ConfigError, nearest
 from clplat.ranges import check_least, check_numbers
-from clplat.streams.base import BUDGET_UNITS
+from clplat.streams.budget import BUDGET_UNITS
 from clplat.yaml_text import parse_yaml
 
 

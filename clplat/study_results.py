@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -169,9 +171,10 @@ def load_study_results(study: str, uri: str | None = None) -> StudyResults:
     known = json.loads(state.read_text()) if state.is_file() else {}
     uri = uri or known.get("uri") or default_uri()
     try:
-        connection = client(uri)
-        parent = connection.get_run(known["run_id"]) if known else _find(connection, study, uri)
-        runs = [_record(connection, run) for run in _newest(_children(connection, parent))]
+        with _no_collector():
+            connection = client(uri)
+            parent = connection.get_run(known["run_id"]) if known else _find(connection, study, uri)
+            runs = [_record(connection, run) for run in _newest(_children(connection, parent))]
     except ClplatError:
         raise
     except Exception as error:
@@ -195,6 +198,19 @@ def _find(connection: Any, study: str, uri: str) -> Any:
             return run
     names = {run.info.run_name for run in studies} | {run.data.tags["study"] for run in studies}
     raise ConfigError(f"study {study!r}: MLflow at {uri} has none of this name or id{nearest(study, names)}")
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without Python's garbage collector: MLflow's import and a thousand runs make hundreds of thousands of objects that
+    stay, and walking them again and again takes as long as all the rest."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _children(connection: Any, parent: Any) -> list[Any]:
