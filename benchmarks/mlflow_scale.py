@@ -87,9 +87,7 @@ def fill(database: Path, state: dict[str, Any] | None, seeds: int, points: int) 
         ).fetchone()
         planned = {"variants": [f"v{n}" for n in range(VARIANTS)], "seeds": list(range(seeds))}
         for name, value in planned.items():
-            store.execute(
-                "UPDATE tags SET value = ? WHERE key = ? AND run_uuid = ?", (json.dumps(value), name, parent)
-            )
+            store.execute("UPDATE tags SET value = ? WHERE key = ? AND run_uuid = ?", (json.dumps(value), name, parent))
         copies = []
         for variant in planned["variants"]:
             for seed in planned["seeds"]:

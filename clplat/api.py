@@ -154,8 +154,16 @@ def run_folder_of(run: str | Path) -> Path:
     return folder
 
 
-def load_model(run: str | Path) -> Architecture:
-    """The architecture of a run with its last saved weights, in evaluation mode, on the CPU."""
+def load_model(run: str | Path, uri: str | None = None) -> Architecture:
+    """The architecture of a run with its last saved weights, in evaluation mode, on the CPU.
+
+    Of a run folder or run id, or of a registered model, `models:/NAME/VERSION`, at `uri` (default: as for studies).
+    """
+    if str(run).startswith("models:/"):
+        from clplat import registry
+        from clplat.study_record import default_uri
+
+        return registry.load(str(run), uri or default_uri())
     from clplat.assembly import built_architecture, load_weights, prepared_stream
     from clplat.checkpoint import Checkpoints
 

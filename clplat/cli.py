@@ -45,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     analyze.add_argument("--points", type=int, default=11, help="losses on a line, its ends included (default 11)")
     analyze.add_argument("--gap", type=int, default=2, help="tasks between the ends of a line, at most (default 2)")
     analyze.add_argument("--rows", type=int, default=200, help="test rows of each task (default 200)")
+    register = commands.add_parser("register", help="put a finished run's model into MLflow's model registry")
+    register.add_argument("run", help="a run folder, or an MLflow run id")
+    register.add_argument("--name", help="the registered model (default: STUDY-VARIANT); versions are counted up")
     sync = commands.add_parser("sync", help="send what MLflow has not got yet")
     sync.add_argument("target", metavar="RUN_OR_FOLDER", help="a run folder or a study folder")
     sync.add_argument("--uri", help="send everything to this server from now on")
@@ -166,6 +169,11 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
             console.print(shown_frame(barriers, "barriers in nats; connected: at most 5 % of the ends' mean loss"))
             console.print(f"weights moved: {'; '.join(moved)}", soft_wrap=True)
             console.print(f"connectivity: {folder / 'connectivity.png'}", soft_wrap=True)
+        case "register":
+            from clplat.registry import register
+
+            version = register(options.run, options.name)
+            console.print(f"registered: models:/{version.name}/{version.version}", soft_wrap=True)
         case "sync":
             from clplat.study_record import sync
 
@@ -222,13 +230,11 @@ def _conclude(study: object, console: Console) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    import subprocess
-
     from clplat.errors import Interrupted
+    from clplat.ui import serve
 
-    command = [sys.executable, "-P", "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(options.port)]
     try:
-        return subprocess.call([*command, "--backend-store-uri", options.uri])
+        return serve(options.uri, options.port)
     except Interrupted:
         return 0
 

@@ -67,9 +67,9 @@ class Journal:
         """Facts that stay the same; of those that change after all, the last value is kept."""
         self._append_once({"kind": "tags", "values": dict(values)})
 
-    def dataset(self, name: str, digest: str, context: str) -> None:
-        """A set that the run reads, by its content."""
-        self._append_once({"kind": "dataset", "name": name, "digest": digest, "context": context})
+    def dataset(self, name: str, digest: str, context: str, **about: str) -> None:
+        """A set that the run reads, by its content; `about` is what MLflow shows of it: `source` and `profile`."""
+        self._append_once({"kind": "dataset", "name": name, "digest": digest, "context": context} | about)
 
     def flush(self) -> None:
         """Write what has been appended; raises `StorageError` when there is no room."""

@@ -58,9 +58,12 @@ def write_report(study: StudyResults, out: str | Path | None = None, baseline: s
     page = render(study, baseline_of(study, baseline), folder)
     if not study.run_id:
         return page
+    from clplat.study_note import write_note
+
     connection = client(study.uri)
     connection.log_artifact(study.run_id, str(page))
     connection.log_artifacts(study.run_id, str(folder / "figures"), "figures")
+    write_note(connection, study, baseline_of(study, baseline))
     return page
 
 
@@ -100,13 +103,7 @@ def render(study: StudyResults, baseline: str | None, folder: Path) -> Path:
 
 
 def _tag(study: StudyResults, name: str) -> str:
-    return html.escape(" or ".join(tag_values(study, name)))
-
-
-def tag_values(study: StudyResults, name: str, variant: str | None = None) -> list[str]:
-    """The values that a tag has among the runs, of one variant or of all."""
-    runs = [run for run in study.runs if variant in (None, run.variant)]
-    return list(dict.fromkeys(run.tags.get(name) or "unknown" for run in runs))
+    return html.escape(" or ".join(study.tag_values(name)))
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -180,7 +177,7 @@ def _ability(study: StudyResults) -> list[str]:
 
 def _costs(study: StudyResults) -> str:
     rows, shown = [], {name: COSTS[name] for name in known_costs(study)}
-    words = {variant: " or ".join(tag_values(study, "fidelity", variant)) for variant in study.variants()}
+    words = {variant: " or ".join(study.tag_values("fidelity", variant)) for variant in study.variants()}
     for variant in study.variants():
         means = [(study.interval(variant, name).mean, show) for name, (_, show) in shown.items()]
         costs = ["–" if np.isnan(mean) else show(mean) for mean, show in means]

@@ -45,8 +45,10 @@ def describe(journal: Journal, config: RunConfig, parts: Parts, folder: Path) ->
     journal.params({key: value for key, value in flat(plain(config)).items() if value is not None})
     journal.tags({f"stream.{name}": str(value) for name, value in parts.stream.facts().items()})
     for task in parts.stream.tasks[:50]:
-        journal.dataset(f"{task.name}/train", task.train.digest, "train")
-        journal.dataset(f"{task.name}/test", task.test.data.digest, "test")
+        for part, data, context in (("train", task.train, "training"), ("test", task.test.data, "evaluation")):
+            source = json.dumps({"stream": plain(config.stream), "task": task.name, "part": part})
+            profile = json.dumps({"num_rows": len(data)})
+            journal.dataset(f"{task.name}/{part}", data.digest, context, source=source, profile=profile)
 
 
 def check_data(parts: Parts, folder: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import yaml
 from clplat.config import RunConfig, load_run, parse
 from clplat.errors import ClplatError, ConfigError, RunBusyError
 from clplat.journal import NAME, last_status
+from clplat.mlflow_view import add_view
 from clplat.result_table import ResultTable
 from clplat.study_file import load_study, run_folders
 from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, absolute, client, experiment_id, read_json, short, write_json
@@ -35,15 +37,18 @@ def _start(folder: Path) -> None:
         connection = client(study.tracking.uri)
         if state.get("uri") != study.tracking.uri:
             where = experiment_id(connection, study.tracking)
+            variants = list(study.variants) or [study.name]
             tags = {
-                "study": study.name, "kind": "study", "baseline": study.baseline or "",
-                "folder": str(folder.resolve()), "variants": json.dumps(list(study.variants) or [study.name]),
-                "seeds": json.dumps(study.seeds),
+                "study": study.name, "kind": "study", "study_run": folder.name, "baseline": study.baseline or "",
+                "folder": str(folder.resolve()), "variants": json.dumps(variants), "seeds": json.dumps(study.seeds),
+                "stream": study.stream.class_path.rpartition(".")[2],
+                "architecture": study.architecture.class_path.rpartition(".")[2],
             }  # fmt: skip
             run = connection.create_run(where, tags=tags, run_name=folder.name)
-            state = {"run_id": run.info.run_id, "uri": study.tracking.uri}
+            state = {"run_id": run.info.run_id, "uri": study.tracking.uri, "experiment": where, "variants": variants}
             write_json(folder / STUDY_STATE, state)
             connection.log_artifact(state["run_id"], str(folder / "study.yaml"))
+            add_view(connection, where, folder.name, int(time.time() * 1000))
         connection.update_run(state["run_id"], status="RUNNING")
     except Exception as error:
         raise ClplatError(f"MLflow at {study.tracking.uri} cannot be reached ({short(error)})") from error

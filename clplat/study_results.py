@@ -142,6 +142,11 @@ class StudyResults:
         """Whether the variant is no continual learner, but something to compare them with."""
         return any(run.tags.get("reference") == "true" for run in self.runs if run.variant == variant)
 
+    def tag_values(self, name: str, variant: str | None = None) -> list[str]:
+        """The values that a tag has among the runs, of one variant or of all."""
+        runs = [run for run in self.runs if variant in (None, run.variant)]
+        return list(dict.fromkeys(run.tags.get(name) or "unknown" for run in runs))
+
     def _intransigence(self, variant: str) -> dict[int, float]:
         """Mean over tasks of the cumulative arm's score right after a task minus this variant's, same seed."""
         arms = [run for run in self.runs if run.tags.get("strategy") == "Cumulative" and run.status == "FINISHED"]
@@ -202,8 +207,8 @@ def _find(connection: Any, study: str, uri: str) -> Any:
 
 @contextmanager
 def _no_collector() -> Iterator[None]:
-    """Without Python's garbage collector: MLflow's import and a thousand runs make hundreds of thousands of objects that
-    stay, and walking them again and again takes as long as all the rest."""
+    """Without Python's garbage collector: MLflow's import and a thousand runs make hundreds of thousands of objects
+    that stay, and walking them again and again takes as long as all the rest."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -19,7 +19,9 @@ from typing import Any
 from clplat.config import TrackingConfig, load_run
 from clplat.errors import ClplatError
 from clplat.journal import NAME, read
+from clplat.mlflow_view import COLOUR, KIND, colours
 from clplat.points import Translator, safe_key
+from clplat.run_note import NOTE, run_note
 
 CHUNK = 900
 """Points in one request; MLflow takes 1000."""
@@ -64,7 +66,7 @@ def experiment_id(connection: Any, tracking: TrackingConfig) -> str:
     if uri.startswith("sqlite:///"):
         place = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / tracking.experiment).as_uri()
     try:
-        return connection.create_experiment(tracking.experiment, artifact_location=place)
+        return connection.create_experiment(tracking.experiment, artifact_location=place, tags=KIND)
     except Exception:
         # Another process made it in the meantime.
         found = connection.get_experiment_by_name(tracking.experiment)
@@ -140,7 +142,7 @@ class Feed:
         if self._state["run_id"] is None:
             config = load_run(self.folder / "config.yaml")
             # Also a run that fails before it can describe itself must be found under its variant.
-            tags = {"study": config.study, "variant": config.variant, "seed": str(config.seed)}
+            tags = {"study": config.study, "variant": config.variant, "seed": str(config.seed), "kind": "run"}
             started = next((int(entry["t"]) for entry in read(self.folder)), None)
             run = connection.create_run(
                 experiment_id(connection, self.tracking), start_time=started, tags=tags, run_name=self.folder.name
@@ -150,9 +152,18 @@ class Feed:
         study = read_json(self.folder.parent / STUDY_STATE) or {}
         if study.get("uri") == self._state["uri"]:
             # Set at every start: the study's run may have come later than this one, when its server came back.
-            connection.set_tag(self._state["run_id"], "mlflow.parentRunId", study["run_id"])
+            self._enter(connection, study)
         connection.update_run(self._state["run_id"], status="RUNNING")
         self._client = connection
+
+    def _enter(self, connection: Any, study: dict[str, Any]) -> None:
+        """Put the run below its study, with what it is searched and told apart by there."""
+        from mlflow.entities import RunTag
+
+        tags = {"mlflow.parentRunId": study["run_id"], "study_run": self.folder.parent.name}
+        colour = colours(study.get("variants", [])).get(load_run(self.folder / "config.yaml").variant)
+        tags |= {COLOUR: colour} if colour else {}
+        connection.log_batch(self._state["run_id"], tags=[RunTag(key, value) for key, value in tags.items()])
 
     def _start_monitor(self) -> None:
         if self._monitor is None and self.tracking.system_metrics and not self._closing.is_set():
@@ -213,7 +224,10 @@ class Feed:
             case "status" if entry["reason"]:
                 self._client.set_tag(run_id, "status_reason", entry["reason"][:5000])
             case "dataset":
-                data = Dataset(name=entry["name"], digest=entry["digest"], source_type="clplat", source=entry["name"])
+                data = Dataset(
+                    name=entry["name"], digest=entry["digest"], source_type="clplat",
+                    source=entry.get("source", entry["name"]), profile=entry.get("profile"),
+                )  # fmt: skip
                 tag = InputTag("mlflow.data.context", entry["context"])
                 try:
                     self._client.log_inputs(run_id, [DatasetInput(data, [tag])])
@@ -238,6 +252,7 @@ class Feed:
     def _end(self, status: str) -> None:
         if (self.folder / "artifacts").is_dir():
             self._client.log_artifacts(self._state["run_id"], str(self.folder / "artifacts"))
+        self._client.set_tag(self._state["run_id"], NOTE, run_note(self.folder, self._state["run_id"]))
         # The time of the last entry, so that a record sent later does not stretch the run.
         self._client.set_terminated(self._state["run_id"], status=status, end_time=self._last_time or None)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clplat.streams.batch import Batch
-from clplat.streams.budget import BUDGET_UNITS, Budget
+from clplat.streams.budget import Budget
 
 if TYPE_CHECKING:
     from clplat.streams.scorers import Scorer
@@ -135,8 +135,6 @@ class EvalSet:
     name: str
     data: Data
     scorer: Scorer
-
-
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""How long a task is trained; apart from the rest of a stream so that reading a configuration need not wait for torch."""
+"""How long a task is trained; apart from the other parts of a stream, so that a configuration is read without torch."""
 
 from __future__ import annotations
 

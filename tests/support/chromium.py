@@ -1,7 +1,7 @@
 """A headless Chromium on its debugging pipe: pages are opened, asked and photographed as a person's browser would.
 
-Chrome's DevTools protocol (https://chromedevtools.github.io/devtools-protocol) travels over two pipes, so nothing but the
-browser itself has to be installed. It is looked for on the path, or named by the variable CLPLAT_CHROMIUM.
+Chrome's DevTools protocol (https://chromedevtools.github.io/devtools-protocol) travels over two pipes, so nothing but
+the browser itself has to be installed. It is looked for on the path, or named by the variable CLPLAT_CHROMIUM.
 """
 
 from __future__ import annotations
@@ -50,9 +50,7 @@ class Browser:
         self._session: str | None = attached["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
-        )
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def __enter__(self) -> Browser:
         return self
@@ -83,7 +81,8 @@ class Browser:
             command = [
                 program, "--headless=new", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-sandbox",
                 "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
-                "--disable-component-update", "--hide-scrollbars", "--force-color-profile=srgb", *options, "about:blank",
+                "--disable-component-update", "--hide-scrollbars", "--force-color-profile=srgb", *options,
+                "about:blank",
             ]  # fmt: skip
             self._pid = os.posix_spawn(program, command, os.environ, file_actions=actions, setpgroup=0)
         for end in (theirs_in, theirs_out):

@@ -1,0 +1,93 @@
+"""How MLflow's pages show a study: as model training, with named views whose columns a person asks for first.
+
+MLflow 3 keeps a named view of the table of runs as a tag of the experiment (`mlflow.sharedViewState.<id>`), lists it
+under "Views", and opens it by the id in the address. Versions that do not know this leave the tag alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote
+
+KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""What an experiment is: without it MLflow asks, or takes it for traces of language-model applications."""
+COLOUR = "mlflow.runColor"
+VIEW = "mlflow.sharedViewState."
+OURS = "clplat."
+"""Ids of our views begin so; whatever a person has saved is left alone."""
+KEPT = 20
+"""Views of studies that an experiment keeps, the newest: MLflow reads all of them with every page."""
+COLUMNS = (
+    ("tags", "variant"), ("tags", "seed"), ("metrics", "final_score"), ("metrics", "final_forgetting"),
+    ("metrics", "learning_score"), ("metrics", "cumulative_forgetting"), ("metrics", "cost/training_seconds"),
+    ("metrics", "cost/buffer_share"),
+)  # fmt: skip
+CHARTS = {
+    "final_forgetting": ("LINE", "forgetting so far (mean over earlier tasks)"),
+    "final_score": ("BAR", "final score"),
+    "average_score": ("LINE", "average score so far"),
+    "cumulative_forgetting": ("BAR", "cumulative forgetting"),
+    "train/loss": ("LINE", "training loss"),
+    "cost/training_seconds": ("BAR", "training seconds"),
+}
+
+
+def view_id(study_run: str) -> str:
+    """The id of a study's view."""
+    return f"{OURS}{study_run}"
+
+
+def study_view(study_run: str, now: int) -> str:
+    """The value of the tag that shows the runs of a study alone, with the columns and charts above; `now` in ms."""
+    state = {
+        "searchFilter": f"tags.study_run = '{study_run}'",
+        "orderByKey": "tags.`variant`", "orderByAsc": True,
+        "selectedColumns": [f"{kind}.`{name}`" for kind, name in COLUMNS],
+        "compareRunCharts": [_chart(metric, kind, title) for metric, (kind, title) in CHARTS.items()],
+        "compareRunSections": [
+            {"uuid": "clplat", "name": "Study", "display": True, "isReordered": False, "deleted": False}
+        ],
+        "isAccordionReordered": False,
+    }  # fmt: skip
+    return json.dumps({"name": study_run, "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
+
+
+def _chart(metric: str, kind: str, title: str) -> dict[str, Any]:
+    whole = {
+        "uuid": f"clplat-{metric}", "type": kind, "metricKey": metric, "metricSectionId": "clplat",
+        "displayName": title, "runsCountToCompare": 100, "deleted": False, "isGenerated": False,
+    }  # fmt: skip
+    if kind == "LINE":
+        whole |= {
+            "selectedMetricKeys": [metric], "xAxisKey": "step", "xAxisScaleType": "linear", "scaleType": "linear",
+            "lineSmoothness": 0, "useGlobalLineSmoothing": False, "useGlobalXaxisKey": False, "yAxisKey": "metric",
+            "yAxisExpressions": [], "range": {}, "selectedXAxisMetricKey": "",
+        }  # fmt: skip
+    return whole
+
+
+def add_view(connection: Any, experiment: str, study_run: str, now: int) -> None:
+    """Write a study's view into its experiment, and take away those of ours beyond the newest `KEPT`."""
+    prefix = VIEW + OURS
+    old = {key: json.loads(value)["createdAt"] for key, value in connection.get_experiment(experiment).tags.items()
+           if key.startswith(prefix)}  # fmt: skip
+    connection.set_experiment_tag(experiment, VIEW + view_id(study_run), study_view(study_run, now))
+    old.pop(VIEW + view_id(study_run), None)
+    for key in sorted(old, key=lambda key: old[key])[: max(0, len(old) - KEPT + 1)]:
+        connection.delete_experiment_tag(experiment, key)
+
+
+def colours(variants: Sequence[str]) -> dict[str, str]:
+    """The colour of each variant, the same as in the report."""
+    from clplat.figures import PALETTE
+
+    return {variant: PALETTE[number % len(PALETTE)] for number, variant in enumerate(variants)}
+
+
+def page_of_study(experiment: str, study_run: str) -> str:
+    """The page of a study's runs, relative to the server: model training, our view."""
+    return (
+        f"#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={quote(view_id(study_run))}"
+    )
