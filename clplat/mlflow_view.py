@@ -24,7 +24,7 @@ COLUMNS = (
     ("metrics", "cumulative_forgetting"), ("metrics", "cost/training_seconds"), ("tags", "strategy"),
 )  # fmt: skip
 """What the table shows beside names and times; MLflow puts metrics in the order of their names."""
-CHARTS = "^final|^cumulative_forgetting$|^average_score|^train/loss$|training_seconds"
+CHARTS = "^final_score$|^final_forgetting$|^cumulative_forgetting$|^average_score$"
 """Which of the charts that MLflow makes of every metric are shown, until somebody clears its search box."""
 
 

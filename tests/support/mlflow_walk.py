@@ -30,12 +30,12 @@ DEMO = {
     "stream": {"class_path": "SplitDigits", "init_args": {"num_tasks": 5}},
     "architecture": {"class_path": "MLP", "init_args": {"hidden_sizes": [64]}},
     "training": {"budget": {"steps": 40}, "batch_size": 32, "accelerator": "cpu",
-                 "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}},
+                 "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.05, "momentum": 0.9}}},
     "tracking": {"log_every": 5, "system_metrics": False}, "launcher": {"workers": 1},
     "variants": {
         "naive": {},
         "er": {"strategies": {"replay": {"class_path": "ExperienceReplay", "init_args": {"capacity": 60}}}},
-        "ewc": {"strategies": {"ewc": {"class_path": "OnlineEWC", "init_args": {"strength": 100.0}}}},
+        "ewc": {"strategies": {"ewc": {"class_path": "OnlineEWC", "init_args": {"strength": 1.0}}}},
     },
 }  # fmt: skip
 
