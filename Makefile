@@ -7,6 +7,10 @@ READY   := $(VENV)/ready
 # Files of tests side by side, one thread each: two workers take about half as long as one on two cores.
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 
+# The test of MLflow's pages drives a real browser.
+CHROMIUM := chromium chromium-browser google-chrome google-chrome-stable chrome
+NO_CHROMIUM := needs Chromium: apt-get install chromium, brew install --cask chromium, or name one in CLPLAT_CHROMIUM
+
 .PHONY: demo test test-all test-gpu lint clean
 .DEFAULT_GOAL := demo
 
@@ -29,6 +33,8 @@ test: lint
 	$(PYTEST) -m 'not long'
 
 test-all: $(READY)
+	@{ echo "$$CLPLAT_CHROMIUM"; for name in $(CHROMIUM); do command -v $$name; done; } | grep -q . \
+		|| { echo "make $@ $(NO_CHROMIUM)"; exit 1; }
 	$(PYTEST) -m long
 
 test-gpu: $(READY)

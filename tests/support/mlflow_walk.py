@@ -121,18 +121,14 @@ class Walk:
         browser.wait_for_text("Model metrics", "final_forgetting")
         parent = f"tags.`mlflow.parentRunId` = '{self.study.run_id}'"
         runs = self.client.search_runs([self.client.get_run(self.study.run_id).info.experiment_id], parent)
-        held = sorted(run.data.metrics["final_forgetting"] for run in runs)
+        held = {run.info.run_name: run.data.metrics["final_forgetting"] for run in runs}
+        # MLflow draws each line twice, with and without its points.
         ends = (
-            "[...document.querySelectorAll('.js-plotly-plot')].map(plot => (plot.data || [])"
-            ".filter(line => line.y && line.y.length).map(line => Array.from(line.y).at(-1)))"
+            "[...document.querySelectorAll('.js-plotly-plot')].map(plot => Object.fromEntries((plot.data || [])"
+            ".filter(line => line.y && line.y.length).map(line => [line.name, Array.from(line.y).at(-1)])))"
         )
         browser.wait_for(
-            lambda: any(
-                len(plot) == len(held) and max(abs(a - b) for a, b in zip(sorted(plot), held, strict=True)) < 1e-6
-                for plot in browser.ask(ends)
-                if all(isinstance(end, int | float) for end in plot)
-            ),
-            f"a chart of forgetting whose lines end in {held}",
+            lambda: any(same(plot, held) for plot in browser.ask(ends)), f"a chart of forgetting that ends in {held}"
         )
         self.photograph("mlflow_charts.png")
 
@@ -174,6 +170,11 @@ class Walk:
         assert self.browser.errors == [], self.browser.errors
         asked = [address for address in self.browser.requests if not address.startswith(("file:", "data:"))]
         assert asked == [], asked
+
+
+def same(drawn: dict[str, float], held: dict[str, float]) -> bool:
+    """Whether a chart's lines end in these numbers."""
+    return drawn.keys() == held.keys() and all(abs(drawn[name] - held[name]) < 1e-6 for name in held)
 
 
 def walk(place: Path, pictures: Path | None = None) -> None:
