@@ -81,7 +81,9 @@ class Browser:
             command = [
                 program, "--headless=new", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-sandbox",
                 "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-background-networking",
-                "--disable-component-update", "--hide-scrollbars", "--force-color-profile=srgb", *options,
+                "--disable-component-update", "--hide-scrollbars", "--force-color-profile=srgb",
+                # MLflow shows a report in a sandboxed frame, which would be a target of its own.
+                "--disable-features=IsolateSandboxedIframes", *options,
                 "about:blank",
             ]  # fmt: skip
             self._pid = os.posix_spawn(program, command, os.environ, file_actions=actions, setpgroup=0)
@@ -157,10 +159,15 @@ class Browser:
 
     def text(self) -> str:
         """What the page shows as text, its embedded frames included."""
-        return str(self.ask(
-            "[document, ...[...document.querySelectorAll('iframe')].map(f => f.contentDocument)]"
-            ".map(d => d && d.body ? d.body.innerText : '').join('\\n')"
-        ))  # fmt: skip
+        tree = self.call("Page.getFrameTree")["frameTree"]
+        texts = [str(self.ask("document.body ? document.body.innerText : ''"))]
+        for frame in tree.get("childFrames", []):
+            world = self.call("Page.createIsolatedWorld", frameId=frame["frame"]["id"])["executionContextId"]
+            found = self.call(
+                "Runtime.evaluate", expression="document.body.innerText", contextId=world, returnByValue=True
+            )
+            texts.append(str(found["result"].get("value", "")))
+        return "\n".join(texts)
 
     def wait_for(self, condition: Callable[[], Any], what: str) -> Any:
         """The first truthy answer of `condition`; raises `TimeoutError` with what the page shows instead."""
