@@ -62,8 +62,8 @@ def _finished_state(folder: Path) -> dict[str, Any]:
     state = Checkpoints(folder, every_seconds=0).load()
     if state is None:
         raise ConfigError(
-            f"{folder}: no checkpoint is left, and so no weights; put its folder `checkpoints` back, or run it in a new "
-            "study"
+            f"{folder}: no checkpoint is left, and so no weights; put its folder `checkpoints` back, or run it in a "
+            "new study"
         )
     return state
 

@@ -20,7 +20,7 @@ SHOWN = 5
 
 
 def serve(uri: str, port: int) -> int:
-    """Start MLflow's server, say where the newest studies are once it answers, and stay until it ends; its exit code."""
+    """Start MLflow's server, say where the newest studies are once it answers, stay until it ends; its exit code."""
     command = [sys.executable, "-P", "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
     # One process serves one person, and starts in a third of the time of four. Nothing is told to anybody.
     command += ["--workers", "1", "--backend-store-uri", uri]

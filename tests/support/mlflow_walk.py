@@ -115,7 +115,7 @@ class Walk:
         self.photograph("mlflow_runs.png")
 
     def compare_its_runs(self) -> None:
-        """One click leads to the charts; forgetting over the stream is among them, a line a run, with MLflow's numbers."""
+        """One click leads to the charts; forgetting over the stream is among them, a line a run, with true numbers."""
         browser = self.browser
         browser.click("document.querySelector('input[value=CHART]').closest('label')", "the button for charts")
         browser.wait_for_text("Model metrics", "final_forgetting")
