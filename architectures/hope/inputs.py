@@ -48,6 +48,10 @@ class HeadInputs(NamedTuple):
         """The same in another precision."""
         return self._each(lambda part, _: part if part.dtype == torch.bool else part.to(dtype))
 
+    def in_one_row(self) -> HeadInputs:
+        """The tokens of all rows, one row behind the other."""
+        return self._each(lambda part, axis: part.movedim(axis, 1).flatten(0, 1).unsqueeze(0).movedim(1, axis))
+
     def _each(self, change: Callable[[Tensor, int], Tensor]) -> HeadInputs:
         query, key, value, rate, decay, momentum = (None if part is None else change(part, 2) for part in self[1:7])
         counts = None if self.counts is None else change(self.counts, 1)

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clplat.architectures.associative_memory.layout import Documents, continued, separated
+from clplat.architectures.associative_memory.layout import Documents, bounds, continued, separated
 from clplat.architectures.associative_memory.network import Network
 from clplat.architectures.associative_memory.state import LOWEST_GATE, MemoryState, Tokens
 from clplat.architectures.hope.bank import Bank
 from clplat.architectures.hope.forms import Group, by_chunks, one_by_one, one_more
 from clplat.architectures.hope.inputs import HeadInputs
+from clplat.architectures.hope.operation import operation_for
 from clplat.architectures.hope.options import SelfModifyingOptions
 
 
@@ -45,7 +46,9 @@ class SelfModifyingMemory(nn.Module):
         self.biases = nn.ParameterDict({name: nn.Parameter(torch.empty(num_heads, 1)) for name in gates})
         self.writes = True
         """False: step sizes are 0 and nothing is forgotten, for a reading without memory."""
-        self.backend = "chunked PyTorch"
+        self.operation = operation_for(options)
+        self.backend = "chunked PyTorch" if self.operation is None else "none yet"
+        """What computed the last call, for the record."""
         self.reset_start()
 
     @torch.no_grad()
@@ -69,9 +72,11 @@ class SelfModifyingMemory(nn.Module):
         return MemoryState(weights, momentum, weights, torch.zeros(rows, dtype=torch.long, device=weights[0].device))
 
     def forward(self, tokens: HeadInputs, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
-        """Answers (B, H, T, D) in float32 or wider and the state behind the last token; `state` continues an earlier
-        call, at any token."""
+        """Answers (B, H, T, D), in float32 or wider or where kernels answer in the queries' precision, and the state
+        behind the last token; `state` continues an earlier call, at any token."""
         with torch.autocast(tokens.x.device.type, enabled=False):
+            if self._taken(tokens, even=state is None):
+                return self._operated(tokens, state)
             tokens = tokens.widened(self._wide())
             if state is None:
                 return by_chunks(self, tokens, self.empty_state(len(tokens.x)))
@@ -85,9 +90,35 @@ class SelfModifyingMemory(nn.Module):
         """Answers (B, H, T, D) to packed rows, where each document begins with the first state and a chunk."""
         rows, length = tokens.x.shape[0], tokens.x.shape[2]
         with torch.autocast(tokens.x.device.type, enabled=False):
+            if self._taken(tokens, even=False):
+                ends = bounds(documents, tokens.x.device)
+                answers, _ = self._operated(tokens.in_one_row(), None, ends)
+                return answers.unflatten(2, (rows, length)).squeeze(0).transpose(0, 1)
             layout = separated(documents, rows, length, self.period)
             moved = tokens.widened(self._wide()).taken(layout.source_BN)
             return layout.back(by_chunks(self, moved, self.empty_state(rows), layout.begins_Bn)[0])
+
+    def _taken(self, tokens: HeadInputs, *, even: bool) -> bool:
+        """Whether the operation computes these tokens, `even` where every row begins a chunk and none has documents:
+        else its PyTorch form would take one sequence after another, and only its kernels are asked."""
+        self.backend = "chunked PyTorch"
+        if self.operation is None or tokens.counts is not None or not self.writes:
+            return False
+        form = self.operation.form(tokens)
+        if form == "torch" and not even:
+            return False
+        self.backend = f"{self.operation.name} {form}"
+        return True
+
+    def _operated(
+        self, tokens: HeadInputs, state: MemoryState | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, MemoryState]:
+        """By the operation."""
+        assert self.operation is not None
+        rows = len(tokens.x) if cu_seqlens is None else len(cu_seqlens) - 1
+        begun = self.empty_state(rows) if state is None else state
+        gates = dict(self.readouts), dict(self.biases)
+        return self.operation(tokens, *gates, begun, fresh=state is None, cu_seqlens=cu_seqlens)
 
     def by_definition(
         self, tokens: HeadInputs, state: MemoryState | None = None, documents: Documents | None = None

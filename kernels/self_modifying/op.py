@@ -54,7 +54,9 @@ def _written(inputs: Inputs, state: SelfModifyingState, cu_seqlens: Tensor | Non
     return (lengths if state.offset is None else lengths + state.offset) % chunk
 
 
-def _parts(tensors: Given, rule: Rule, chunk: int) -> tuple[Inputs, Readouts, SelfModifyingState, Tensor | None, Layout]:
+def _parts(
+    tensors: Given, rule: Rule, chunk: int
+) -> tuple[Inputs, Readouts, SelfModifyingState, Tensor | None, Layout]:
     """The operators' tensors by name, as the kernels want them to lie, and the sizes of a launch."""
     x, q = (part if part is None or part.stride(-1) == 1 else part.contiguous() for part in tensors[:2])
     rest = [None if part is None else part.contiguous() for part in tensors[2:]]

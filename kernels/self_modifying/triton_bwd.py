@@ -154,12 +154,11 @@ def write_back(
             damping + token if damping is not None else None, max_rate, c, valid, H, C, DECAY, MOMENTUM, ACC,
         )  # fmt: skip
         rate_C = e_C * damping_C
-        A1_ij, G1_ij, b1_C, f1_C, a_end_C, g_end_C, l_end_C, b_end, f_end, m_end = decays(
-            decay_C, momentum_C, there_C, narrow, MOMENTUM, C, ACC, PRECISION
-        )
+        b1_C, f1_C, a_end_C, g_end_C, l_end_C, b_end, f_end, m_end = decays(
+            decay_C, momentum_C, there_C, MOMENTUM, C
+        )  # fmt: skip
         square = squares + place * NUM_SQUARES * C * C
         if ERASE:
-            KK_ij = load_tile(square + MEETS * C * C, c, C, C, c, C, UPCAST).to(ACC)
             turn_ji = load_turned(square + TURNS * C * C, c, C, C, c, C, UPCAST)
             G1_ji = load_turned(square + STEPS * C * C, c, C, C, c, C, UPCAST).to(ACC)
             KK_ji = load_turned(square + MEETS * C * C, c, C, C, c, C, UPCAST).to(ACC)
@@ -255,8 +254,15 @@ def write_back(
             store_matrix(dW + at, before_DD + dsource_DD, D, BD)
             if MOMENTUM:
                 store_matrix(dS + at, pushed_DD, D, BD)
-        dA1_ij, dG1_ij = tl.zeros([C, C], dtype=ACC), tl.load(dsquares + place * 2 * C * C + c[:, None] * C + c[None, :])
+        dA1_ij, dG1_ij = (
+            tl.zeros([C, C], dtype=ACC),
+            tl.load(dsquares + place * 2 * C * C + c[:, None] * C + c[None, :]),
+        )
         if ERASE:
+            # What lived through the loop would take the registers that its products need.
+            A1_ij = lower(tl.cumsum(decay_C, 0) - decay_C, tl.cumsum(decay_C, 0), False, C)
+            KK_ij = load_tile(square + MEETS * C * C, c, C, C, c, C, UPCAST).to(ACC)
+            G1_ij = load_tile(square + STEPS * C * C, c, C, C, c, C, UPCAST).to(ACC)
             dA1_ij += tl.load(dsquares + (place * 2 + 1) * C * C + c[:, None] * C + c[None, :])
             dKA_ij = -through_F_ij * e_C[None, :]
             de_C -= tl.sum(through_F_ij * KK_ij * A1_ij, 0)
@@ -294,7 +300,9 @@ def write_back(
             if resumed:
                 to = danchor + own
         tl.debug_barrier()
-        a_DD = load_source(kept_W + kept + KEY * size, anchor, own + KEY * step, resumed, narrow, D, BD, OFFSETS, UPCAST)
+        a_DD = load_source(
+            kept_W + kept + KEY * size, anchor, own + KEY * step, resumed, narrow, D, BD, OFFSETS, UPCAST
+        )
         dx_CD = dot(dk_CD, tl.trans(a_DD), ACC, PRECISION)
         add_to(to + KEY * step, dot(x_DC, dk_CD, ACC, PRECISION), D, BD)
         a_DD = load_source(

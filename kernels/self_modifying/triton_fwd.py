@@ -36,6 +36,7 @@ from clplat.kernels.self_modifying.triton_tiles import (
     VALUE_SHARE,
     Z_DECAY,
     Z_RATE,
+    between,
     decays,
     dot,
     gates_of,
@@ -124,9 +125,10 @@ def walk(
             max_rate, c, valid, H, C, DECAY, MOMENTUM, ACC,
         )  # fmt: skip
         rate_C = e_C * damping_C
-        A1_ij, G1_ij, b1_C, f1_C, a_end_C, g_end_C, l_end_C, b_end, f_end, m_end = decays(
-            decay_C, momentum_C, there_C, narrow, MOMENTUM, C, ACC, PRECISION
-        )
+        b1_C, f1_C, a_end_C, g_end_C, l_end_C, b_end, f_end, m_end = decays(
+            decay_C, momentum_C, there_C, MOMENTUM, C
+        )  # fmt: skip
+        A1_ij, G1_ij = between(decay_C, momentum_C, there_C, narrow, MOMENTUM, C, ACC, PRECISION)
         kk_C = tl.sum(k_CD * k_CD, 1)
         difference_CD = (k_CD - v_CD if DIFFERENCE else -v_CD).to(narrow)
         k_CD = k_CD.to(narrow)
@@ -175,13 +177,15 @@ def walk(
             if READ:
                 if m == M - 1:
                     q_CD = load_tile(q + start * q_token, c, valid, q_token, d, D, UPCAST)
+                    # Once more, as what lived through the loop would take the registers that its products need.
+                    kept_ij, left_ij = between(decay_C, momentum_C, there_C, narrow, MOMENTUM, C, ACC, PRECISION)
                     QK_ij = dot(q_CD, k_DC, ACC, PRECISION)
                     o_CD = b1_C[:, None] * dot(q_CD, wn_DD, ACC, PRECISION)
                     if MOMENTUM:
                         o_CD += f1_C[:, None] * dot(q_CD, sn_DD, ACC, PRECISION)
-                    o_CD = plus(o_CD, (QK_ij * G1_ij).to(narrow), steps_CD.to(narrow), ACC, PRECISION)
+                    o_CD = plus(o_CD, (QK_ij * left_ij).to(narrow), steps_CD.to(narrow), ACC, PRECISION)
                     if ERASE:
-                        o_CD = plus(o_CD, (QK_ij * A1_ij).to(narrow), erased_CD.to(narrow), ACC, PRECISION)
+                        o_CD = plus(o_CD, (QK_ij * kept_ij).to(narrow), erased_CD.to(narrow), ACC, PRECISION)
                     store_tile(o + token * D, o_CD, c, valid, H * D, d, D)
             if KEEP:
                 kept = (place * M + m) * size

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from clplat.kernels.delta_memory.triton_tiles import chunk_of, load_tile, load_turned, rows_at, store_tile, upper
+from clplat.kernels.delta_memory.triton_tiles import chunk_of, load_tile, load_turned, lower, rows_at, store_tile, upper
 from clplat.kernels.self_modifying.triton_tiles import (
     NUM_MADE,
     NUM_SQUARES,
@@ -56,10 +56,9 @@ def read_back(
         z_C, zd_C, log_momentum + token if MOMENTUM else None, damping + token if damping is not None else None,
         max_rate, c, valid, H, C, DECAY, MOMENTUM, ACC,
     )  # fmt: skip
-    A1_ij, _, b1_C, f1_C, _, _, _, _, _, _ = decays(decay_C, momentum_C, there_C, narrow, False, C, ACC, PRECISION)
-    if MOMENTUM:
-        f1_C = tl.sum(A1_ij * (tl.exp(tl.cumsum(momentum_C, 0)) * there_C)[None, :], 1)
+    b1_C, f1_C, _, _, _, _, _, _ = decays(decay_C, momentum_C, there_C, MOMENTUM, C)
     total_C = tl.cumsum(decay_C, 0)
+    A1_ij = lower(total_C - decay_C, total_C, False, C)
     A1_ji = upper(total_C - decay_C, total_C, False, C)
     G1_ij = load_tile(squares + (place * NUM_SQUARES + STEPS) * C * C, c, C, C, c, C, UPCAST).to(ACC)
     G1_ji = load_turned(squares + (place * NUM_SQUARES + STEPS) * C * C, c, C, C, c, C, UPCAST).to(ACC)

@@ -85,31 +85,41 @@ def gates_of(
 
 
 @triton.jit
-def decays(
+def between(
     decay_C, momentum_C, there_C, narrow, MOMENTUM: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A1 and G1 (C, C), b1 and f1, then A, G and the momentum's own share behind the chunk, and b, f, m there; see
+    """How much of what a token erased, and of its step, is left before another one: A1 and G1 (C, C)."""
+    total_C = tl.cumsum(decay_C, 0)
+    A1_ij = lower(total_C - decay_C, total_C, False, C)
+    G1_ij = A1_ij
+    if MOMENTUM:
+        sums_C = tl.cumsum(momentum_C, 0)
+        Le_ij = lower(sums_C, sums_C, True, C) * there_C[:, None]
+        G1_ij = dot(A1_ij.to(narrow), Le_ij.to(narrow), ACC, PRECISION)
+    return A1_ij, G1_ij
+
+
+@triton.jit
+def decays(decay_C, momentum_C, there_C, MOMENTUM: tl.constexpr, C: tl.constexpr):
+    """b1 and f1, then A, G and the momentum's own share behind the chunk (C,), and b, f, m there; see
     `reference.chunk_step`."""
     total_C = tl.cumsum(decay_C, 0)
     end = tl.sum(decay_C, 0)
-    before_C = total_C - decay_C
-    A1_ij = lower(before_C, total_C, False, C)
-    b1_C, a_end_C = tl.exp(before_C), tl.exp(end - total_C)
-    G1_ij, g_end_C, f1_C, l_end_C = A1_ij, a_end_C, b1_C, a_end_C
+    b1_C, a_end_C = tl.exp(total_C - decay_C), tl.exp(end - total_C)
+    g_end_C, f1_C, l_end_C = a_end_C, b1_C, a_end_C
     b_end = tl.exp(end)
     f_end, m_end = b_end, b_end
     if MOMENTUM:
         sums_C = tl.cumsum(momentum_C, 0)
         m_C = tl.exp(sums_C) * there_C
         Le_ij = lower(sums_C, sums_C, True, C) * there_C[:, None]
-        G1_ij = dot(A1_ij.to(narrow), Le_ij.to(narrow), ACC, PRECISION)
         g_end_C = tl.sum(a_end_C[:, None] * Le_ij, 0)
-        f1_C = tl.sum(A1_ij * m_C[None, :], 1)
+        f1_C = tl.sum(lower(total_C - decay_C, total_C, False, C) * m_C[None, :], 1)
         last = tl.sum(momentum_C, 0)
         l_end_C = tl.exp(last - sums_C)
         f_end, m_end = tl.sum(a_end_C * m_C, 0), tl.exp(last)
-    return A1_ij, G1_ij, b1_C, f1_C, a_end_C, g_end_C, l_end_C, b_end, f_end, m_end
+    return b1_C, f1_C, a_end_C, g_end_C, l_end_C, b_end, f_end, m_end
 
 
 @triton.jit
