@@ -37,11 +37,11 @@ def self_modifying(
     cu_seqlens: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, SelfModifyingState]:
-    """Lets matrix memories read tokens, write what they make of them and answer: (B, T, H, D) in q's type, and the state.
+    """Lets matrix memories read tokens, write what they make of them and answer: (B, T, H, D) in q's type, the state.
 
     `reference.py` defines what is computed and all shapes. q is not scaled or normalised; `log_momentum` is clamped to
-    ≥ −12. `state` is where the memories begin, in the middle of a chunk too; there is no default, as memories that begin
-    from zero make nothing. `chunk` is a part of the function: all its tokens read what was known at its start.
+    ≥ −12. `state` is where the memories begin, in the middle of a chunk too; there is no default, as memories that
+    begin from zero make nothing. `chunk` is a part of the function: all its tokens read what was known at its start.
     `cu_seqlens` (N + 1,) int32, first 0, last T, packs N sequences into B = 1; `state` then has N rows.
 
     `backend`: `auto` takes the Triton kernels on GPUs of compute capability 8.0 and higher and the chunked PyTorch form

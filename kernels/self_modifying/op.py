@@ -99,15 +99,18 @@ def _forward_shapes(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     where = {"packed": cu_seqlens is not None, "offsets": offset is not None}
     groups = num_slots(len(W), x.shape[1], chunk * chunks_per_group(chunk), **where)
-    nothing, opened = x.new_empty(0), may_end_inside(x.shape[1], chunk, **where)
-    starts = W.new_empty(groups, *W.shape[1:]) if keep else nothing
+    opened = may_end_inside(x.shape[1], chunk, **where)
+
+    def like(part: Tensor | None, count: int, *, there: bool = True) -> Tensor:
+        return x.new_empty(0) if part is None or not there else part.new_empty(count, *part.shape[1:])
+
     return (
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        W.new_empty(W.shape),
-        nothing if S is None else W.new_empty(W.shape),
-        W.new_empty(W.shape) if opened else nothing,
-        starts,
-        nothing if S is None or not keep else torch.empty_like(starts),
+        like(W, len(W)),
+        like(S, len(W)),
+        like(W, len(W), there=opened),
+        like(W, groups, there=keep),
+        like(S, groups, there=keep),
     )
 
 
@@ -127,10 +130,11 @@ def backward_op(
     tensors = (x, q, log_momentum, damping, rate, rate_bias, decay, decay_bias, W, S, anchor, offset, cu_seqlens)
     *parts, layout = _parts(tensors, _rule(delta, max_rate, max_gradient, unit_values), chunk)
     wanted = (True, S is not None, layout.open_chunk)
-    flowing = [
-        None if not is_wanted else torch.zeros_like(parts[2].W) if given is None else given.clone(memory_format=torch.contiguous_format)
-        for given, is_wanted in zip((dW, dS, danchor), wanted, strict=True)
-    ]  # fmt: skip
+    given = [
+        torch.zeros_like(parts[2].W) if part is None else part.clone(memory_format=torch.contiguous_format)
+        for part in (dW, dS, danchor)
+    ]
+    flowing = [part if is_wanted else None for part, is_wanted in zip(given, wanted, strict=True)]
     starts = Starts(starts_W, None if S is None else starts_S)
     found = backward(*parts, starts, do.contiguous(), SelfModifyingState(*flowing), layout)  # type: ignore[arg-type]
     named = (*found.inputs, *found.readouts, *found[2:])
@@ -172,7 +176,7 @@ forward_op.register_autograd(_backward, setup_context=_setup)
 
 def flops(tokens: int, heads: int, width: int, matrices: int, chunk: int, *, erases: bool, momentum: bool) -> int:
     """Multiplications and additions of the chunked form's matrix products, forward."""
-    # Made: a key and a value. Each matrix: its slopes, a write; what is erased asks for its answer; the same of momentum.
+    # Made: a key, a value. Each matrix: its slopes, a write; what is erased asks for its answer; the same of momentum.
     squares = 2 + matrices * (2 + erases + momentum * (1 + erases)) + 1 + momentum
     one_chunk = 2 * chunk * width**2 * squares
     # Queries meet keys, and what they read of steps and erasings; keys meet keys, and the system is solved.

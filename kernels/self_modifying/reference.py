@@ -172,8 +172,8 @@ def chunk_step(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One chunk of `heads_first` tokens: outputs (B, H, L, D) and the states behind it.
 
-    Rows and columns of (L, L) matrices are tokens that read and that wrote before: A1 is how much of an erasing is left,
-    G1 of a step, b1 and f1 of W and S before the chunk; the same with `end` behind the last token.
+    Rows and columns of (L, L) matrices are tokens that read and that wrote before: A1 is how much of an erasing is
+    left, G1 of a step, b1 and f1 of W and S before the chunk; the same with `end` behind the last token.
     """
     new, q = made(tokens, anchor, readouts, rule), tokens.q
     total = new.log_decay.cumsum(-1)

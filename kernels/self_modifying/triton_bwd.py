@@ -42,6 +42,7 @@ from clplat.kernels.self_modifying.triton_tiles import (
     log_sigmoid,
     plus,
     shortening,
+    sigmoid,
     store_matrix,
 )
 
@@ -114,8 +115,9 @@ def read_out_back(a_DD, r_D, x_CD, dz_C, ACC: tl.constexpr):
 @triton.jit
 def write_back(
     x, q, log_momentum, damping, rate_readout, decay_readout, keys, values, anchor, kept_W, kept_S, slopes, answers,
-    squares, made, do, dk_read, dsteps, derased, dsquares, dvectors, dW, dS, danchor, dx, dmomentum, ddamping, dreadouts,
-    dbiases, cu_seqlens, offsets, x_row, x_token, x_head, q_row, q_token, q_head, max_rate, max_gradient, T, slots,
+    squares, made, do, dk_read, dsteps, derased, dsquares, dvectors, dW, dS, danchor, dx, dmomentum, ddamping,
+    dreadouts, dbiases, cu_seqlens, offsets, x_row, x_token, x_head, q_row, q_token, q_head, max_rate, max_gradient, T,
+    slots,
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, DECAY: tl.constexpr,
     MOMENTUM: tl.constexpr, ERASE: tl.constexpr, DIFFERENCE: tl.constexpr, BOUNDED: tl.constexpr, UNIT: tl.constexpr,
     ANCHOR: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
@@ -275,15 +277,15 @@ def write_back(
             dk_CD = plus(dk_CD, dKK_ij, k_CD, ACC, PRECISION)
             dk_CD = plus(dk_CD, load_turned(scratch, c, C, C, c, C, UPCAST), k_CD, ACC, PRECISION)
         ddecay_C, dlog_momentum_C = gates_back(
-            decay_C, momentum_C, there_C, dA1_ij, dG1_ij, db1_C, df1_C, da_C, dg_C, dl_C, db_end, df_end, dm_end, narrow,
-            MOMENTUM, C, ACC, PRECISION,
+            decay_C, momentum_C, there_C, dA1_ij, dG1_ij, db1_C, df1_C, da_C, dg_C, dl_C, db_end, df_end, dm_end,
+            narrow, MOMENTUM, C, ACC, PRECISION,
         )  # fmt: skip
         if MOMENTUM:
             tl.store(dmomentum + token + c * H, dlog_momentum_C, mask=c < valid)
         if damping is not None:
             tl.store(ddamping + token + c * H, drate_C * e_C, mask=c < valid)
         de_C += drate_C * damping_C
-        dz_C = de_C * e_C * tl.sigmoid(-z_C) * there_C
+        dz_C = de_C * e_C * sigmoid(-z_C) * there_C
         if DIFFERENCE:
             dk_CD += ddifference_CD
         dk_CD = (dk_CD - k_wide_CD * tl.sum(dk_CD * k_wide_CD, 1)[:, None]) * tl.load(found + KEY_SHARE * C)[:, None]
@@ -319,7 +321,7 @@ def write_back(
         dr_D += more_D
         dr_bias += tl.sum(dz_C, 0)
         if DECAY:
-            dz_C = tl.where(log_sigmoid(zd_C) > LOWEST, ddecay_C * tl.sigmoid(-zd_C), 0.0) * there_C
+            dz_C = tl.where(log_sigmoid(zd_C) > LOWEST, ddecay_C * sigmoid(-zd_C), 0.0) * there_C
             a_DD = load_source(
                 kept_W + kept + DECAY_ * size, anchor, own + DECAY_ * step, resumed, narrow, D, BD, OFFSETS, UPCAST
             )

@@ -64,7 +64,7 @@ def walk(
 
     READ: writes the outputs. MARK: writes the states before every PER chunks. GROUPED: a program walks such a group
     alone, beginning with its own row of W and S. KEEP: writes what the backward pass needs of every chunk: W and S at
-    its start, `slopes`, what memories answer to keys just before they are written (`answers`), and what all of them share.
+    its start, `slopes`, what memories answer to keys just before they are written (`answers`), and what they share.
     """
     size: tl.constexpr = D * D
     step: tl.constexpr = H * D * D

@@ -61,6 +61,13 @@ def readout(a_DD, r_D, x_CD, bias, ACC: tl.constexpr):
 
 
 @triton.jit
+def sigmoid(z):
+    """σ(z), of whatever size."""
+    small = tl.exp(-tl.abs(z))
+    return tl.where(z >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
 def log_sigmoid(z):
     """log σ(z), no lower than it may be."""
     return tl.maximum(tl.minimum(z, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(z))), LOWEST)
@@ -73,7 +80,7 @@ def gates_of(
 ):  # fmt: skip
     """Of a chunk's tokens: what is erased, the steps' damping, log decay, log momentum, and 1 for those there are."""
     there_C = tl.where(c < valid, 1.0, 0.0).to(ACC)
-    e_C = max_rate * tl.sigmoid(z_C) * there_C
+    e_C = max_rate * sigmoid(z_C) * there_C
     decay_C, momentum_C, damping_C = tl.zeros([C], dtype=ACC), tl.zeros([C], dtype=ACC), there_C
     if DECAY:
         decay_C = log_sigmoid(zd_C) * there_C
