@@ -12,6 +12,7 @@ from torch import Tensor
 from clplat.kernels.backends import chosen_form, device_obstacle, hopper_obstacle, interpreting
 from clplat.kernels.delta_memory.interface import CHUNKS
 from clplat.kernels.delta_memory.sequences import apart, clamped, one_by_one
+from clplat.kernels.mlp_memory.interface import LARGEST_FULL_TILE
 from clplat.kernels.self_modifying.arguments import check
 from clplat.kernels.self_modifying.reference import (
     Inputs,
@@ -90,6 +91,8 @@ def _obstacle(x: Tensor, q: Tensor, chunk: int) -> str:
         return f"heads are {x.shape[-1]} wide; the kernels go up to {LARGEST_WIDTH}"
     if chunk not in CHUNKS:
         return f"chunk is {chunk}; the kernels know {CHUNKS}"
+    if x.is_cuda and x.dtype == torch.float32 and chunk * x.shape[-1] > LARGEST_FULL_TILE:
+        return f"chunks of {chunk} tokens {x.shape[-1]} wide need half precision, for shared memory"
     return hopper_obstacle(x)
 
 
