@@ -125,7 +125,9 @@ def by(case: Case, given: Tensors, backend: str) -> Tensors:
     return solved(given, lambda leaves: called(case, leaves, backend=backend))
 
 
-def definition(case: Case, given: Tensors, form: Callable[..., Any] = recurrent) -> Tensors:
+def definition(
+    case: Case, given: Tensors, form: Callable[..., Any] = recurrent, dtype: torch.dtype = torch.float64
+) -> Tensors:
     """The solution of the token loop in fp64, one sequence after another, or of another `form` of the reference."""
     count = len(given["W"])
     offsets, lengths = case.offsets or (0,) * count, case.lengths
@@ -151,7 +153,7 @@ def definition(case: Case, given: Tensors, form: Callable[..., Any] = recurrent)
         parts: Any = [None if own[0] is None else torch.cat(own) for own in zip(*ends)]
         return torch.cat(outputs, 0 if lengths is None else 1), SelfModifyingState(*parts)
 
-    return solved({name: part.to(torch.float64) for name, part in given.items()}, each)
+    return solved({name: part.to(dtype) for name, part in given.items()}, each)
 
 
 def assert_close(found: Tensors, expected: Tensors, *, forward: float, backward: float) -> None:
