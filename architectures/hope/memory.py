@@ -14,6 +14,7 @@ Source: Behrouz et al. 2025 (Nested Learning, arXiv:2512.24695, §8, Eq. 76-93),
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from clplat.architectures.associative_memory.network import Network
 from clplat.architectures.associative_memory.state import LOWEST_GATE, MemoryState, Tokens
 from clplat.architectures.hope.bank import Bank
 from clplat.architectures.hope.forms import Group, by_chunks, one_by_one, one_more
-from clplat.architectures.hope.inputs import HeadInputs
+from clplat.architectures.hope.inputs import HeadInputs, Lifted
 from clplat.architectures.hope.operation import operation_for
 from clplat.architectures.hope.options import SelfModifyingOptions
 
@@ -79,7 +80,7 @@ class SelfModifyingMemory(nn.Module):
                 return self._operated(tokens, state)
             tokens = tokens.widened(self._wide())
             if state is None:
-                return by_chunks(self, tokens, self.empty_state(len(tokens.x)))
+                return by_chunks(self, tokens, self.empty_state(len(tokens.x)), fresh=True)
             if tokens.x.shape[2] == 1:
                 return one_more(self, tokens, state)
             layout = continued(state.offset, tokens.x.shape[2], self.period)
@@ -96,7 +97,7 @@ class SelfModifyingMemory(nn.Module):
                 return answers.unflatten(2, (rows, length)).squeeze(0).transpose(0, 1)
             layout = separated(documents, rows, length, self.period)
             moved = tokens.widened(self._wide()).taken(layout.source_BN)
-            return layout.back(by_chunks(self, moved, self.empty_state(rows), layout.begins_Bn)[0])
+            return layout.back(by_chunks(self, moved, self.empty_state(rows), layout.begins_Bn, fresh=True)[0])
 
     def _taken(self, tokens: HeadInputs, *, even: bool) -> bool:
         """Whether the operation computes these tokens, `even` where every row begins a chunk and none has documents:
@@ -133,27 +134,42 @@ class SelfModifyingMemory(nn.Module):
         """Tokens after which chunks of all memories begin together."""
         return max(group.chunk for group in self.groups)
 
-    def generated(self, inputs: HeadInputs, anchor: tuple[Tensor, ...]) -> Tokens:
-        """What the memories read of tokens: made by those of the first group as they are in `anchor`, or given."""
-        count = len(self.options.generators) * self.num_heads
-        made = dict[str, Tensor]()
-        if count:
-            answers = self.generators.answers(tuple(part[:, :count] for part in anchor), inputs.x)
-            made = dict(zip(self.options.generators, answers, strict=True))
-        q, k, v = (made[name] if name in made else getattr(inputs, name) for name in ("query", "key", "value"))
-        rate = erase = self.options.largest_rate * self._gate("rate", inputs.rate, made).sigmoid()
-        log_momentum = None
+    def lifted(self, inputs: HeadInputs) -> Lifted:
+        """What of tokens depends on no memory."""
+        log_momentum = damping = None
         if inputs.momentum is not None:
             log_momentum = F.logsigmoid(inputs.momentum)
-            rate = rate * -log_momentum.expm1() if self.options.damped else rate
+            damping = -log_momentum.expm1() if self.options.damped else None
             log_momentum = log_momentum.clamp(min=LOWEST_GATE)
+            if inputs.counts is not None:
+                log_momentum = log_momentum.masked_fill(~inputs.counts.unsqueeze(1), 0.0)
+        unit = [_unit(inputs.query), _unit(inputs.key)]
+        value = _unit(inputs.value) if self.options.unit_values else inputs.value
+        return Lifted(inputs.x, *unit, value, inputs.rate, inputs.decay, log_momentum, damping, inputs.counts)
+
+    def generated(self, inputs: HeadInputs, anchor: tuple[Tensor, ...]) -> Tokens:
+        """What the memories read of tokens: made by those of the first group as they are in `anchor`, or given."""
+        return self.made(self.lifted(inputs), self.groups[0].bank.stacked(anchor[: len(self.first)]))
+
+    def made(self, inputs: Lifted, anchor: tuple[Tensor, ...]) -> Tokens:
+        """The same by the first group's memories, stacked as in `bank.py`."""
+        made = dict[str, Tensor]()
+        if self.options.generators:
+            answers = self.generators.answers(anchor, inputs.x)
+            made = dict(zip(self.options.generators, answers, strict=True))
+        q, k = (_unit(made[name]) if name in made else getattr(inputs, name) for name in ("query", "key"))
+        v = inputs.value
+        if "value" in made:
+            v = _unit(made["value"]) if self.options.unit_values else made["value"]
+        assert q is not None and k is not None and v is not None
+        rate = erase = self.options.largest_rate * self._gate("rate", inputs.rate, made).sigmoid()
+        if inputs.damping is not None:
+            rate = rate * inputs.damping
         log_decay: tuple[Tensor, ...] = ()
         if self.options.decay:
             gate = F.logsigmoid(self._gate("decay", inputs.decay, made)).clamp(min=LOWEST_GATE)
             log_decay = (gate.unsqueeze(-1),) * len(self.first)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        v = F.normalize(v, dim=-1) if self.options.unit_values else v
-        tokens = Tokens(q, k, v, rate, log_decay, log_momentum, None, inputs.counts, erase)
+        tokens = Tokens(q, k, v, rate, log_decay, inputs.log_momentum, None, inputs.counts, erase)
         return tokens.silenced() if self.writes else tokens.resting()
 
     def _gate(self, name: str, given: Tensor | None, made: dict[str, Tensor]) -> Tensor:
@@ -171,3 +187,11 @@ class SelfModifyingMemory(nn.Module):
 
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self.first[0].dtype, torch.float32)
+
+
+@overload
+def _unit(part: Tensor) -> Tensor: ...
+@overload
+def _unit(part: None) -> None: ...
+def _unit(part: Tensor | None) -> Tensor | None:
+    return None if part is None else F.normalize(part, dim=-1)
