@@ -4,6 +4,7 @@
     python benchmarks/memory_blocks.py --rows 8 --only Hope              # some of them
     python benchmarks/memory_blocks.py --rows 8 --only "depth 1" --profile          # milliseconds by kernel
     python benchmarks/memory_blocks.py --rows 8 --only "depth 1" --warps 4 8 16     # of Hope's kernels
+    python benchmarks/memory_blocks.py --rows 8 --only "depth 2" --compiled
     python benchmarks/memory_blocks.py --device cpu --tokens 128 --hidden 32 --heads 2 --rows 1 --milliseconds 1
 
 A pass is forward and backward, in bf16 by autocast on a GPU and in fp32 on a CPU, with the gradients of the stream and
@@ -45,10 +46,16 @@ def layers(heads: int) -> dict[str, LayerKind]:
         for momentum in (True, False) if depth == 1 else (True,):
             for C in (64, 16, 256):
                 name = f"Hope, depth {depth}, chunk {C}" + ", no momentum" * (not momentum)
-                kinds[name] = SelfModifyingTitans(
-                    num_heads=heads, depth=depth, chunk=C, generator_chunk=C, momentum=momentum
-                )
+                kinds[name] = hope(heads, C, depth=depth, momentum=momentum)
+    kinds |= {f"Hope, depth 2, chunk {C}, compiled": hope(heads, C, compiled=True) for C in (64, 256)}
     return kinds
+
+
+def hope(heads: int, chunk: int, *, depth: int = 2, momentum: bool = True, compiled: bool = False) -> LayerKind:
+    """All five memories in one chunk."""
+    return SelfModifyingTitans(
+        num_heads=heads, depth=depth, chunk=chunk, generator_chunk=chunk, momentum=momentum, compiled=compiled
+    )
 
 
 def training_pass(kind: LayerKind, *, rows: int, length: int, hidden: int, device: str) -> Callable[[], object]:
@@ -87,6 +94,8 @@ class Benchmark:
         print("layer | rows | warps | ms | p20 to p80 | host ms | tokens/s | peak MB | of GatedDeltaNet", flush=True)
         kinds = layers(self.options.heads)
         chosen = {name: kind for name, kind in kinds.items() if self.options.only in name or name == FIRST}
+        if not self.options.compiled:
+            chosen = {name: kind for name, kind in chosen.items() if "compiled" not in name}
         for rows in self.options.rows:
             for name, kind in chosen.items():
                 for warps in self.options.warps if name.startswith("Hope, depth 1") else [None]:
@@ -104,6 +113,8 @@ class Benchmark:
         except Exception as error:  # noqa: BLE001 - layers fail in all ways, by memory above all; the text is the result
             line.append(" ".join(f"{type(error).__name__}: {error}".split())[:160].replace("|", "/"))
         print(" | ".join(line), flush=True)
+        # Another case is another graph, of which one function may have eight.
+        torch.compiler.reset()
         gc.collect()
         if self.options.device == "cuda":
             torch.cuda.empty_cache()
@@ -152,6 +163,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 4, 32])
     parser.add_argument("--only", default="", help="layers with this in their names, and GatedDeltaNet")
     parser.add_argument("--warps", type=int, nargs="+", default=[None], help="of the kernels of Hope at depth 1")
+    parser.add_argument("--compiled", action="store_true", help="chunks without kernels under torch.compile, too")
     parser.add_argument("--profile", action="store_true", help="which kernels the time goes to, too")
     parser.add_argument("--milliseconds", type=float, default=100, help="of one measurement")
     parser.add_argument("--seconds", type=float, default=150, help="after which no case begins")

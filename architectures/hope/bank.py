@@ -156,7 +156,7 @@ class Bank:
     def _gradients(self, anchor: Layers, k: Tensor, v: Tensor) -> tuple[list[Tensor], Layers, list[Tensor]]:
         """What each layer reads of keys, the slope at its outputs and these outputs themselves: first layers' inputs
         (B, H, L, I) and outputs side by side, all else as further heads."""
-        given = list[Tensor]()
+        given: list[Tensor] = []
 
         def layer(number: int, x: Tensor) -> Tensor:
             if number == 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -98,7 +99,7 @@ def by_chunks(
     length, shortest = inputs.x.shape[2], min(group.chunk for group in memory.groups)
     count = torch.full_like(state.offset, length) if inputs.counts is None else inputs.counts.sum(1)
     end, first, answers = state.offset + count, [course.stacked() for course in _courses(memory, state)], []
-    courses, last = first, [course.anchor for course in first]
+    courses, last, step = first, [course.anchor for course in first], _step(memory)
     for n, (part, momenta) in enumerate(_chunks(memory.lifted(inputs), shortest)):
         start = n * shortest
         if begins_Bn is not None and start % memory.period == 0:
@@ -111,7 +112,7 @@ def by_chunks(
                 courses[number] = replace(course, anchor=anchor)
                 all_here = fresh and inputs.counts is None
                 last[number] = anchor if all_here else chosen(end >= start, anchor, last[number])
-        answer, courses = _stepped(memory, part, momenta, courses)
+        answer, courses = step(memory, part, momenta, courses)
         answers.append(answer)
     courses = [replace(course, anchor=anchor) for course, anchor in zip(courses, last, strict=True)]
     offset = end % memory.period
@@ -140,6 +141,16 @@ def _chunks(lifted: Lifted, size: int) -> Iterator[tuple[Lifted, tuple[Tensor, T
     for part, pushes, pushed in zip(parts, momenta.pushes.unbind(2), momenta.pushed.unbind(2), strict=True):
         L = part.x.shape[2]
         yield part, (pushes, pushed) if size == L else (pushes[..., :L, :L], pushed[..., :L])
+
+
+def _step(memory: SelfModifyingMemory) -> Callable[..., tuple[Tensor, list[Course]]]:
+    """`_stepped`, or one graph of it where that is asked for and nobody compiles the whole."""
+    return _compiled() if memory.options.compiled and not torch.compiler.is_compiling() else _stepped
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, list[Course]]]:
+    return torch.compile(_stepped, fullgraph=True, dynamic=False)
 
 
 def _stepped(

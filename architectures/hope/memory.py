@@ -153,7 +153,7 @@ class SelfModifyingMemory(nn.Module):
 
     def made(self, inputs: Lifted, anchor: tuple[Tensor, ...]) -> Tokens:
         """The same by the first group's memories, stacked as in `bank.py`."""
-        made = dict[str, Tensor]()
+        made: dict[str, Tensor] = {}
         if self.options.generators:
             answers = self.generators.answers(anchor, inputs.x)
             made = dict(zip(self.options.generators, answers, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,7 +13,7 @@ from self_modifying import HEADS, MATRIX, OPTIONS, ROWS, WIDTH, inputs, memory, 
 
 from clplat.architectures.associative_memory.rule import NetworkOptions
 from clplat.architectures.associative_memory.state import MemoryState
-from clplat.architectures.hope import operation
+from clplat.architectures.hope import forms, operation
 from clplat.architectures.hope.inputs import HeadInputs
 from clplat.architectures.hope.options import SelfModifyingOptions
 from clplat.kernels.backends import interpreting
@@ -183,3 +184,18 @@ def test_only_what_the_operation_knows_goes_there() -> None:
         made(inputs(options, 3))
         taken = name in ("matrix", "matrix, token by token")
         assert made.backend == ("self_modifying torch" if taken else "chunked PyTorch"), name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+def test_compiled_a_chunk_is_one_graph_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    options, calls = replace(OPTIONS["hope"], compiled=True), []
+    made, given = memory(options), inputs(options, 8)
+
+    def taken() -> object:
+        calls.append("asked")
+        return torch.compile(forms._stepped, fullgraph=True, dynamic=False, backend="eager")
+
+    expected = memory(OPTIONS["hope"])(given)[0]
+    monkeypatch.setattr(forms, "_compiled", taken)
+    found = made(given)[0]
+    assert calls and torch.equal(found, expected)
