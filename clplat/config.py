@@ -20,6 +20,7 @@ from clplat.components import Component
 from clplat.errors import ConfigError, nearest
 from clplat.known_good import KnownGood
 from clplat.streams.base import Budget
+from clplat.yaml_text import BOOLEAN, parse_yaml
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
 
@@ -143,41 +144,6 @@ class StudyConfig(Experiment):
     """What `clplat run --best NAME` runs, by name."""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as everywhere else."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    key: [(tag, pattern) for tag, pattern in value if tag != "tag:yaml.org,2002:float"]
-    for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|nan))$"),
-    list("-+0123456789."),
-)
-
-
-def _without_twins(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    """A mapping in which no key stands twice: of a copied and forgotten one the first would vanish."""
-    keys = [
-        key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge"
-    ]
-    for number, key in enumerate(keys):
-        if key in keys[:number]:
-            raise ConfigError(f"{key}: this key stands twice, the second time below line {node.start_mark.line + 1}")
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _without_twins)
-
-
-def parse_yaml(text: str) -> Any:
-    """Plain data from YAML text; executes nothing."""
-    return yaml.load(text, Loader=_Loader)
-
-
 _WANTED = {
     "int": "must be a whole number",
     "float": "must be a number",
@@ -212,6 +178,8 @@ def _said(errors: list[Any]) -> str:
                for e in (tried if is_choice else [first])]  # fmt: skip
     said = " or ".join([reasons[0], *(reason.removeprefix("should be ") for reason in reasons[1:])])
     meant = nearest(str(first["input"]), re.findall(r"'([^']*)'", str([e.get("ctx") for e in errors])), listed=False)
+    if first["type"] == "string_type" and isinstance(first["input"], bool):
+        meant = f" ({BOOLEAN})"
     return f"{place}: {said}" + ("" if first["type"] == "value_error" else f", got {first['input']!r}{meant}")
 
 

@@ -3,6 +3,7 @@
     python tests/support/hopper_compiler.py                  # delta_memory
     python tests/support/hopper_compiler.py topk_memory
     python tests/support/hopper_compiler.py mlp_memory
+    python tests/support/hopper_compiler.py selective_scan
     python tests/support/hopper_compiler.py self_modifying
 
 Run as a program of its own: Triton decides at import whether it compiles or interprets.
@@ -23,6 +24,7 @@ from clplat.kernels.delta_memory.reference import MODES, Inputs, MemoryState
 from clplat.kernels.mlp_memory import launch as mlp
 from clplat.kernels.mlp_memory.layout import Layout
 from clplat.kernels.mlp_memory.reference import Rule
+from clplat.kernels.selective_scan import launch as scan
 from clplat.kernels.self_modifying import Inputs as SelfModifyingInputs
 from clplat.kernels.self_modifying import Readouts, SelfModifyingState
 from clplat.kernels.self_modifying import Rule as SelfModifyingRule
@@ -113,6 +115,14 @@ def compile_mlp_memory() -> None:
     compile_mlp(width=64, chunk=16, momentum=False, packed=True)
 
 
+def compile_selective_scan() -> None:
+    for state in (16, 128):
+        x, b, first = torch.zeros(2, 64, 512), torch.zeros(2, 64, state), torch.zeros(2, state, 512)
+        for keep in (None, x[:, :, 0]):
+            scan.forward(x, x, first[0], b, b, first, keep, 32)
+            scan.backward(x, x, first[0], b, b, keep, first.repeat(2, 1, 1, 1), x, first, 32)
+
+
 def compile_modifying(*, chunk: int, momentum: bool, packed: bool, dtype: torch.dtype = torch.bfloat16) -> None:
     """Matrices of 64, with whatever else a call can have."""
     tokens = 512 + 8 * packed
@@ -142,7 +152,8 @@ def compile_self_modifying() -> None:
 if __name__ == "__main__":
     JITFunction.run = compiled_instead
     known = {
-        "delta_memory": compile_delta_memory, "topk_memory": compile_topk_memory, "mlp_memory": compile_mlp_memory,
-        "self_modifying": compile_self_modifying,
+        "delta_memory": compile_delta_memory, "mlp_memory": compile_mlp_memory,
+        "selective_scan": compile_selective_scan, "self_modifying": compile_self_modifying,
+        "topk_memory": compile_topk_memory,
     }  # fmt: skip
     known[(sys.argv[1:] or ["delta_memory"])[0]]()
