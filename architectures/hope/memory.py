@@ -14,7 +14,6 @@ Source: Behrouz et al. 2025 (Nested Learning, arXiv:2512.24695, §8, Eq. 76-93),
 from __future__ import annotations
 
 import math
-from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -143,9 +142,11 @@ class SelfModifyingMemory(nn.Module):
             log_momentum = log_momentum.clamp(min=LOWEST_GATE)
             if inputs.counts is not None:
                 log_momentum = log_momentum.masked_fill(~inputs.counts.unsqueeze(1), 0.0)
-        unit = [_unit(inputs.query), _unit(inputs.key)]
-        value = _unit(inputs.value) if self.options.unit_values else inputs.value
-        return Lifted(inputs.x, *unit, value, inputs.rate, inputs.decay, log_momentum, damping, inputs.counts)
+        query, key = (None if part is None else _unit(part) for part in (inputs.query, inputs.key))
+        value = inputs.value
+        if value is not None and self.options.unit_values:
+            value = _unit(value)
+        return Lifted(inputs.x, query, key, value, inputs.rate, inputs.decay, log_momentum, damping, inputs.counts)
 
     def generated(self, inputs: HeadInputs, anchor: tuple[Tensor, ...]) -> Tokens:
         """What the memories read of tokens: made by those of the first group as they are in `anchor`, or given."""
@@ -189,9 +190,5 @@ class SelfModifyingMemory(nn.Module):
         return torch.promote_types(self.first[0].dtype, torch.float32)
 
 
-@overload
-def _unit(part: Tensor) -> Tensor: ...
-@overload
-def _unit(part: None) -> None: ...
-def _unit(part: Tensor | None) -> Tensor | None:
-    return None if part is None else F.normalize(part, dim=-1)
+def _unit(part: Tensor) -> Tensor:
+    return F.normalize(part, dim=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -101,9 +101,9 @@ def _widened(
 ) -> tuple[SelfModifyingState, Readouts]:  # fmt: skip
     """States and readouts are kept in fp32, or fp64 beside such inputs, whatever they come in."""
     wide = torch.promote_types(dtype, torch.float32)
-    kept = [None if part is None else part.to(wide) for part in state[:3]]
-    read = [None if part is None else part.to(wide) for part in readouts]
-    return SelfModifyingState(*kept, state.offset), Readouts(*read)  # type: ignore[arg-type]
+    kept: Any = [None if part is None else part.to(wide) for part in state[:3]]
+    read: Any = [None if part is None else part.to(wide) for part in readouts]
+    return SelfModifyingState(*kept, state.offset), Readouts(*read)
 
 
 def _joined(states: Sequence[SelfModifyingState]) -> SelfModifyingState:
@@ -113,4 +113,5 @@ def _joined(states: Sequence[SelfModifyingState]) -> SelfModifyingState:
         states = [
             state._replace(anchor=state.W, offset=zero) if state.offset is None else state for state in states
         ]  # fmt: skip
-    return SelfModifyingState(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*states)))  # type: ignore[arg-type]
+    joined: Any = [None if parts[0] is None else torch.cat(parts) for parts in zip(*states)]
+    return SelfModifyingState(*joined)

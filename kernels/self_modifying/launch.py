@@ -99,8 +99,8 @@ def walked(
 
 
 def backward(
-    inputs: Inputs, readouts: Readouts, state: SelfModifyingState, cu_seqlens: Tensor | None, starts: Starts,
-    do: Tensor, dend: SelfModifyingState, layout: Layout,
+    inputs: Inputs, readouts: Readouts, state: SelfModifyingState, cu_seqlens: Tensor | None, layout: Layout,
+    starts: Starts, do: Tensor, dend: SelfModifyingState,
 ) -> Gradients:  # fmt: skip
     """Adjoints of all inputs; `do` (B, T, H, D) dense, `dend` that of the end state, whose tensors are changed."""
     (x, q, log_momentum, damping), device = inputs, inputs.x.device

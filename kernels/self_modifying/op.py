@@ -84,8 +84,8 @@ def forward_op(
     from clplat.kernels.self_modifying.launch import forward
 
     tensors = (x, q, log_momentum, damping, rate, rate_bias, decay, decay_bias, W, S, anchor, offset, cu_seqlens)
-    *parts, layout = _parts(tensors, _rule(delta, max_rate, max_gradient, unit_values), chunk)
-    o, end, starts = forward(*parts, layout, keep=keep)
+    parts = _parts(tensors, _rule(delta, max_rate, max_gradient, unit_values), chunk)
+    o, end, starts = forward(*parts, keep=keep)
     found = (o, *end[:3], *(starts or (None, None)))
     return tuple(x.new_empty(0) if part is None else part for part in found)  # type: ignore[return-value]
 
@@ -128,15 +128,15 @@ def backward_op(
     from clplat.kernels.self_modifying.launch import Starts, backward
 
     tensors = (x, q, log_momentum, damping, rate, rate_bias, decay, decay_bias, W, S, anchor, offset, cu_seqlens)
-    *parts, layout = _parts(tensors, _rule(delta, max_rate, max_gradient, unit_values), chunk)
-    wanted = (True, S is not None, layout.open_chunk)
+    parts = _parts(tensors, _rule(delta, max_rate, max_gradient, unit_values), chunk)
+    wanted = (True, S is not None, parts[-1].open_chunk)
     given = [
         torch.zeros_like(parts[2].W) if part is None else part.clone(memory_format=torch.contiguous_format)
         for part in (dW, dS, danchor)
     ]
-    flowing = [part if is_wanted else None for part, is_wanted in zip(given, wanted, strict=True)]
+    ends: Any = [part if is_wanted else None for part, is_wanted in zip(given, wanted, strict=True)]
     starts = Starts(starts_W, None if S is None else starts_S)
-    found = backward(*parts, starts, do.contiguous(), SelfModifyingState(*flowing), layout)  # type: ignore[arg-type]
+    found = backward(*parts, starts, do.contiguous(), SelfModifyingState(*ends))
     named = (*found.inputs, *found.readouts, *found[2:])
     return tuple(x.new_empty(0) if part is None else part for part in named)  # type: ignore[return-value]
 

@@ -139,7 +139,7 @@ def compile_modifying(*, chunk: int, momentum: bool, packed: bool, dtype: torch.
     starts = modifying.forward(inputs, readouts, state, bounds, layout, keep=True)[2]
     assert starts is not None
     modifying.backward(
-        inputs, readouts, state, bounds, starts, rows, SelfModifyingState(W, S, anchor), layout
+        inputs, readouts, state, bounds, layout, starts, rows, SelfModifyingState(W, S, anchor)
     )  # fmt: skip
 
 
