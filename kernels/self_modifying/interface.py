@@ -103,7 +103,7 @@ def _widened(
     wide = torch.promote_types(dtype, torch.float32)
     kept: Any = [None if part is None else part.to(wide) for part in state[:3]]
     read: Any = [None if part is None else part.to(wide) for part in readouts]
-    return SelfModifyingState(*kept, state.offset), Readouts(*read)
+    return SelfModifyingState(*kept)._replace(offset=state.offset), Readouts(*read)
 
 
 def _joined(states: Sequence[SelfModifyingState]) -> SelfModifyingState:
