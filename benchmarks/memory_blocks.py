@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="chunks without kernels under torch.compile, too")
     parser.add_argument("--profile", action="store_true", help="which kernels the time goes to, too")
     parser.add_argument("--milliseconds", type=float, default=100, help="of one measurement")
-    parser.add_argument("--seconds", type=float, default=150, help="after which no case begins")
+    parser.add_argument("--seconds", type=float, default=120, help="after which no case begins")
     options = parser.parse_args()
     if options.device == "cpu":
         torch.set_num_threads(1)

@@ -187,6 +187,7 @@ def write_back(
                     dsource_DD *= 0.0
                 elif i == count - 1:
                     dsource_DD += load_matrix(danchor + at, D, BD, False)
+                    tl.debug_barrier()
                     store_matrix(danchor + at, tl.zeros([BD, BD], dtype=ACC), D, BD)
             store_matrix(dW + at, before_DD + dsource_DD, D, BD)
             if MOMENTUM:

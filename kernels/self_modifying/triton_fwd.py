@@ -201,3 +201,5 @@ def walk(
             if MOMENTUM:
                 store_matrix(S + at, pushed_DD, D, BD)
         tl.debug_barrier()
+        # What the next chunk begins with must be there for all threads.
+        tl.debug_barrier()

@@ -17,6 +17,9 @@ from delta_memories import Tensors, distances
 from self_modifying_ops import READ, STATES, TOKENWISE, Case, by, called, definition, problem
 from torch import Tensor
 
+from clplat.architectures.hope.inputs import HeadInputs
+from clplat.architectures.hope.memory import SelfModifyingMemory
+from clplat.architectures.hope.options import SelfModifyingOptions
 from clplat.kernels.self_modifying import launch, which_backend
 from clplat.kernels.self_modifying.reference import chunked
 
@@ -137,3 +140,18 @@ def test_a_replayed_graph_computes_what_a_call_does() -> None:
         given[name].mul_(-0.5)
     graph.replay()
     assert torch.equal(o, read())
+
+
+def test_a_chunk_without_kernels_compiles_to_one_graph_that_computes_the_same() -> None:
+    torch.manual_seed(0)
+    given = HeadInputs(*(torch.randn(2, 2, 40, 32, device=DEVICE) for _ in range(2)), *[None] * 6)
+    given = given._replace(momentum=torch.randn(2, 2, 40, device=DEVICE))
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(1)
+        options = SelfModifyingOptions(compiled=compiled)
+        made = SelfModifyingMemory(options=options, num_heads=2, head_size=32).to(DEVICE)
+        answers, _ = made(given)
+        found.append([answers, *torch.autograd.grad(answers.square().sum(), list(made.parameters()))])
+    for eager, one in zip(*found, strict=True):
+        torch.testing.assert_close(one, eager, rtol=1e-3, atol=1e-4)
