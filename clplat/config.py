@@ -20,6 +20,8 @@ from clplat.components import Component
 from clplat.errors import ConfigError, nearest
 from clplat.known_good import KnownGood
 from clplat.streams.base import Budget
+from clplat.tuning.options import TuneConfig
+from clplat.yaml_text import parse_yaml
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
 
@@ -109,6 +111,8 @@ class Experiment:
     """What a study and each of its runs are made of."""
 
     stream: Component
+    tasks: int | None = None
+    """The first so many tasks of the stream alone; all of them if not given."""
     architecture: Component
     strategies: dict[str, Component] = field(default_factory=dict)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -141,41 +145,9 @@ class StudyConfig(Experiment):
     """Where run folders are made."""
     known_good: dict[str, KnownGood] = field(default_factory=dict)
     """What `clplat run --best NAME` runs, by name."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as everywhere else."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    key: [(tag, pattern) for tag, pattern in value if tag != "tag:yaml.org,2002:float"]
-    for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(inf|nan))$"),
-    list("-+0123456789."),
-)
-
-
-def _without_twins(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    """A mapping in which no key stands twice: of a copied and forgotten one the first would vanish."""
-    keys = [
-        key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge"
-    ]
-    for number, key in enumerate(keys):
-        if key in keys[:number]:
-            raise ConfigError(f"{key}: this key stands twice, the second time below line {node.start_mark.line + 1}")
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _without_twins)
-
-
-def parse_yaml(text: str) -> Any:
-    """Plain data from YAML text; executes nothing."""
-    return yaml.load(text, Loader=_Loader)
+    space: dict[str, Any] = field(default_factory=dict)
+    """What `clplat tune` varies: by dotted key a range or choices (docs/tuning.md)."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
 
 
 _WANTED = {
@@ -225,7 +197,7 @@ def _check_keys(cls: type, data: Any, path: str) -> None:
         kind = str(known[key].type)
         if isinstance(value, bool) and ("int" in kind or "float" in kind):
             raise ConfigError(f"{path}{key}: should be a number, got {str(value).lower()}")
-        nested = _NESTED.get(kind)
+        nested = _NESTED.get(kind.removesuffix(" | None"))
         if nested is not None and value is not None:
             _check_keys(nested, value, f"{path}{key}.")
         elif key in _NAMED and isinstance(value, Mapping):
@@ -239,7 +211,16 @@ def _check_keys(cls: type, data: Any, path: str) -> None:
 
 _NESTED = {
     cls.__name__: cls
-    for cls in (Component, Budget, TrainingConfig, EvaluationConfig, CheckpointConfig, TrackingConfig, LauncherConfig)
+    for cls in (
+        Component,
+        Budget,
+        TrainingConfig,
+        EvaluationConfig,
+        CheckpointConfig,
+        TrackingConfig,
+        LauncherConfig,
+        TuneConfig,
+    )
 }
 
 _NAMED = {"strategies": Component, "known_good": KnownGood}
@@ -292,7 +273,9 @@ def difference(old: RunConfig, new: RunConfig) -> list[str]:
 
 def save(config: RunConfig | StudyConfig, path: Path) -> None:
     """Write a configuration as YAML that `load_run` or `load_study` reads back."""
-    path.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    part = path.with_suffix(".part")  # whole or not at all: a search writes its study again for every trial
+    part.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    part.replace(path)
 
 
 def load_run(path: Path) -> RunConfig:

@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 
 from clplat.errors import ConfigError, nearest
+from clplat.journal import ENDED
 from clplat.metrics import paired, verdict
 from clplat.result_table import Scores
 from clplat.study_results import StudyResults
@@ -122,8 +123,10 @@ def notes(study: StudyResults) -> list[str]:
     found = [
         f"{run.variant}, seed {run.seed}: {run.status} {run.tags.get('status_reason', '')}".strip()
         for run in study.runs
-        if run.status != "FINISHED"
+        if run.status not in ENDED
     ]
+    if pruned := [run for run in study.runs if run.status == "PRUNED"]:
+        found.append(f"{len(pruned)} runs were pruned, at a boundary where others were better; they count nowhere")
     found += [f"{variant}, seed {seed}: no record of it yet" for variant, seed in study.missing()]
     compared = [variant for variant in study.variants() if not study.is_reference(variant)]
     replaying = [v for v in compared if study.interval(v, "cost/buffer_bytes").mean > 0]

@@ -1,0 +1,127 @@
+"""What tuning has gained: default and best settings on the full stream, with seeds that no trial has seen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from clplat.config import StudyConfig, save
+from clplat.journal import NAME
+from clplat.metrics import Interval, interval, paired, verdict
+from clplat.plan import write_plan
+from clplat.report import MEANING
+from clplat.study import Study, carry_out, lay_out_runs, preflight
+from clplat.study_file import expand
+from clplat.study_results import StudyResults, journal_results
+from clplat.tuning.front import Row
+from clplat.tuning.protocol import Protocol
+from clplat.tuning.search import mark, writing
+
+DEFAULT, BEST = "default", "best"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """One metric with the default and with the best settings, over the report's seeds."""
+
+    metric: str
+    default: Interval
+    best: Interval
+    difference: Interval
+    """best − default, paired by seed."""
+    by_seed: dict[int, float]
+
+
+def report_study(protocol: Protocol, best: Row) -> StudyConfig:
+    """The study of the report: the default settings, and the best where these are others."""
+    variants = {DEFAULT: {}} | ({} if best.is_default else {BEST: protocol.space.changes(best.settings)})
+    return dataclasses.replace(
+        protocol.report, name=f"{protocol.report.name}_report", variants=variants, baseline=DEFAULT
+    )
+
+
+def carry_out_report(folder: Path, protocol: Protocol, best: Row, console: Console) -> Study:
+    """Run the report's study in its folder inside that of the tune, or go on with it."""
+    study, place = report_study(protocol, best), folder / f"report-{best.name}"
+    runs = expand(study)
+    if not (place / "study.yaml").is_file():
+        streams = preflight(runs)
+        with writing(folder):
+            place.mkdir(exist_ok=True)
+            write_plan(place, runs, streams)
+            lay_out_runs(place, runs)
+            for run in runs:
+                if not (place / f"{run.variant}-s{run.seed}" / NAME).is_file():
+                    mark(place / f"{run.variant}-s{run.seed}", protocol.tags())
+            save(study, place / "study.yaml")  # the last file: with it the layout is whole
+    return carry_out(place, study, console)
+
+
+def gains(place: Path, objectives: Sequence[str]) -> list[Gain]:
+    """The gain in final score, in forgetting, and in whatever was searched for; empty without a best to compare."""
+    results = journal_results(place)
+    if BEST not in results.variants():
+        return []
+    names = dict.fromkeys(["final_score", "cumulative_forgetting", *objectives])
+    found = [_gain(name, results.by_seed(DEFAULT, name), results.by_seed(BEST, name)) for name in names]
+    return [gain for gain in found if gain.difference.n]
+
+
+def unseen_gain(place: Path, seen: int) -> Gain | None:
+    """The gain in the final score of those tasks alone that no trial has seen; None where there are none."""
+    results = journal_results(place)
+    sides = [_unseen(results, variant, seen) for variant in (DEFAULT, BEST)]
+    return _gain("final_score", *sides) if all(sides) else None
+
+
+def _unseen(results: StudyResults, variant: str, seen: int) -> dict[int, float]:
+    tables = {run.seed: run.table.scores() for run in results.of(variant) if run.table}
+    return {seed: float(np.mean(table[-1, seen:])) for seed, table in tables.items() if 0 < seen < table.shape[1]}
+
+
+def _gain(metric: str, default: dict[int, float], best: dict[int, float]) -> Gain:
+    return Gain(
+        metric=metric, default=interval(list(default.values())), best=interval(list(best.values())),
+        difference=paired(best, default),
+        by_seed={seed: best[seed] - default[seed] for seed in sorted(best.keys() & default.keys())},
+    )  # fmt: skip
+
+
+def signed(found: Interval) -> str:
+    """A difference with its sign, and half the width of its interval."""
+    return f"{found.mean:+.3f} ± {found.half:.3f}" if found.n > 1 else f"{found.mean:+.3f}"
+
+
+def sentence(found: Sequence[Gain], unseen: Gain | None, best: Row, protocol: Protocol) -> str:
+    """The gain in words, whichever its sign."""
+    if not found:
+        return (
+            f"The default settings are the best that the search has found ({protocol.tuned_on}): the gain over them is "
+            "0. Their scores on the full stream stand in the report."
+        )
+    first = found[0]
+    text = (
+        f"Gain of {best.name} over the default settings on the full stream, {first.difference.n} fresh seeds: final "
+        f"score {signed(first.difference)} ({first.default.mean:.3f} → {first.best.mean:.3f}), "
+        f"{MEANING[verdict(first.difference)]}."
+    )
+    if first.difference.mean < 0:
+        text += " The default settings score higher."
+    if unseen is not None:
+        text += f" On the tasks alone that the search never saw: {signed(unseen.difference)}."
+    for gain in found[1:]:
+        text += f" {gain.metric}: {_moved(gain)}."
+    if protocol.on_test_sequence:
+        text += " The settings were chosen on the test sequence itself: this gain is biased upwards."
+    return text
+
+
+def _moved(gain: Gain) -> str:
+    if abs(gain.default.mean) < 1e4:
+        return f"{signed(gain.difference)} ({gain.default.mean:.3f} → {gain.best.mean:.3f})"
+    return f"{gain.difference.mean:+.3g} ({gain.default.mean:.3g} → {gain.best.mean:.3g})"
