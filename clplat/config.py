@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,13 +164,21 @@ _WANTED = {
 
 def parse(cls: type, data: Mapping[str, Any]) -> Any:
     """An instance of a configuration class from plain data; errors name the key, and what was expected."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     _check_keys(cls, data, "")
     try:
-        return TypeAdapter(cls).validate_python(data)
+        return _adapter(cls).validate_python(data)
     except ValidationError as error:
         raise ConfigError(_said(error.errors())) from error
+
+
+@cache
+def _adapter(cls: type) -> Any:
+    """What validates a class; making one takes as long as reading a file."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
 
 
 def _said(errors: list[Any]) -> str:

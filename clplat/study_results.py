@@ -216,12 +216,17 @@ def journal_results(folder: Path) -> StudyResults:
     return StudyResults(
         name=study.name, run_id="", uri=study.tracking.uri, baseline=study.baseline, folder=str(folder),
         planned=list(itertools.product(study.variants or [study.name], study.seeds)),
-        runs=[record_of_folder(run) for run in run_folders(folder) if (run / journal.NAME).is_file()],
+        runs=[_record_of_folder(run) for run in run_folders(folder) if (run / journal.NAME).is_file()],
     )  # fmt: skip
 
 
-def record_of_folder(folder: Path) -> RunRecord:
-    """A run out of its own folder, as far as it has come."""
+def measured(folder: Path) -> dict[str, float]:
+    """The last value of every metric of a run, out of its own folder and as far as it has come."""
+    translator = Translator()
+    return {key: value for entry in journal.read(folder) for key, value, *_ in translator.points(entry)}
+
+
+def _record_of_folder(folder: Path) -> RunRecord:
     config, translator = load_run(folder / "config.yaml"), Translator()
     metrics: dict[str, float] = {}
     tags: dict[str, str] = {}

@@ -23,6 +23,8 @@ from clplat.tuning.protocol import Protocol
 from clplat.tuning.search import mark, writing
 
 DEFAULT, BEST = "default", "best"
+COSTS = {"cost/training_flops": "training operations", "cost/buffer_bytes": "bytes of replay"}
+"""What a gain may have been bought with, and what it is called."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +69,9 @@ def gains(place: Path, objectives: Sequence[str]) -> list[Gain]:
     results = journal_results(place)
     if BEST not in results.variants():
         return []
-    names = dict.fromkeys(["final_score", "cumulative_forgetting", *objectives])
+    names = dict.fromkeys(["final_score", "cumulative_forgetting", *objectives, *COSTS])
     found = [_gain(name, results.by_seed(DEFAULT, name), results.by_seed(BEST, name)) for name in names]
-    return [gain for gain in found if gain.difference.n]
+    return [g for g in found if g.difference.n and (g.metric not in COSTS or g.default.mean or g.best.mean)]
 
 
 def unseen_gain(place: Path, seen: int) -> Gain | None:
@@ -115,7 +117,10 @@ def sentence(found: Sequence[Gain], unseen: Gain | None, best: Row, protocol: Pr
     if unseen is not None:
         text += f" On the tasks alone that the search never saw: {signed(unseen.difference)}."
     for gain in found[1:]:
-        text += f" {gain.metric}: {_moved(gain)}."
+        if gain.metric not in COSTS:
+            text += f" {gain.metric}: {_moved(gain)}."
+    if prices := [f"{_times(gain)} the {COSTS[gain.metric]}" for gain in found if gain.metric in COSTS]:
+        text += f" The best settings take {' and '.join(prices)} of the default ones."
     if protocol.on_test_sequence:
         text += " The settings were chosen on the test sequence itself: this gain is biased upwards."
     return text
@@ -125,3 +130,10 @@ def _moved(gain: Gain) -> str:
     if abs(gain.default.mean) < 1e4:
         return f"{signed(gain.difference)} ({gain.default.mean:.3f} → {gain.best.mean:.3f})"
     return f"{gain.difference.mean:+.3g} ({gain.default.mean:.3g} → {gain.best.mean:.3g})"
+
+
+def _times(gain: Gain) -> str:
+    """How many times the default's cost; a cost that the default does not have at all, as it is."""
+    return (
+        f"{gain.best.mean / gain.default.mean:.2f} times" if gain.default.mean else f"{gain.best.mean:.3g}, not 0, of"
+    )

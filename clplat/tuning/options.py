@@ -38,6 +38,6 @@ class TuneConfig:
     prune_after: int = 5
     """Finished trials that a boundary is compared with, at least."""
     timeout: float | None = None
-    """Seconds after which no new trial is begun, counted anew when a tune is resumed."""
+    """Seconds after which no trial but a first one is begun, counted anew when a tune is resumed."""
     storage: str | None = None
     """An Optuna RDB URL that several tunes share, on one machine or many; a SQLite file in the folder if not given."""

@@ -74,7 +74,9 @@ def start_record(folder: Path, study: StudyConfig, protocol: Protocol, trials: T
             client(state["uri"]).set_tag(state["run_id"], key, value)
 
 
-def send_record(folder: Path, protocol: Protocol, rows: Sequence[Row], gains: Sequence[Gain], text: str) -> None:
+def send_record(
+    folder: Path, report: Path, protocol: Protocol, rows: Sequence[Row], gains: Sequence[Gain], text: str
+) -> None:
     """Tell the parent run its trials, the gain and what it means, and attach the files, if its server is there."""
     state = read_json(folder / STUDY_STATE)
     if state is None:
@@ -98,5 +100,8 @@ def send_record(folder: Path, protocol: Protocol, rows: Sequence[Row], gains: Se
         for name in ("figures", "front"):
             if (folder / name).is_dir():
                 connection.log_artifacts(run_id, str(folder / name), name)
+        reported = read_json(report / STUDY_STATE)
+        for key, value in (protocol.tags() | {"tune_run": run_id}).items() if reported else ():
+            connection.set_tag(reported["run_id"], key, value)
         # A trial that failed is a result of a search that did not.
         connection.set_terminated(run_id, status="FINISHED")

@@ -13,12 +13,12 @@ from typing import Any
 from clplat.config import StudyConfig, plain, save
 from clplat.errors import ClplatError, ConfigError, StorageError
 from clplat.execution import Outcome, is_busy
-from clplat.journal import ENDED, NAME, Journal, last_status
+from clplat.journal import ENDED, NAME, Journal, last_status, read
 from clplat.plan import NAME as PLAN
 from clplat.plan import read_plan
 from clplat.study import lay_out_runs
 from clplat.study_file import expand, load_study
-from clplat.study_results import record_of_folder
+from clplat.study_results import measured
 from clplat.tracking import write_json
 from clplat.tuning.protocol import Protocol
 from clplat.tuning.pruning import FIRST_BOUNDARY, worse_than_most
@@ -38,6 +38,8 @@ class Search:
         self.trouble = ""
         """Why no more trials can be begun, though there should be; empty while nothing is wrong."""
         self._owners: dict[Path, Trial] = {}
+        self._folders: dict[int, list[Path]] = {}
+        self._variants = dict(load_study(folder / "study.yaml").variants)
         self._waiting: list[Path] = []
         self._begun_again: set[Path] = set()
         self._tasks = len(protocol.streams[0]["order"])
@@ -53,7 +55,7 @@ class Search:
         while not self.trouble:
             if self._waiting:
                 return self._waiting.pop(0)
-            if time.monotonic() >= self._deadline:
+            if self._folders and time.monotonic() >= self._deadline:
                 return None
             with self._trouble_said():
                 trial = self.trials.ask()
@@ -97,13 +99,13 @@ class Search:
         folders = self._enter(trial)
         stands = [last_status(folder) for folder in folders]
         if "PRUNED" in stands:
-            self._tell(self.trials.prune(trial, "worse than the median of finished trials at a boundary"))
+            self._tell(self.trials.prune(trial, _reason(folders[stands.index("PRUNED")])))
         elif all(status == "FINISHED" for status in stands):
             self._complete(trial, folders)
         else:
             number = next(n for n, status in enumerate(stands) if status != "FINISHED")
-            if number and self._hopeless(trial, folders[number - 1], self._tasks):
-                self._tell(self.trials.prune(trial, "worse than the median of finished trials after a seed"))
+            if number and (reason := self._hopeless(trial, folders[number - 1], self._tasks)):
+                self._tell(self.trials.prune(trial, f"{folders[number - 1].name}: {reason}"))
             else:
                 self._wait_for(folders[number])
                 self._waiting.append(folders[number])
@@ -136,22 +138,22 @@ class Search:
         return place, values
 
     def _objectives(self, folder: Path) -> list[float]:
-        metrics = record_of_folder(folder).metrics
+        metrics = measured(folder)
         return [metrics.get(name, math.nan) for name in self.tune.objectives]
 
     def _enter(self, trial: Trial) -> list[Path]:
         """The trial's run folders, made and entered in study.yaml and planned.json where they are not there yet."""
+        if trial.number in self._folders:
+            return self._folders[trial.number]
         values = self.protocol.space.values(trial.params)
         runs = expand(self.protocol.study_of({trial.name: values}))
-        path = self.folder / "study.yaml"
-        variants: dict[str, Any] = dict(load_study(path).variants) if path.is_file() else {}
-        if trial.name not in variants:
-            variants[trial.name] = self.protocol.space.changes(values)
-            with writing(self.folder):
-                enter_trials(self.folder, self.protocol, variants)
         planned = (read_plan(self.folder) or {"variants": {}})["variants"]
         folders = [self.folder / f"{run.variant}-s{run.seed}" for run in runs]
         with writing(self.folder):
+            if trial.name not in self._variants:
+                entered = {**self._variants, trial.name: self.protocol.space.changes(values)}
+                enter_trials(self.folder, self.protocol, entered)
+                self._variants = entered
             if trial.name not in planned:
                 planned |= {trial.name: plain(runs[0])}
                 streams = list(self.protocol.streams)
@@ -161,6 +163,7 @@ class Search:
                 self._owners[folder] = trial
                 if not (folder / NAME).is_file():
                     mark(folder, self.protocol.tags() | {"trial": str(trial.number)})
+        self._folders[trial.number] = folders
         return folders
 
     def _wait_for(self, folder: Path) -> None:
@@ -189,6 +192,11 @@ class Search:
 def enter_trials(folder: Path, protocol: Protocol, variants: Mapping[str, dict[str, Any]]) -> None:
     """Write study.yaml: the trials as an ordinary study, whose variants they are."""
     save(dataclasses.replace(protocol.trials, variants=dict(variants)), folder / "study.yaml")
+
+
+def _reason(folder: Path) -> str:
+    """Why a run ended as it did."""
+    return f"{folder.name}: {[entry['reason'] for entry in read(folder) if entry['kind'] == 'status'][-1]}"
 
 
 def mark(folder: Path, tags: Mapping[str, str]) -> None:

@@ -75,6 +75,8 @@ def resume_tune(folder: Path, overrides: Sequence[tuple[str, str]], console: Con
         if key not in CHANGEABLE:
             raise ConfigError(f"--{key}: a resumed tune stays the same search; {', '.join(CHANGEABLE)} may change")
     study = settled(load_study(folder / TUNE_FILE, overrides))
+    if study.tune.sampler == "grid" and any(key == "tune.trials" for key, _ in overrides):
+        raise ConfigError("--tune.trials: the points of a grid were chosen when it was begun; start a new tune")
     protocol = prepare(study)
     with writing(folder):
         save(study, folder / TUNE_FILE)
@@ -175,7 +177,7 @@ def _report(known: Tuned, best: Row, study: StudyConfig, protocol: Protocol, con
         directions = {name: OBJECTIVES[name] for name in objectives}
         write_page(folder, protocol, rows, directions, found, text, report.folder.name)
     if study.tracking.enabled:
-        outcome.send_record(folder, protocol, rows, found, text)
+        outcome.send_record(folder, report.folder, protocol, rows, found, text)
     return dataclasses.replace(known, gains=found, text=text, unsent=known.unsent or report.unsent)
 
 
@@ -189,7 +191,7 @@ def show(tuned: Tuned, console: Console) -> None:
             console.print(f"{what} {tuned.folder / name}" if what[-3:] == "run" else f"{what}: {tuned.folder / name}",
                           soft_wrap=True)  # fmt: skip
     if tuned.unsent:
-        console.print(f"{tuned.unsent}; `clplat sync {tuned.folder}` sends it.", soft_wrap=True)
+        console.print(f"{tuned.unsent}; `clplat resume {tuned.folder}` sends it.", soft_wrap=True)
 
 
 def _first_points(study: StudyConfig, protocol: Protocol) -> list[dict[str, Any]]:
