@@ -133,11 +133,10 @@ class Space:
             raise ConfigError(
                 "space: is empty; name the keys to vary, each with {low, high} or {choices} (docs/tuning.md)"
             )
-        known = flat(base)
         self.base = base
         self.dimensions: dict[str, Range | Choices] = {}
         for key, fields in _written(given).items():
-            self.dimensions[key] = _dimension(key, fields, _own_value(key, base, known))
+            self.dimensions[key] = _dimension(key, fields, _own_value(key, base))
 
     def distributions(self) -> dict[str, Any]:
         """What Optuna draws from, by key."""
@@ -149,14 +148,13 @@ class Space:
 
     def default(self, resolve: Callable[[Mapping[str, Any]], RunConfig]) -> dict[str, Any]:
         """The configuration's own point in Optuna's values; `resolve` gives the run that values of the space mean."""
-        own, known = resolve({}), flat(self.base)
-        found = {}
+        own, found = resolve({}), {}
         for key, dimension in self.dimensions.items():
 
             def same(value: Any, key: str = key) -> bool:
                 return not difference(own, resolve({key: value}))
 
-            found[key] = dimension.param(_own_value(key, self.base, known), same)
+            found[key] = dimension.param(_own_value(key, self.base), same)
         return found
 
     def corners(self) -> dict[str, dict[str, Any]]:
@@ -205,16 +203,17 @@ def _written(given: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, 
     return found
 
 
-def _own_value(key: str, base: Mapping[str, Any], known: Mapping[str, Any]) -> Any:
+def _own_value(key: str, base: Mapping[str, Any]) -> Any:
     for prefix, why in FIXED.items():
         if key == prefix or key.startswith(f"{prefix}."):
             raise ConfigError(f"space.{key}: {why}; leave it out of the space")
-    if key not in known and not any(name.startswith(f"{key}.") for name in known):
-        said = nearest(key, known, listed=False) or "; `clplat show CONFIG` prints those there are"
-        raise ConfigError(f"space.{key}: there is no such key{said}")
     place: Any = base
-    for part in key.split("."):
-        place = place[int(part)] if isinstance(place, list) else place[part]
+    try:
+        for part in key.split("."):
+            place = place[int(part)] if isinstance(place, list) else place[part]
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        said = nearest(key, flat(base), listed=False) or "; `clplat show CONFIG` prints those there are"
+        raise ConfigError(f"space.{key}: there is no such key{said}") from error
     return place
 
 

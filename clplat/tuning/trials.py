@@ -114,10 +114,14 @@ class Trials:
             # It expects Study.optimize; our own thread beats.
             warnings.filterwarnings("ignore", message="Heartbeat of storage", category=UserWarning)
             asked = self.study.ask(self._distributions)
-        self._storage.record_heartbeat(self._id(asked.number))
-        asked.set_user_attr("folder", self.folder)
-        self._mine.add(asked.number)
+        self._claim(asked.number)
         return Trial(number=asked.number, params=dict(asked.params))
+
+    def _claim(self, number: int) -> None:
+        """From now on a trial beats, and is this folder's to resume."""
+        self._storage.record_heartbeat(self._id(number))
+        self._storage.set_trial_user_attr(self._id(number), "folder", self.folder)
+        self._mine.add(number)
 
     def mine(self, *, alone: bool) -> list[Trial]:
         """This folder's trials that have not ended, taken up again.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from clplat.execution import Outcome
 from clplat.journal import Journal
 from clplat.progress import Progress
 from clplat.study_file import load_study
+from clplat.tuning import trials
 from clplat.tuning import tune as tune_module
 from clplat.tuning.tune import Tuned, resume_tune, run_tune
 
@@ -121,10 +123,21 @@ def formulas(formula: Formula, *, pages: bool = False) -> Iterator[Formulas]:
     found = Formulas(formula)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "execute_safely", found)
+        patch.setattr(trials, "_open", partial(_open_unsafely, trials._open))
         # Drawing takes longer than all else; pages have tests of their own.
         for name in () if pages else ("conclude", "write_page"):
             patch.setattr(tune_module, name, lambda *_: None)
         yield found
+
+
+def _open_unsafely(original: Any, *arguments: Any) -> Any:
+    """A database that does not wait for the disk: nobody pulls the plug in a test."""
+    from sqlalchemy import event
+
+    storage, found = original(*arguments)
+    event.listen(storage.engine, "connect", lambda connection, _: connection.execute("PRAGMA synchronous=OFF"))
+    storage.engine.dispose()
+    return storage, found
 
 
 def stopped() -> Interrupted:
