@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -41,7 +42,9 @@ class Gain:
 
 def report_study(protocol: Protocol, best: Row) -> StudyConfig:
     """The study of the report: the default settings, and the best where these are others."""
-    variants = {DEFAULT: {}} | ({} if best.is_default else {BEST: protocol.space.changes(best.settings)})
+    variants: dict[str, dict[str, Any]] = {DEFAULT: {}} | (
+        {} if best.is_default else {BEST: protocol.space.changes(best.settings)}
+    )
     return dataclasses.replace(
         protocol.report, name=f"{protocol.report.name}_report", variants=variants, baseline=DEFAULT
     )

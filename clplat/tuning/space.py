@@ -148,7 +148,8 @@ class Space:
 
     def default(self, resolve: Callable[[Mapping[str, Any]], RunConfig]) -> dict[str, Any]:
         """The configuration's own point in Optuna's values; `resolve` gives the run that values of the space mean."""
-        own, found = resolve({}), {}
+        own = resolve({})
+        found: dict[str, Any] = {}
         for key, dimension in self.dimensions.items():
 
             def same(value: Any, key: str = key) -> bool:
@@ -228,7 +229,11 @@ def _dimension(key: str, fields: Mapping[str, Any], own: Any) -> Range | Choices
         if any(value in values[:number] for number, value in enumerate(values)):
             raise ConfigError(f"space.{key}: a choice stands twice in {values}")
         return Choices(key=key, values=tuple(values))
-    numbers = {name: fields.get(name) for name in ("low", "high", "step") if name in fields}
+    return _range(key, fields, own)
+
+
+def _range(key: str, fields: Mapping[str, Any], own: Any) -> Range:
+    numbers: dict[str, Any] = {name: fields[name] for name in ("low", "high", "step") if name in fields}
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"space.{key}.{name}: must be a number, got {value!r}")

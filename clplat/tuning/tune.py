@@ -176,9 +176,10 @@ def _report(known: Tuned, best: Row, study: StudyConfig, protocol: Protocol, con
     with writing(folder):
         directions = {name: OBJECTIVES[name] for name in objectives}
         write_page(folder, protocol, rows, directions, found, text, report.folder.name)
+    unsent = known.unsent or report.unsent
     if study.tracking.enabled:
-        outcome.send_record(folder, report.folder, protocol, rows, found, text)
-    return dataclasses.replace(known, gains=found, text=text, unsent=known.unsent or report.unsent)
+        unsent = outcome.send_record(folder, report.folder, protocol, rows, found, text) or unsent
+    return dataclasses.replace(known, gains=found, text=text, unsent=unsent)
 
 
 def show(tuned: Tuned, console: Console) -> None:

@@ -188,3 +188,14 @@ def test_the_shipped_searches_are_ones(monkeypatch: pytest.MonkeyPatch) -> None:
         data = parse_yaml(file.read_text())
         assert not set(data["seeds"]) & set(data["tune"].get("seeds", [1000])) and data["space"]
     assert prepare(load_study("tune/split_digits")).trials.tasks == 3
+
+
+def test_a_study_of_the_first_tasks_has_no_others_and_cannot_have_more_than_there_are() -> None:
+    from clplat.assembly import prepared_stream
+    from clplat.study_file import expand
+
+    data = tune_study() | {"tasks": 2}
+    stream, whole = (prepared_stream(expand(load_study(one))[0]) for one in (data, tune_study()))
+    assert [task.name for task in stream.tasks] == ["classes-0-1", "classes-2-3"] and stream.spec == whole.spec
+    with pytest.raises(ConfigError, match="tasks: the first 4 were asked for, and the stream has 3"):
+        prepared_stream(expand(load_study(data | {"tasks": 4}))[0])
