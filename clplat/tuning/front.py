@@ -96,11 +96,10 @@ def front_table(rows: Sequence[Row]) -> Table:
     shown = [row for row in rows if row.on_front or (row.is_default and row.objectives)]
     names = list(shown[0].objectives)
     keys = list(shown[0].settings)
-    table = Table(
-        "trial", *names, *(key.split(".")[-1] for key in keys), title="Pareto front, and the default settings"
-    )
+    heads = [*names, *(key.split(".")[-1] for key in keys)]
+    table = Table("trial", "front", *heads, title="Pareto front, and the default settings")
     for row in shown:
-        mark = f"{row.name}{' (default)' if row.is_default else ''}{'' if row.on_front else ', not on the front'}"
+        name, kept = "default" if row.is_default else row.name, "yes" if row.on_front else "no"
         settings = [f"{v:.4g}" if isinstance(v, float) else said(v) for v in row.settings.values()]
-        table.add_row(mark, *(f"{row.objectives[name]:.4g}" for name in names), *settings)
+        table.add_row(name, kept, *(f"{row.objectives[head]:.4g}" for head in names), *settings)
     return table

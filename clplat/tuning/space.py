@@ -177,7 +177,8 @@ class Space:
 
     def changes(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Values by dotted key as a variant says them: nested, lists whole."""
-        data, found = json.loads(json.dumps(self.base)), {}
+        data = json.loads(json.dumps(self.base))
+        found: dict[str, Any] = {}
         for key, value in values.items():
             set_key(data, key, value)
         for key, value in values.items():
