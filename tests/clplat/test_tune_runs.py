@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 import yaml
 from searches import folder_here, go_on, quiet, tune, tune_study
-from studies import assert_same
+from studies import assert_same, run_folder, study
 
 from clplat.journal import last_status, read, table
+from clplat.launch import serve
 from clplat.streams.base import TensorData
 from clplat.study_file import load_study, run_folders
 from clplat.study_results import load_study_results
+from clplat.supply import Listed
 from clplat.tracking import client
 from clplat.tuning import search
 from clplat.tuning import tune as tune_module
@@ -92,6 +94,7 @@ def test_mlflow_holds_the_search_its_trials_and_the_gain_and_tells_pruned_runs_f
     assert "pruned" in (tuned.folder / "tuning.html").read_text()
 
 
+@pytest.mark.long
 def test_the_best_settings_run_as_they_were_reported() -> None:
     import clplat
 
@@ -112,6 +115,24 @@ def test_a_trial_is_an_ordinary_run_that_can_be_resumed_alone(monkeypatch) -> No
     assert clplat.resume(run, console=quiet()).status == "FINISHED"
     assert [path.name for path in run_folders(tuned.folder)] == ["t0000-s1000", "t0001-s1000"]
     assert clplat.load_model(run) is not None
+
+
+@pytest.mark.long
+def test_a_run_in_a_worker_asks_at_its_boundaries_and_ends_where_it_is_told_to(tmp_path: Path) -> None:
+    class Told(Listed):
+        asks = True
+
+        def boundary(self, folder: Path, row: int) -> str:
+            asked.append((folder.name, row))
+            return "enough" if (folder.name, row) == ("first", 2) else ""
+
+    asked: list[tuple[str, int]] = []
+    supply = Told([run_folder(tmp_path, study(), name) for name in ("first", "second")])
+    assert serve(supply, runs=2, workers=2, threads=1, console=quiet()) == 0
+    outcomes = supply.outcomes(0)
+    assert [(o.status, o.reason, o.code) for o in outcomes] == [("PRUNED", "enough", 0), ("FINISHED", "", 0)]
+    assert sorted(asked) == [("first", n) for n in range(3)] + [("second", n) for n in range(4)]
+    assert table(tmp_path / "first").rows() == [0, 1, 2] and last_status(tmp_path / "first") == "PRUNED"
 
 
 def command(*words: str) -> subprocess.Popen[str]:

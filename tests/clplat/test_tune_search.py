@@ -33,12 +33,12 @@ def drawn(folder: Path) -> list[list[str]]:
 
 def test_the_planted_optimum_is_found_and_the_gain_over_the_default_is_measured_on_fresh_seeds() -> None:
     with formulas(planted) as runs:
-        tuned = tune(tune__trials=40, tune__prune=False)
+        tuned = tune(tune__trials=30, tune__prune=False)
     assert tuned.status == "FINISHED" and tuned.best is not None
     lr, ratio, capacity = tuned.best.settings.values()
     assert 0.01 < lr < 0.09 and abs(ratio - 1.5) < 0.35 and abs(capacity - 70) < 20
     assert runs.ran[0] == "t0000-s1000" and tuned.rows[0].is_default
-    assert runs.ran[40:] == ["default-s0", "default-s1", "best-s0", "best-s1"]
+    assert runs.ran[30:] == ["default-s0", "default-s1", "best-s0", "best-s1"]
     gain = tuned.gains[0]
     assert gain.metric == "final_score"
     assert gain.difference.mean == pytest.approx(tuned.best.objectives["final_score"] - gain.default.mean)
@@ -82,14 +82,14 @@ def test_a_killed_search_goes_on_with_the_trials_that_it_would_have_had_and_repe
     (tmp_path / "whole").mkdir()
     monkeypatch.chdir(tmp_path / "whole")
     with formulas(planted) as runs:
-        whole = tune(tune__trials=14)
+        whole = tune(tune__trials=12)
         expected = drawn(whole.folder)
     (tmp_path / "killed").mkdir()
     monkeypatch.chdir(tmp_path / "killed")
     with formulas(planted) as killed:
-        killed.instead = {"t0004-s1000": stopped(), "t0012-s1000": stopped()}
+        killed.instead = {"t0004-s1000": stopped(), "t0010-s1000": stopped()}
         with pytest.raises(Interrupted):
-            tune(tune__trials=14)
+            tune(tune__trials=12)
         folder = folder_here()
         assert not (folder / "front.csv").is_file()
         with pytest.raises(Interrupted):
@@ -156,20 +156,18 @@ def test_the_default_is_never_pruned() -> None:
 
 
 def test_a_run_whose_process_died_goes_on_once_and_fails_the_second_time() -> None:
-    with formulas(planted) as runs:
-        runs.instead = {"t0001-s1000": ("FAILED", "process")}
-        tuned = tune()
-        assert runs.ran.count("t0001-s1000") == 2 and tuned.rows[1].state == "FINISHED"
+    class Dying(dict):
+        """t0001 loses its process once, t0002 every time."""
 
-    class Always(dict):
         def pop(self, name, default=None):
-            return ("FAILED", "process") if name == "t0002-s1000" else default
+            return ("FAILED", "process") if name == "t0002-s1000" else super().pop(name, default)
 
     with formulas(planted) as runs:
-        runs.instead = Always()
-        tuned = tune(name="second")
-    assert runs.ran.count("t0002-s1000") == 2 and tuned.rows[2].state == "FAILED"
-    assert "t0002-s1000: as planned" in tuned.rows[2].reason and len(tuned.rows) == 4
+        runs.instead = Dying({"t0001-s1000": ("FAILED", "process")})
+        tuned = tune()
+    assert [row.state for row in tuned.rows] == ["FINISHED", "FINISHED", "FAILED", "FINISHED"]
+    assert [runs.ran.count(f"t000{number}-s1000") for number in range(4)] == [1, 2, 2, 1]
+    assert "t0002-s1000: as planned" in tuned.rows[2].reason and tuned.status == "FINISHED"
 
 
 def test_a_full_disk_ends_the_search_with_what_to_do_and_the_trial_goes_on_afterwards() -> None:
@@ -207,11 +205,10 @@ def test_trials_that_fail_of_themselves_are_counted_and_told_when_none_is_left()
 
 
 def test_several_objectives_give_a_front_and_its_best_by_the_first() -> None:
-    with formulas(lambda config, row: settings(config)[1] / 2, pages=True):
-        tuned = tune(tune__trials=8, tune__objectives=["final_score", "cost/training_flops"])
+    with formulas(lambda config, row: settings(config)[1] / 2):
+        tuned = tune(tune__trials=5, tune__objectives=["final_score", "cost/training_flops"])
     assert all(row.on_front for row in tuned.rows if row.objectives)  # every ratio is a trade-off of its own
     assert tuned.best.objectives["final_score"] == max(row.objectives["final_score"] for row in tuned.rows)
-    assert (tuned.folder / "figures" / "front.svg").stat().st_size > 1000
 
 
 def test_every_run_is_tagged_with_what_was_tuned_on() -> None:

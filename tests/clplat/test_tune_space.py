@@ -179,6 +179,24 @@ def test_of_several_variants_one_is_named_and_tuned() -> None:
     assert not protocol.report.variants
 
 
+def test_the_command_refuses_in_one_line_and_passes_its_flag_on(capsys, monkeypatch) -> None:
+    from clplat.cli import main
+    from clplat.tuning import tune
+
+    with pytest.raises(SystemExit, match="1"):
+        main(["tune", "tune/split_digits", "--space.training.optimizer.init_args.momentun", "{low: 0.1, high: 0.9}"])
+    assert "momentun: there is no such key; did you mean" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="1"):
+        main(["tune", "quickstart", "--variants", "er"])
+    assert "space: is empty" in capsys.readouterr().err and not Path("runs").exists()
+    asked: list[Any] = []
+    monkeypatch.setattr(tune, "run_tune", lambda study, console: asked.append(study) or tune.Tuned(
+        folder=Path(), status="KILLED", code=75))  # fmt: skip
+    with pytest.raises(SystemExit, match="75"):
+        main(["tune", "tune/split_digits", "--on-test-sequence", "--tune.trials", "3"])
+    assert asked[0].tune.on_test_sequence and asked[0].tune.trials == 3
+
+
 def test_the_shipped_searches_are_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     from clplat.study_file import shipped_folder
 

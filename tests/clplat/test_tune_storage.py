@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from optuna.exceptions import StorageInternalError
 from searches import folder_here, formulas, go_on, settings, stopped, tune
 
 from clplat.config import RunConfig
@@ -41,6 +42,7 @@ def test_two_tunes_on_one_storage_share_the_trials_and_the_one_that_ends_last_re
     assert f"The report is made by the tune in {first}" in again.text
 
 
+@pytest.mark.long
 def test_a_trial_whose_tune_has_fallen_silent_is_begun_again_by_another(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(trials, "GRACE_SECONDS", 1)
     with formulas(planted) as runs:
@@ -78,6 +80,20 @@ def test_a_storage_that_cannot_be_used_is_said_with_what_to_do_and_without_its_p
     with pytest.raises(StorageError) as raised:
         tune(tune={"storage": "postgresql://me:secret@localhost:1/db"})
     assert "secret" not in str(raised.value) and "localhost:1/db" in str(raised.value)
+
+
+def test_a_storage_that_fails_on_the_way_ends_the_search_and_the_trial_goes_on_afterwards(monkeypatch) -> None:
+    def full(self, trial, place, step, values):
+        raise StorageInternalError("database or disk is full")
+
+    with formulas(planted) as runs:
+        with monkeypatch.context() as patch:
+            patch.setattr(trials.Trials, "passed", full)
+            with pytest.raises(StorageError, match="database or disk is full.*free some space.*`clplat resume runs"):
+                tune(tune__trials=2)
+        assert runs.ran == ["t0000-s1000"]
+        tuned = go_on(folder_here())
+    assert runs.ran.count("t0000-s1000") == 1 and [row.state for row in tuned.rows] == ["FINISHED"] * 2
 
 
 def test_a_trial_that_was_cut_short_while_it_was_asked_for_is_given_back(monkeypatch) -> None:
