@@ -26,6 +26,10 @@ from clplat.tuning.search import mark, writing
 DEFAULT, BEST = "default", "best"
 COSTS = {"cost/training_flops": "training operations", "cost/buffer_bytes": "bytes of replay"}
 """What a gain may have been bought with, and what it is called."""
+UNSEEN = "final_score_unseen_tasks"
+"""The final score of those tasks alone that no trial has seen."""
+LARGE = 1e4
+"""From here on numbers are written with an exponent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,26 +71,27 @@ def carry_out_report(folder: Path, protocol: Protocol, best: Row, console: Conso
     return carry_out(place, study, console)
 
 
-def gains(place: Path, objectives: Sequence[str]) -> list[Gain]:
-    """The gain in final score, in forgetting, and in whatever was searched for; empty without a best to compare."""
+def gains(place: Path, objectives: Sequence[str], seen: int) -> list[Gain]:
+    """What the report's study in `place` shows: the gain in final score, of all tasks and of those alone that no trial
+    has seen (the first `seen` were), in forgetting, in what was searched for, and its price.
+
+    Empty where there is no best to compare; what neither side has is left out.
+    """
     results = journal_results(place)
     if BEST not in results.variants():
         return []
-    names = dict.fromkeys(["final_score", "cumulative_forgetting", *objectives, *COSTS])
-    found = [_gain(name, results.by_seed(DEFAULT, name), results.by_seed(BEST, name)) for name in names]
+    found = [_gain("final_score", *(results.by_seed(side, "final_score") for side in (DEFAULT, BEST)))]
+    if seen:
+        found.append(_gain(UNSEEN, *(_unseen(results, side, seen) for side in (DEFAULT, BEST))))
+    for name in dict.fromkeys(["cumulative_forgetting", *objectives, *COSTS]):
+        if name != "final_score":
+            found.append(_gain(name, *(results.by_seed(side, name) for side in (DEFAULT, BEST))))
     return [g for g in found if g.difference.n and (g.metric not in COSTS or g.default.mean or g.best.mean)]
-
-
-def unseen_gain(place: Path, seen: int) -> Gain | None:
-    """The gain in the final score of those tasks alone that no trial has seen; None where there are none."""
-    results = journal_results(place)
-    sides = [_unseen(results, variant, seen) for variant in (DEFAULT, BEST)]
-    return _gain("final_score", *sides) if all(sides) else None
 
 
 def _unseen(results: StudyResults, variant: str, seen: int) -> dict[int, float]:
     tables = {run.seed: run.table.scores() for run in results.of(variant) if run.table}
-    return {seed: float(np.mean(table[-1, seen:])) for seed, table in tables.items() if 0 < seen < table.shape[1]}
+    return {seed: float(np.mean(table[-1, seen:])) for seed, table in tables.items() if seen < table.shape[1]}
 
 
 def _gain(metric: str, default: dict[int, float], best: dict[int, float]) -> Gain:
@@ -99,10 +104,16 @@ def _gain(metric: str, default: dict[int, float], best: dict[int, float]) -> Gai
 
 def signed(found: Interval) -> str:
     """A difference with its sign, and half the width of its interval."""
-    return f"{found.mean:+.3f} ± {found.half:.3f}" if found.n > 1 else f"{found.mean:+.3f}"
+    digits = ".3f" if abs(found.mean) < LARGE else ".3g"
+    return f"{found.mean:+{digits}}" + (f" ± {found.half:{digits}}" if found.n > 1 else "")
 
 
-def sentence(found: Sequence[Gain], unseen: Gain | None, best: Row, protocol: Protocol) -> str:
+def shown(found: Interval) -> str:
+    """A mean and half the width of its interval."""
+    return str(found) if abs(found.mean) < LARGE else signed(found).removeprefix("+")
+
+
+def sentence(found: Sequence[Gain], best: Row, protocol: Protocol) -> str:
     """The gain in words, whichever its sign."""
     if not found:
         return (
@@ -112,15 +123,14 @@ def sentence(found: Sequence[Gain], unseen: Gain | None, best: Row, protocol: Pr
     first = found[0]
     text = (
         f"Gain of {best.name} over the default settings on the full stream, {first.difference.n} fresh seeds: final "
-        f"score {signed(first.difference)} ({first.default.mean:.3f} → {first.best.mean:.3f}), "
-        f"{MEANING[verdict(first.difference)]}."
+        f"score {_moved(first)}, {MEANING[verdict(first.difference)]}."
     )
     if first.difference.mean < 0:
         text += " The default settings score higher."
-    if unseen is not None:
-        text += f" On the tasks alone that the search never saw: {signed(unseen.difference)}."
     for gain in found[1:]:
-        if gain.metric not in COSTS:
+        if gain.metric == UNSEEN:
+            text += f" On the tasks alone that the search never saw: {_moved(gain)}."
+        elif gain.metric not in COSTS:
             text += f" {gain.metric}: {_moved(gain)}."
     if prices := [f"{_times(gain)} the {COSTS[gain.metric]}" for gain in found if gain.metric in COSTS]:
         text += f" The best settings take {' and '.join(prices)} of the default ones."
@@ -130,9 +140,8 @@ def sentence(found: Sequence[Gain], unseen: Gain | None, best: Row, protocol: Pr
 
 
 def _moved(gain: Gain) -> str:
-    if abs(gain.default.mean) < 1e4:
-        return f"{signed(gain.difference)} ({gain.default.mean:.3f} → {gain.best.mean:.3f})"
-    return f"{gain.difference.mean:+.3g} ({gain.default.mean:.3g} → {gain.best.mean:.3g})"
+    digits = ".3f" if abs(gain.default.mean) < LARGE else ".3g"
+    return f"{signed(gain.difference)} ({gain.default.mean:{digits}} → {gain.best.mean:{digits}})"
 
 
 def _times(gain: Gain) -> str:

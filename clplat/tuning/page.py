@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from clplat.page import STYLE, inline, table
 from clplat.tuning.figures import front_figure, gain_figure
 from clplat.tuning.front import Row, said
-from clplat.tuning.gain import Gain, signed
+from clplat.tuning.gain import COSTS, Gain, shown, signed
 from clplat.tuning.protocol import Protocol
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def write_page(
     (folder / "figures").mkdir(exist_ok=True)
     pictures = {"The search": ("front", front_figure(rows, objectives))}
     if gains:
-        pictures = {"The gain, seed by seed": ("gain", gain_figure(gains))} | pictures
+        pictures = {
+            "The gain, seed by seed": ("gain", gain_figure([g for g in gains if g.metric not in COSTS]))
+        } | pictures
     parts = [
         f"<h1>{html.escape(protocol.trials.name)}: tuned on {html.escape(protocol.tuned_on)}</h1>",
         f'<p class="finding">{html.escape(text)}</p>',
@@ -71,7 +73,7 @@ def _counts(rows: Sequence[Row]) -> str:
 
 
 def _gains(gains: Sequence[Gain]) -> str:
-    rows = [[g.metric, str(g.difference.n), str(g.default), str(g.best), signed(g.difference)] for g in gains]
+    rows = [[g.metric, str(g.difference.n), shown(g.default), shown(g.best), signed(g.difference)] for g in gains]
     return table(["metric", "seeds", "default", "best", "best − default, paired"], rows)
 
 

@@ -169,10 +169,10 @@ def _report(known: Tuned, best: Row, study: StudyConfig, protocol: Protocol, con
     if report.status in ("KILLED", "BUSY"):
         return dataclasses.replace(known, text=f"The report's runs have not ended; `clplat resume {folder}` goes on.")
     conclude(report, console)
-    found, unseen = gain.gains(report.folder, objectives), gain.unseen_gain(report.folder, protocol.seen)
+    found = gain.gains(report.folder, objectives, protocol.seen)
     text = "The report's runs of default or best failed, so that no gain is known; their messages stand above."
     if found or best.is_default:
-        text = gain.sentence(found, unseen, best, protocol)
+        text = gain.sentence(found, best, protocol)
     with writing(folder):
         directions = {name: OBJECTIVES[name] for name in objectives}
         write_page(folder, protocol, rows, directions, found, text, report.folder.name)

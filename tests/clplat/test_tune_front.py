@@ -108,13 +108,13 @@ def gain(metric: str, default: list[float], better: list[float]) -> Gain:
 def test_a_gain_is_said_with_its_interval_and_its_price() -> None:
     scores = gain("final_score", [0.5, 0.6, 0.5, 0.6, 0.5], [0.7, 0.8, 0.7, 0.8, 0.75])
     price = gain("cost/training_flops", [1e9] * 5, [2e9] * 5)
-    text = sentence([scores, price], None, row(3, 0.9), Seen())
+    text = sentence([scores, price], row(3, 0.9), Seen())
     assert f"+0.210 ± {scores.difference.half:.3f} (0.540 → 0.750), a difference at 95 %" in text
     assert "2.00 times the training operations" in text
 
 
 def test_a_loss_is_said_as_plainly_as_a_gain() -> None:
-    text = sentence([gain("final_score", [0.7, 0.8], [0.5, 0.6])], None, row(3, 0.9), Seen())
+    text = sentence([gain("final_score", [0.7, 0.8], [0.5, 0.6])], row(3, 0.9), Seen())
     assert "final score -0.200" in text and "The default settings score higher" in text
 
 
