@@ -118,7 +118,8 @@ class _Pool:
         theirs.close()
         worker = _Worker(process=process, link=ours, slot=slot)
         self._selector.register(ours, selectors.EVENT_READ, worker)
-        self._give(worker, folder)
+        # A stop that came while the process was being made has not met it.
+        self._give(worker, folder if self._stop is None else None)
 
     def _give(self, worker: _Worker, folder: Path | None) -> None:
         """The next folder for an idle worker, or leave to go."""

@@ -46,5 +46,5 @@ class Listed:
 
     def outcomes(self, code: int) -> list[Outcome]:
         """One outcome a folder, in their order; `code` is that of those which a stop left unstarted."""
-        missing = {f: Outcome(folder=f, status="KILLED", reason="not started", code=code) for f in self._waiting}
-        return [(self._outcomes | missing)[folder] for folder in self._folders]
+        unstarted = {f: Outcome(folder=f, status="KILLED", reason="not started", code=code) for f in self._folders}
+        return list((unstarted | self._outcomes).values())
