@@ -60,7 +60,7 @@ class Adapted(AdapterHost):
         return self._model().flops_per_row()
 
     def active_parameters(self) -> int:
-        return self._model().active_parameters()
+        return self._model().active_parameters() - self.resting_parameters()
 
     def facts(self) -> Mapping[str, str]:
         return {**super().facts(), **self._model().facts(), "model": type(self.backbone).__name__}

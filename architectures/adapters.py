@@ -48,6 +48,10 @@ class AdapterChoice(Architecture, ABC):
         """Those that can be chosen."""
 
     @abstractmethod
+    def adapter_parameters(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The tensors of one of them; those of another have the same names."""
+
+    @abstractmethod
     def _let_answer(self, active: Sequence[str]) -> None:
         """Let these answer, while `trained` stays as it is."""
 
@@ -60,6 +64,11 @@ class AdapterChoice(Architecture, ABC):
                              "gradient would reach them")  # fmt: skip
         self.active, self.trained = tuple(active), chosen
         self._let_answer(self.active)
+
+    def resting_parameters(self) -> int:
+        """Parameters of those that do not answer now."""
+        resting = [name for name in self.adapter_names() if name not in self.active]
+        return sum(p.numel() for name in resting for p in self.adapter_parameters(name).values())
 
     @contextmanager
     def answering(self, *adapters: str) -> Iterator[None]:
@@ -146,6 +155,10 @@ class AdapterHost(AdapterChoice, ABC):
                 if adapter not in self.adapter_names():
                     self.add_adapter(adapter)
         self.use_adapters(structure["active"], structure["trained"])
+        # What came later goes: a copy of the model, made to be as it was after an earlier task, has it.
+        for adapter in set(self.adapter_names()) - set(structure["adapters"]):
+            for layer in self._layers().values():
+                del layer.lora_A[adapter], layer.lora_B[adapter]
 
     def facts(self) -> Mapping[str, str]:
         return {"backbone_sha256": self.checksum}

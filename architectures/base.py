@@ -236,6 +236,11 @@ class Prompts(Protocol):
 class SideMemories(Adapters, Protocol):
     """Capability: adapters that are memories beside the feed-forward layers (Locas), as many slots in every layer."""
 
+    @property
+    def needs_beginning(self) -> bool:
+        """Whether a memory is only what the model's options say once `begin_memory` has been called."""
+        ...
+
     def begin_memory(self, memory: str, batch: Batch, generator: torch.Generator) -> None:
         """Make of a memory what the model's options say, from what the layers do with a batch."""
         ...

@@ -106,6 +106,11 @@ def matching(model: nn.Module, targets: Sequence[str]) -> Iterator[tuple[str, nn
             yield path, module
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a layer is linear, or GPT-2's `Conv1D`, which is with its weights transposed (peft knows it)."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
 def check_targets(model: nn.Module, targets: Sequence[str], *, fused: bool) -> None:
     """ValueError for a target that names no layer, no linear one, an expert, or a fused one where `fused` is False."""
     for target in targets:
@@ -125,15 +130,15 @@ def check_targets(model: nn.Module, targets: Sequence[str], *, fused: bool) -> N
                 f"lora.targets: {target!r} holds several matrices in one, and one adapter would mix them; choose a "
                 f"model that keeps them apart, or other layers: {_linear_names(model)}"
             )
-        wrong = [module for _, module in found if not isinstance(module, nn.Linear)]
+        wrong = [module for _, module in found if not is_linear(module)]
         if wrong:
             raise ValueError(f"lora.targets: {target!r} is a {type(wrong[0]).__name__}, not a linear layer; "
                              f"{_linear_names(model)}")  # fmt: skip
 
 
 def _linear_names(model: nn.Module) -> str:
-    layers = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
-    names = sorted({path.rpartition(".")[2] for path in layers})
+    layers = [path for path, module in model.named_modules() if is_linear(module)]
+    names = sorted({path.rpartition(".")[2] for path in layers}.difference(FUSED))
     fused = [part for part in FUSED if any(path.endswith(part) for path, _ in model.named_modules())]
     hint = f" ({', '.join(fused)} hold several matrices in one and take no adapter)" if fused else ""
     return f"its linear layers are {', '.join(names) or 'none'}{hint}"

@@ -20,7 +20,7 @@ from clplat.architectures.base import State
 from clplat.architectures.decoder import Block, Decoder, check_language
 from clplat.architectures.layers import SwiGLU, causal_convolution
 from clplat.architectures.option_checks import check_sizes
-from clplat.architectures.selective_scan import selective_scan
+from clplat.kernels.selective_scan import selective_scan
 from clplat.streams.base import Spec
 
 MixerState = tuple[Tensor, Tensor, Tensor, Tensor]

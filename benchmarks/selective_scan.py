@@ -1,4 +1,4 @@
-"""How fast Mamba's scan in chunks trains beside its definition, one token after the other.
+"""How fast Mamba's scan in chunks, and on a GPU by its kernels, trains beside one token after the other.
 
     python benchmarks/selective_scan.py                                  # on a CPU
     python benchmarks/selective_scan.py --device cuda --shape 8 1024 1024 16 --chunks 64 256 512 1024
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clplat.architectures.selective_scan import selective_scan, token_loop
+from clplat.kernels.selective_scan import selective_scan, token_loop
 
 
 def given(options: argparse.Namespace) -> list[Tensor]:
@@ -40,9 +40,12 @@ def forms(options: argparse.Namespace, parts: list[Tensor]) -> dict[str, Callabl
     keep = torch.ones(parts[0].shape[:2], device=parts[0].device)
 
     def chunked(chunk: int) -> Callable[[], Tensor]:
-        return lambda: selective_scan(*parts[:5], first_BNC=parts[5], chunk=chunk)[0]
+        return lambda: selective_scan(*parts[:5], first_BNC=parts[5], chunk=chunk, backend="torch")[0]
 
-    return {"token loop": lambda: token_loop(*parts, keep)[0]} | {f"chunk {c}": chunked(c) for c in options.chunks}
+    found = {"token loop": lambda: token_loop(*parts, keep)[0]} | {f"chunk {c}": chunked(c) for c in options.chunks}
+    if options.device != "cpu":
+        found["kernels"] = lambda: selective_scan(*parts[:5], first_BNC=parts[5], backend="triton")[0]
+    return found
 
 
 def seconds(form: Callable[[], Tensor], parts: list[Tensor]) -> tuple[float, float]:

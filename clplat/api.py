@@ -122,7 +122,7 @@ def _change(folder: Path, overrides: Sequence[tuple[str, str]]) -> None:
     """Lay overrides over a run's configuration, refusing those that would change its result."""
     if not overrides:
         return
-    from clplat.config import parse_yaml
+    from clplat.yaml_text import parse_yaml
 
     old = load_run(folder / "config.yaml")
     data = plain(old)
@@ -199,8 +199,8 @@ def evaluate(run: str | Path, stream: str | None = None) -> pandas.DataFrame:
     from clplat.assembly import assemble, load_weights
     from clplat.checkpoint import Checkpoints
     from clplat.components import Component, checked
-    from clplat.config import parse_yaml
     from clplat.strategies.world import World
+    from clplat.yaml_text import parse_yaml
 
     folder = run_folder_of(run)
     config = load_run(folder / "config.yaml")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from clplat.architectures.base import Architecture, as_in_task, device_of
+from clplat.architectures.base import Architecture, SideMemories, as_in_task, device_of
 from clplat.components import build
 from clplat.config import Precision, RunConfig
 from clplat.errors import ConfigError
@@ -53,6 +53,7 @@ def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> P
     context = _context(config, stream, architecture, objective, world, optimizer=lambda: learner.optimizer())
     _refuse_growth(config, hooks, architecture, stream)
     hooks.setup(context)
+    _refuse_unbegun_memories(hooks, architecture)
     check_probes(hooks.controllers, stream.tasks)
     if config.training.accumulate > 1 and hooks.step_owner is not None:
         raise ConfigError("training.accumulate: a strategy of this run owns the step, which rules out accumulation")
@@ -93,6 +94,16 @@ def _refuse_growth(config: RunConfig, hooks: Hooks, architecture: Architecture, 
                 f"{key}: needs a model that keeps its shape, and {type(architecture).__name__} grows from task to "
                 f"task; use one that does not grow, or {way_out}"
             )
+
+
+def _refuse_unbegun_memories(hooks: Hooks, architecture: Architecture) -> None:
+    """Refuse side memories that would be trained as random slots, whatever their options say."""
+    begun = any(strategy.begins_memories or not strategy.trains for strategy in hooks.strategies.values())
+    if isinstance(architecture, SideMemories) and architecture.needs_beginning and not begun:
+        raise ConfigError(
+            f"strategies: none of them begins the memories of {type(architecture).__name__}, and its memory.start "
+            "would do nothing; add Locas, or set memory.start: gaussian"
+        )
 
 
 def _trained_shapes(architecture: Architecture) -> list[torch.Size]:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rich.table import Column, Table
 
-from clplat.config import StudyConfig, parse, parse_yaml
+from clplat.config import StudyConfig, parse
 from clplat.errors import ConfigError, nearest
 from clplat.known_good import KnownGood
 from clplat.study_file import load_study, shipped_folder
+from clplat.yaml_text import parse_yaml
 
 
 def catalogue() -> dict[str, tuple[Path, KnownGood]]:

@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"clplat {options.command}: {error}", file=sys.stderr)
         code = 1
     except Interrupted as stop:
-        print(f"clplat {options.command}: stopped by {stop.signal_name}", file=sys.stderr)
+        print(f"clplat {options.command}: stopped by {stop.signal_name}{stop.remedy}", file=sys.stderr)
         code = exit_code(stop.signal_name)
     except BrokenPipeError:
         # The reader of our output left (as with `| head`); Python must not complain again when it closes.
@@ -173,7 +173,9 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
             folder, barriers = analyze_connectivity(
                 options.run, points=options.points, gap=options.gap, rows=options.rows
             )
+            moved, barriers = barriers["weights"].unique(), barriers.drop(columns="weights")
             console.print(shown_frame(barriers, "barriers in nats; connected: at most 5 % of the ends' mean loss"))
+            console.print(f"weights moved: {'; '.join(moved)}", soft_wrap=True)
             console.print(f"connectivity: {folder / 'connectivity.png'}", soft_wrap=True)
         case "sync":
             from clplat.study_record import sync

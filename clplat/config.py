@@ -22,7 +22,7 @@ from clplat.errors import ConfigError, nearest
 from clplat.known_good import KnownGood
 from clplat.streams.base import Budget
 from clplat.tuning.options import TuneConfig
-from clplat.yaml_text import parse_yaml
+from clplat.yaml_text import BOOLEAN, parse_yaml
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
 
@@ -193,6 +193,8 @@ def _said(errors: list[Any]) -> str:
                for e in (tried if is_choice else [first])]  # fmt: skip
     said = " or ".join([reasons[0], *(reason.removeprefix("should be ") for reason in reasons[1:])])
     meant = nearest(str(first["input"]), re.findall(r"'([^']*)'", str([e.get("ctx") for e in errors])), listed=False)
+    if first["type"] == "string_type" and isinstance(first["input"], bool):
+        meant = f" ({BOOLEAN})"
     return f"{place}: {said}" + ("" if first["type"] == "value_error" else f", got {first['input']!r}{meant}")
 
 

@@ -45,6 +45,8 @@ class Walk:
     first: str
     second: str
     space: Space
+    weights: str
+    """Which weights move, in words: those that answer after a task, such as `fast (adapter default, not slow)`."""
     distance: float
     """Euclidean distance of the ends in this space; `products` without the factor alpha / rank."""
     alphas: list[float]
@@ -87,16 +89,17 @@ def analyze(run: Path, *, points: int = 11, gap: int = 2, rows: int = 200) -> li
     tasks = {task.index: task.name for task in parts.stream.tasks}
     held = [_read(path, tasks) for path in files]
     measure, model = _Measure(parts, config, rows), parts.architecture.eval()
+    own = " ".join(strategy.own_weights for strategy in parts.hooks.strategies.values() if strategy.own_weights)
     pairs = [(a, b) for place, b in enumerate(held) for a in held[max(0, place - gap) : place]]
     alphas = torch.linspace(0, 1, points, dtype=torch.float64).tolist()
     walks, factors = [], {}
     for second in held:
         load_weights(model, {"structure": second.structure, "architecture": second.weights}, config.training.precision)
         factors[second.index] = _factors(model)
-        walks += [_weight_walk(model, first, second, alphas, measure) for first, end in pairs
+        walks += [_weight_walk(model, first, second, own, alphas, measure) for first, end in pairs
                   if end is second and alike(first, second)]  # fmt: skip
     if isinstance(model, Adapters) and all(factors.values()):
-        walks += list(_product_walks(model, pairs, factors, alphas, measure))
+        walks += list(_product_walks(model, pairs, factors, own, alphas, measure))
     return walks
 
 
@@ -124,6 +127,22 @@ def alike(first: Snapshot, second: Snapshot) -> bool:
     return shapes[0] == shapes[1] and first.structure == second.structure
 
 
+def resting(first: Snapshot, second: Snapshot) -> list[str]:
+    """Adapters that answer at neither end."""
+    known = [*second.structure.get("adapters", ()), *second.structure.get("memories", ())]
+    return [name for name in known if all(name not in end.structure["active"] for end in (first, second))]
+
+
+def moved(first: Snapshot, second: Snapshot, own: str) -> str:
+    """Which weights the line between them moves, `own` what a strategy with further ones calls them."""
+    ends = [", ".join(end.structure.get("active", ())) for end in (first, second)]
+    if not any(ends):
+        return own or "all"
+    adapters = f"adapter {' → '.join(dict.fromkeys(ends))}"
+    others = f", not {', '.join(found)}" if (found := resting(first, second)) else ""
+    return f"{own} ({adapters}{others})" if own else adapters + others
+
+
 def between(first: Mapping[str, Tensor], second: Mapping[str, Tensor], alpha: float) -> State:
     """(1 − α) first + α second; the ends themselves at 0 and 1. What is no floating number is the second's."""
     return {
@@ -141,23 +160,32 @@ def distance(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float
 
 
 def walk(
-    ends: tuple[str, str], space: Space, apart: float, alphas: Sequence[float], losses: Callable[[float], Losses]
+    ends: tuple[str, str],
+    space: Space,
+    weights: str,
+    apart: float,
+    alphas: Sequence[float],
+    losses: Callable[[float], Losses],
 ) -> Walk:
     """The losses at every alpha, set by set."""
     found = [losses(alpha) for alpha in alphas]
     by_set = {name: [each[name] for each in found] for name in found[0]}
-    return Walk(first=ends[0], second=ends[1], space=space, distance=apart, alphas=list(alphas), losses=by_set)
+    return Walk(
+        first=ends[0], second=ends[1], space=space, weights=weights, distance=apart, alphas=list(alphas), losses=by_set
+    )
 
 
 def _weight_walk(
-    model: Architecture, first: Snapshot, second: Snapshot, alphas: Sequence[float], measure: _Measure
+    model: Architecture, first: Snapshot, second: Snapshot, own: str, alphas: Sequence[float], measure: _Measure
 ) -> Walk:
     def losses(alpha: float) -> Losses:
         model.load_state_dict(between(first.weights, second.weights, alpha))
         return measure(first.index, second.index)
 
-    apart = distance(first.weights, second.weights)
-    return walk((first.task, second.task), "weights", apart, alphas, losses)
+    idle = [f".{name}." for name in resting(first, second)]
+    answering = {name: value for name, value in second.weights.items() if not any(part in name for part in idle)}
+    ends, words = (first.task, second.task), moved(first, second, own)
+    return walk(ends, "weights", words, distance(first.weights, answering), alphas, losses)
 
 
 Factors = list[State]
@@ -172,8 +200,8 @@ def _factors(model: Architecture) -> Factors:
 
 
 def _product_walks(
-    model: Any, pairs: Sequence[tuple[Snapshot, Snapshot]], factors: Mapping[int, Factors], alphas: Sequence[float],
-    measure: _Measure,
+    model: Any, pairs: Sequence[tuple[Snapshot, Snapshot]], factors: Mapping[int, Factors], own: str,
+    alphas: Sequence[float], measure: _Measure,
 ) -> Iterator[Walk]:  # fmt: skip
     """Lines between the changes themselves, (1 − α) Σ B_i A_i + α Σ B_j A_j: both ends' adapters answer together, each
     with its B scaled."""
@@ -189,7 +217,7 @@ def _product_walks(
             return measure(first.index, second.index)
 
         apart = _product_distance(*ends)
-        yield walk((first.task, second.task), "products", apart, alphas, losses)
+        yield walk((first.task, second.task), "products", moved(first, second, own), apart, alphas, losses)
 
 
 @torch.no_grad()
@@ -259,8 +287,8 @@ def write(walks: Sequence[Walk], folder: Path) -> tuple[Path, Path]:
                        for alpha, loss in zip(w.alphas, w.losses[name], strict=True))  # fmt: skip
     with barriers.open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["first", "second", "space", "distance", "set", "barrier", "connected"])
-        rows.writerows([w.first, w.second, w.space, w.distance, name, w.barrier(name), w.connected(name)]
+        rows.writerow(["first", "second", "space", "weights", "distance", "set", "barrier", "connected"])
+        rows.writerows([w.first, w.second, w.space, w.weights, w.distance, name, w.barrier(name), w.connected(name)]
                        for w, name in ends)  # fmt: skip
     panels = {f"{w.first} → {w.second} ({w.space})": (w.alphas, w.losses) for w in walks}
     connectivity_panels(panels).savefig(folder / "connectivity.png", dpi=120)

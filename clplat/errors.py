@@ -50,6 +50,8 @@ class Interrupted(BaseException):
     def __init__(self, signal_name: str) -> None:
         super().__init__(signal_name)
         self.signal_name = signal_name
+        self.remedy = ""
+        """How to go on, where something was begun."""
 
 
 def nearest(name: str, known: Iterable[str], *, listed: bool = True) -> str:

@@ -156,7 +156,9 @@ def _outcome_of_group(folder: Path, code: int) -> Outcome:
             record_lost(folder, "KILLED", reason)
         return Outcome(folder=folder, status="KILLED", reason=reason, code=code)
     if code and status in ("RUNNING", "FINISHED"):
-        return Outcome(folder=folder, status="FAILED", reason=f"a process of the run ended with code {code}", code=code)
+        reason = f"a process of the run ended with code {code}; `clplat resume {folder}` goes on from what was saved"
+        record_lost(folder, "FAILED", reason)
+        return Outcome(folder=folder, status="FAILED", reason=reason, code=code)
     return Outcome(folder=folder, status=status, reason=last[-1].get("reason", "") if last else "", code=code)
 
 

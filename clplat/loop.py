@@ -29,6 +29,7 @@ from clplat.progress import Progress
 from clplat.randomness import global_state, restore_global, seed_global
 from clplat.record import check_data, describe
 from clplat.result_table import ResultTable
+from clplat.strategies.buffers import stored_fields
 from clplat.strategies.world import World
 from clplat.streams.base import Budget, Task
 
@@ -54,6 +55,11 @@ class Run:
         self.world = World.current()
         self.parts: Parts = assemble(config, self.world)
         self.checkpoints = Checkpoints(folder, every_seconds=config.checkpoint.every_seconds)
+        # As a buffer keeps rows (int32 tokens, inputs and targets): a share compares like with like. Known before the
+        # run's random source is set, from which a user's rows may draw.
+        one_row = stored_fields(self.parts.stream.tasks[0].train.batch(torch.tensor([0]))).values()
+        rows = sum(len(task.train) for task in self.parts.stream.tasks)
+        self.stream_bytes = rows * sum(tensor.nbytes for tensor in one_row)
         self.table, self.costs = ResultTable(), Costs()
         self.costs.start_memory()
         self.path: Sequence[Task] = self.parts.hooks.select_tasks(self.parts.stream.tasks)
@@ -148,12 +154,14 @@ class Run:
             self.interruption.leave()
 
     def costs_now(self) -> dict[str, float]:
-        """Cost totals, with what replay holds as a share of the training bytes."""
-        tasks, stored = self.parts.stream.tasks, self.parts.hooks.stored_bytes()
-        total = sum(task.train.nbytes for task in tasks)
-        return self.costs.metrics(tokens_per_row=tasks[0].train.tokens_per_row) | {
+        """Cost totals, with what replay holds as a share of what all training rows would take in a buffer."""
+        stored, architecture = self.parts.hooks.stored_bytes(), self.parts.architecture
+        return self.costs.metrics(tokens_per_row=self.parts.stream.tasks[0].train.tokens_per_row) | {
             "cost/buffer_bytes": float(stored),
-            "cost/buffer_share": stored / max(1, total),
+            "cost/buffer_share": stored / self.stream_bytes,
+            # Now, not when the run began: strategies bring adapters and prompts task by task.
+            "cost/parameters": float(sum(p.numel() for p in architecture.parameters())),
+            "cost/active_parameters": float(architecture.active_parameters()),
         }
 
     def budget(self, task: Task) -> Budget:

@@ -86,7 +86,8 @@ def forgetting_over_time(curve: Curve, ends: Sequence[int]) -> tuple[Scores, Sco
 
 
 def summary(table: ResultTable, curve: Curve = ()) -> dict[str, float]:
-    """The numbers that stand for a run, as far as its rows go; a number that does not apply is left out.
+    """The numbers that stand for a run, as far as its rows go; a number that does not apply is left out: of a run that
+    took no step there is nothing that was learned and could be forgotten.
 
     `curve` adds what was measured inside tasks; without it the forgetting curve has its boundary points alone.
     """
@@ -110,7 +111,13 @@ def summary(table: ResultTable, curve: Curve = ()) -> dict[str, float]:
             whole = whole_curve(table, curve)
             found["cumulative_forgetting_curve"] = cumulative_forgetting_curve(whole, ends)
             found["cumulative_forgetting_curve_first"] = cumulative_forgetting_curve(whole, ends, window="first")
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+    return _applicable(found, table)
+
+
+def _applicable(found: Mapping[str, float], table: ResultTable) -> dict[str, float]:
+    """What is known; of a model that nothing was done to, its scores alone."""
+    trained, scores = table.steps()[-1] > 0, ("final_score", "average_score")
+    return {n: v for n, v in found.items() if not math.isnan(v) and (trained or n.endswith(scores))}
 
 
 def learned_and_kept(part: Scores) -> dict[str, float]:
@@ -136,7 +143,7 @@ def through_view(table: ResultTable, view: str) -> dict[str, float]:
     found = {name: value for name, value in learned_and_kept(part).items() if name.endswith("_score")}
     if len(part) > 2:
         found["final_forgetting"] = _mean(forgetting_max(part)[-1, : len(part) - 2])
-    return {name: value for name, value in found.items() if not math.isnan(value)}
+    return _applicable(found, table)
 
 
 def answer_scores(table: ResultTable) -> Scores:

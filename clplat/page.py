@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,7 @@ def render(study: StudyResults, baseline: str | None, folder: Path) -> Path:
         f" · architecture {_tag(study, 'architecture')} · budget {_tag(study, 'budget')} a task"
         f" · seeds {', '.join(str(seed) for seed in sorted({run.seed for run in study.runs}))}</p>",
         f'<p class="finding">{html.escape(finding(study, baseline))}</p>',
-        *(f'<p class="note">{html.escape(note)}</p>' for note in notes(study)),
+        *(f'<p class="note">{html.escape(note)}</p>' for note in notes(study, baseline)),
         "<h2>Scores</h2>",
         '<p class="small">Mean ± 95 % Student t interval over seeds. Scores are signed so that higher is better '
         "(a loss of 2 nats is −2). Forgetting: best score since training minus score now; lower is better. Differences "
@@ -208,7 +208,19 @@ def _figures(study: StudyResults, folder: Path) -> list[str]:
     for title, (name, figure) in drawn.items():
         figure.savefig(folder / f"{name}.png", dpi=150)
         parts.append(f"<div><h2>{title}</h2>{inline(figure, folder / f'{name}.svg')}</div>")
-    return [parts[0], '<div class="figures">', *parts[1:], "</div>"]
+    return [parts[0], '<div class="figures">', *parts[1:], "</div>", *_few_points(study, several)]
+
+
+def _few_points(study: StudyResults, several: Sequence[str]) -> list[str]:
+    """Why there is no figure of forgetting, or one without lines."""
+    if not several:
+        why = "No figure of forgetting: no run was trained on two tasks or more, one after another."
+    elif all(len(places) < 2 for variant in several for places, _ in study.forgetting(variant)):
+        why = ("Two tasks give each arm one point of forgetting, after the second; with evaluation.every, runs are "
+               "scored inside tasks too, and points become lines.")  # fmt: skip
+    else:
+        return []
+    return [f'<p class="note">{why}</p>']
 
 
 def inline(figure: Figure, path: Path) -> str:

@@ -42,15 +42,7 @@ def describe(journal: Journal, config: RunConfig, parts: Parts, folder: Path) ->
             "folder": str(folder.resolve()),
         }
     )
-    active = parts.architecture.active_parameters()
     journal.params({key: value for key, value in flat(plain(config)).items() if value is not None})
-    journal.metrics(
-        0,
-        {
-            "cost/parameters": float(sum(p.numel() for p in parts.architecture.parameters())),
-            "cost/active_parameters": float(active),
-        },
-    )
     journal.tags({f"stream.{name}": str(value) for name, value in parts.stream.facts().items()})
     for task in parts.stream.tasks[:50]:
         journal.dataset(f"{task.name}/train", task.train.digest, "train")

@@ -76,7 +76,7 @@ def compare_table(study: StudyResults, baseline: str | None = None) -> Group:
         row = [name, str(len(study.of(variant))), *(str(study.interval(variant, m)) for m in TERMINAL)]
         scores.add_row(*row, *([str(gap) if variant != base else ""] if gap is not None else []))
         costs.add_row(name, *(_cost(study, variant, cost, COSTS[cost][1]) for cost in shown))
-    return Group(scores, costs, *(f"note: {note}" for note in notes(study)))
+    return Group(scores, costs, *(f"note: {note}" for note in notes(study, base)))
 
 
 def _numbers(title: str, heads: Sequence[str]) -> Table:
@@ -118,16 +118,14 @@ def difference(study: StudyResults, variant: str, base: str, metric: str = "fina
     return f"{found}*" if verdict(found) == "difference" else str(found)
 
 
-def notes(study: StudyResults) -> list[str]:
-    """Missing and failed runs, and budgets that are not equal between compared arms."""
-    found = [
-        f"{run.variant}, seed {run.seed}: {run.status} {run.tags.get('status_reason', '')}".strip()
-        for run in study.runs
-        if run.status not in ENDED
-    ]
+def notes(study: StudyResults, baseline: str | None = None) -> list[str]:
+    """Missing and failed runs, a baseline that is not there, and budgets that are not equal between compared arms."""
+    found = _unfinished(study)
     if pruned := [run for run in study.runs if run.status == "PRUNED"]:
         found.append(f"{len(pruned)} runs were pruned, at a boundary where others were better; they count nowhere")
-    found += [f"{variant}, seed {seed}: no record of it yet" for variant, seed in study.missing()]
+    base = baseline_of(study, baseline)
+    if base and not study.by_seed(base, "final_score"):
+        found.append(f"the baseline {base} has no finished run, so that nothing is compared with it")
     compared = [variant for variant in study.variants() if not study.is_reference(variant)]
     replaying = [v for v in compared if study.interval(v, "cost/buffer_bytes").mean > 0]
     for name, group in (
@@ -139,6 +137,22 @@ def notes(study: StudyResults) -> list[str]:
             listed = ", ".join(f"{variant} {value:,.4g}" for variant, value in means.items())
             found.append(f"unequal {name.removeprefix('cost/')}: {listed}; these arms are not on one budget")
     return found
+
+
+def _unfinished(study: StudyResults) -> list[str]:
+    """A line for runs of a variant that stand alike; what resumes one then names the study, which resumes all."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for run in study.runs:
+        if run.status not in ENDED:
+            reason = run.tags.get("status_reason", "")
+            says = f"{run.status} {reason.replace(f'/{run.variant}-s{run.seed}`', '`')}".strip()
+            alike.setdefault((run.variant, says), []).append(run.seed)
+    for variant, seed in study.missing():
+        alike.setdefault((variant, "no record of it yet"), []).append(seed)
+    return [
+        f"{variant}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: {says}"
+        for (variant, says), seeds in alike.items()
+    ]
 
 
 def finding(study: StudyResults, baseline: str | None = None) -> str:

@@ -119,9 +119,10 @@ class ResultTable:
         return table
 
     def forgetting_by_task(self, now: Sequence[Cell] | None = None) -> dict[str, float]:
-        """`forgetting_max` of each task trained before the last row, or as of the cells `now`."""
+        """`forgetting_max` of each task trained before the last row, or as of the cells `now`; of none before any step,
+        since nothing was learned."""
         scores, rows = self.scores(), self.rows()
-        if not rows or rows[-1] < 1:
+        if not rows or rows[-1] < 1 or (now is None and not self.steps()[-1]):
             return {}
         last = rows[-1]
         if now is not None:

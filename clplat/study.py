@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 
 from clplat.config import RunConfig, StudyConfig, load_run, plain, save
-from clplat.errors import ConfigError
+from clplat.errors import ConfigError, Interrupted
 from clplat.execution import Outcome
 from clplat.journal import ENDED, last_status
 from clplat.launch import launch
@@ -166,11 +166,17 @@ def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
     for run in open_runs:
         check_room(load_run(run / "config.yaml").training)
     check_unchanged(folder, open_runs)
-    if study.tracking.enabled:
-        start_study(folder)
-    workers = worker_count(study, len(open_runs))
-    outcomes = launch(open_runs, workers=workers, threads=study.training.threads, console=console)
-    unsent = ""
+    workers, unsent = worker_count(study, len(open_runs)), ""
+    try:
+        if study.tracking.enabled:
+            start_study(folder)
+        outcomes = launch(open_runs, workers=workers, threads=study.training.threads, console=console)
+    except Interrupted as stop:
+        # Between the checks and the first run: runs that are under way save themselves.
+        stop.remedy = f"; `clplat resume {folder}` starts the runs of this study"
+        if study.tracking.enabled:
+            settle_study(folder)
+        raise
     if study.tracking.enabled:
         unsent = send_unsent(folders)
         settle_study(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import yaml
 
 from clplat.components import checked
-from clplat.config import Experiment, RunConfig, StudyConfig, difference, load_run, parse, parse_yaml, plain
+from clplat.config import Experiment, RunConfig, StudyConfig, difference, load_run, parse, plain
 from clplat.errors import ConfigError, nearest
 from clplat.ranges import check_least, check_numbers
 from clplat.streams.base import BUDGET_UNITS
+from clplat.yaml_text import parse_yaml
 
 
 def find(config: str | Path) -> Path:
@@ -55,7 +57,10 @@ def load_study(config: str | Path | Mapping[str, Any], overrides: Sequence[tuple
         raise ConfigError(f"{config}: a study is a mapping with the keys name, stream, architecture, …")
     for key, text in overrides:
         try:
-            _override(data, key, parse_yaml(text))
+            value = parse_yaml(text)
+            # A variant may be called `off`, which YAML takes for false.
+            named = key in ("variants", "baseline") and isinstance(value, bool)
+            _override(data, key, text if named else value)
         except yaml.YAMLError as error:
             raise ConfigError(f"--{key}: {text!r} is not valid YAML") from error
     study = parse(StudyConfig, data)
@@ -86,6 +91,10 @@ def _keep_variants(data: dict[str, Any], names: Sequence[str]) -> None:
     data["variants"] = {name: variants[name] for name in names}
     data["known_good"] = {name: entry for name, entry in known_good.items() if entry.get("variant") in names}
     if data.get("baseline") not in names:
+        if data.get("baseline") is not None:
+            print(
+                f"--variants leaves out the baseline {data['baseline']!r}: nothing is compared with it", file=sys.stderr
+            )
         data["baseline"] = None
 
 

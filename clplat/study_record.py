@@ -11,12 +11,13 @@ from pathlib import Path
 
 import yaml
 
-from clplat.config import RunConfig, load_run, parse, parse_yaml
+from clplat.config import RunConfig, load_run, parse
 from clplat.errors import ClplatError, ConfigError, RunBusyError
 from clplat.journal import ENDED, NAME, last_status
 from clplat.result_table import ResultTable
 from clplat.study_file import load_study, run_folders
 from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, absolute, client, experiment_id, read_json, short, write_json
+from clplat.yaml_text import parse_yaml
 
 
 def start_study(folder: Path) -> None:

@@ -127,8 +127,9 @@ class StudyResults:
 
 
 def _learned(run: RunRecord) -> float:
-    """Mean over tasks of the score right after training the task; NaN where one is not known."""
-    return float(np.mean(np.diagonal(run.table.scores(), -1))) if run.table else math.nan
+    """Mean over tasks of the score right after training the task; NaN where one is not known, or none was trained."""
+    trained = run.table is not None and run.table.steps()[-1] > 0
+    return float(np.mean(np.diagonal(run.table.scores(), -1))) if run.table and trained else math.nan
 
 
 def _metric(run: RunRecord, name: str) -> float:

@@ -1,4 +1,4 @@
-"""YAML as people write it: 1e-3 is a number, and no key stands twice."""
+"""YAML as studies are written in: numbers as everywhere else, and no key that is lost or changed without a word."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 from clplat.errors import ConfigError
+
+BOOLEAN = "YAML reads on, off, yes and no without quotes as true and false, and a name must be text"
 
 
 class _Loader(yaml.SafeLoader):
@@ -30,6 +32,8 @@ def _without_twins(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [
         key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge"
     ]
+    for key in [key for key, _ in node.value if key.tag == "tag:yaml.org,2002:bool"]:
+        raise ConfigError(f"{key.value}: {BOOLEAN}; write '{key.value}' (line {key.start_mark.line + 1})")
     for number, key in enumerate(keys):
         if key in keys[:number]:
             raise ConfigError(f"{key}: this key stands twice, the second time below line {node.start_mark.line + 1}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import cast
 
 import torch
@@ -34,10 +35,17 @@ def first_adapter(context: Context, name: str) -> str:
 
 def new_adapter(context: Context, adapter: str) -> None:
     """One more adapter that changes nothing yet, drawn from the run's `strategy` source."""
+    with drawn_by_strategy(context):
+        cast(Adapters, context.architecture).add_adapter(adapter)
+
+
+@contextmanager
+def drawn_by_strategy(context: Context) -> Iterator[None]:
+    """Within it torch's global sources give what the run's `strategy` source says, the same on all processes."""
     seed = int(torch.randint(2**62, (1,), generator=context.generator))
     with _undisturbed(context):
         torch.manual_seed(seed)
-        cast(Adapters, context.architecture).add_adapter(adapter)
+        yield
 
 
 def copied_adapter(context: Context, adapter: str, original: str) -> None:

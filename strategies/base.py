@@ -66,8 +66,10 @@ class Strategy:
     `reference`, True for arms that are no continual learners, but something to compare them with: they see more data
     (joint, cumulative), are told more (an adapter for each task), or train nothing;
     `replays`, True where rows of earlier tasks are stored; `restarts`, True where every task begins from the initial
-    weights; `fixed`, what of the model must not grow from task to task; `hidden`, what the training's forward pass
-    shows to `penalty` in `output.hidden`: the head's input, or every layer; `paper`; `fidelity` to it.
+    weights; `own_weights`, what the model's weights are called where a strategy keeps others beside them; `trains`,
+    False where no weight is ever moved; `begins_memories`, True where side memories are begun; `fixed`, what of the
+    model must not grow from task to task; `hidden`, what the training's forward pass shows to `penalty` in
+    `output.hidden`: the head's input, or every layer; `paper`; `fidelity` to it.
     `context` is there from `setup` on.
     """
 
@@ -75,6 +77,9 @@ class Strategy:
     reference: ClassVar[bool] = False
     replays: ClassVar[bool] = False
     restarts: ClassVar[bool] = False
+    own_weights: ClassVar[str] = ""
+    trains: ClassVar[bool] = True
+    begins_memories: ClassVar[bool] = False
     fixed: ClassVar[Fixed] = "nothing"
     hidden: Hidden | None = None
     paper: ClassVar[str] = ""

@@ -36,6 +36,7 @@ class FastSlow(QuadraticPenalty, ExperienceReplay):
     """
 
     knobs = ("ratio", "strength", "distillation", "to_slow", "to_fast")
+    own_weights = "fast"
     paper = "Wang et al. 2021, arXiv:2104.09034"
     fidelity = "interpretation"
     factor = 0.5

@@ -37,6 +37,7 @@ class ILoRA(ExperienceReplay):
 
     knobs = ("ratio", "weight", "consistency")
     fixed = "trained"
+    own_weights = "fast"
     paper = "Ren et al. 2024, arXiv:2402.18865"
     fidelity: ClassVar[Fidelity] = "mechanism"
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-import torch
-
 from clplat.architectures.base import SideMemories
+from clplat.strategies.adapters import new_adapter, refuse_numbers_by_weight
 from clplat.strategies.base import Context, Strategy
 from clplat.streams.base import Task
 from clplat.streams.batch import Batch
@@ -26,6 +25,7 @@ class Locas(Strategy):
 
     paper = "Lu et al. 2026, arXiv:2602.05085"
     fidelity = "interpretation"
+    begins_memories = True
 
     def __init__(self, *, after_task: AfterTask = "keep_one") -> None:
         if after_task not in get_args(AfterTask):
@@ -34,11 +34,13 @@ class Locas(Strategy):
         self.begun = False
 
     def setup(self, context: Context) -> None:
-        """Refuse an architecture without side memories."""
+        """Refuse an architecture without side memories, and strategies that need the same ones in all tasks."""
         super().setup(context)
         if not isinstance(context.architecture, SideMemories):
             raise ValueError(f"Locas: {type(context.architecture).__name__} has no side memories; put it into "
                              "LocasModel, as its `model`")  # fmt: skip
+        if self.after_task != "keep_one" or any(other.restarts for other in context.strategies.values()):
+            refuse_numbers_by_weight(context, "Locas")
 
     def task_start(self, task: Task) -> None:
         """A memory for the task, where it does not go on with the last one's."""
@@ -49,15 +51,17 @@ class Locas(Strategy):
             model.forget_memory(self._memory())
             return
         name = f"memory{task.index}"
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**31, (), generator=self.context.generator)))
-            model.add_adapter(name)
+        new_adapter(self.context, name)
         model.use_adapters([*model.active, name], [name])
 
     def batch(self, batch: Batch) -> Batch:
-        """On the first batch of a memory: begin it."""
+        """On the first batch of a memory, that of all processes: begin it."""
         if not self.begun:
-            self._model().begin_memory(self._memory(), batch, self.context.generator)
+            world, model, memory = self.context.world, self._model(), self._memory()
+            whole = Batch.from_tensors({name: world.gather(tensor) for name, tensor in batch.tensors().items()})
+            model.begin_memory(memory, whole, self.context.generator)
+            for tensor in model.adapter_parameters(memory).values():
+                world.broadcast(tensor.data)  # sums of a GPU, and what is chosen by them, may differ
             self.begun = True
         return batch
 

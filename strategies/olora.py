@@ -38,7 +38,10 @@ class OLoRA(Strategy):
     def setup(self, context: Context) -> None:
         super().setup(context)
         self.model = adapters_of(context, "OLoRA")
-        first_adapter(context, "OLoRA")
+        first = first_adapter(context, "OLoRA")
+        if not any(name.endswith("lora_A") for name in self.model.adapter_parameters(first)):
+            raise ValueError(f"OLoRA: the adapters of {type(self.model).__name__} are not low-rank ones; use "
+                             "Pretrained or Adapted with lora")  # fmt: skip
         refuse_numbers_by_weight(context, "OLoRA")
         self.earlier: list[tuple[list[str], Tensor]] | None = None
 

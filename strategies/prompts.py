@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar, cast
 
 from clplat.architectures.base import Prompts
+from clplat.strategies.adapters import drawn_by_strategy
 from clplat.strategies.base import Context, Fidelity, Strategy
 from clplat.streams.base import Task
 
@@ -33,7 +34,8 @@ class ProgressivePrompts(Strategy):
 
     def task_start(self, task: Task) -> None:
         model, name = _with_prompts(self, self.context), f"task{task.index}"
-        model.add_prompt(name, self.length)
+        with drawn_by_strategy(self.context):
+            model.add_prompt(name, self.length)
         model.use_prompts([name, *(other for other in reversed(model.prompt_names()) if other != name)], [name])
 
 
@@ -58,10 +60,12 @@ class PromptPool(Strategy):
 
     def setup(self, context: Context) -> None:
         super().setup(context)
-        _with_prompts(self, context).add_pool(
-            size=self.size, length=self.length, top_k=self.top_k, query_tokens=self.query_tokens,
-            matching=self.matching,
-        )  # fmt: skip
+        model = _with_prompts(self, context)
+        with drawn_by_strategy(context):
+            model.add_pool(
+                size=self.size, length=self.length, top_k=self.top_k, query_tokens=self.query_tokens,
+                matching=self.matching,
+            )  # fmt: skip
 
 
 def _with_prompts(strategy: Strategy, context: Context) -> Prompts:

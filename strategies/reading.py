@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clplat.architectures.base import Adapters, Output
 from clplat.strategies.base import Context, Strategy
+from clplat.strategies.reference import refuse_learners
 from clplat.streams.base import Task
 from clplat.streams.batch import IGNORE, Batch
 
@@ -130,6 +131,13 @@ class TempLoRA(Strategy):
 class Truncation(Strategy):
     """Nothing is learned: what a model knows of a text is what fits in its window. The frozen arm of reading at test
     time. Each step only computes the loss."""
+
+    trains = False
+
+    def setup(self, context: Context) -> None:
+        """Refuse whatever would learn beside it."""
+        super().setup(context)
+        refuse_learners(self, context, Prequential)
 
     def step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> tuple[Tensor, Output]:
         with torch.no_grad():

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clplat.strategies.base import Strategy
+from clplat.strategies.base import Context, Strategy
 from clplat.streams.base import Data, JoinedData, Task
+
+LEARNING = ("select_tasks", "train_data", "task_start", "batch", "objective", "penalty", "gradient", "step", "step_end")
+"""Hooks of strategies that need training to have something to do."""
+READING = ("views", "predict", "measurements")
+"""Hooks of strategies that have something to do without it."""
+
+
+def refuse_learners(strategy: Strategy, context: Context, *beside: type[Strategy]) -> None:
+    """ValueError where another strategy of the run would have nothing to do beside `strategy`, which trains nothing;
+    those of the classes `beside` have."""
+    for name, other in context.strategies.items():
+        reads = any(map(other.overrides, READING)) and not any(map(other.overrides, LEARNING))
+        if other is not strategy and not reads and not isinstance(other, beside):
+            raise ValueError(
+                f"{type(strategy).__name__} trains nothing, so that strategies.{name} ({type(other).__name__}) would "
+                "do nothing; leave one of the two out"
+            )
 
 
 class Naive(Strategy):
@@ -40,6 +57,11 @@ class ZeroShot(Strategy):
     """Train nothing: every row of the table is row 0, the model as it came."""
 
     reference = True
+    trains = False
+
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        refuse_learners(self, context)
 
     def budget_tasks(self, task: Task) -> Sequence[Task]:
         return ()

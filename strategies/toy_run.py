@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import io
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, Literal
@@ -116,11 +116,13 @@ class ToyRun:
             if place == STEPS - 1:
                 for strategy in self.having("task_end"):
                     strategy.task_end(task)
+                self._follow_growth()
         return self
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         weights = [p for p in self.architecture.parameters() if p.requires_grad]
-        return torch.optim.SGD(weights, lr=0.1, momentum=0.9)
+        # As a group, which may be empty: some strategies bring what is trained when a task begins.
+        return torch.optim.SGD([{"params": weights}], lr=0.1, momentum=0.9)
 
     def _follow_growth(self) -> None:
         """A new optimizer where the architecture trains other parameters than before."""
@@ -174,21 +176,20 @@ class ToyRun:
         """Everything that a checkpoint holds, as a file."""
         file = io.BytesIO()
         state = {
-            # As text: a pickle tells a name that stands twice from two equal ones, and files would differ for nothing.
-            "structure": repr(dict(self.architecture.structure())),
+            "structure": dict(self.architecture.structure()),
             "architecture": self.architecture.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "strategies": [strategy.state_dict() for strategy in self.strategies],
             "generator": self.context.generator.get_state(),
             "step": self.context.step,
         }
-        torch.save(state, file)
+        torch.save(_interned(state), file)
         return file.getvalue()
 
     def load(self, saved: bytes) -> ToyRun:
         """The inverse of `saved`, into a new run; fails on anything but tensors and plain data."""
         state = torch.load(io.BytesIO(saved), weights_only=True)
-        self.architecture.restructure(ast.literal_eval(state["structure"]))
+        self.architecture.restructure(state["structure"])
         self._follow_growth()
         self.architecture.load_state_dict(state["architecture"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -199,6 +200,16 @@ class ToyRun:
         for strategy, own in zip(self.strategies, state["strategies"], strict=True):
             strategy.load_state_dict(own)
         return self
+
+
+def _interned(value: Any) -> Any:
+    """Plain data in which equal names are one object: a pickle tells a name that stands twice from two equal ones, and
+    files of equal content would differ."""
+    if isinstance(value, Mapping):
+        return {_interned(name): _interned(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_interned, value))
+    return sys.intern(value) if isinstance(value, str) else value
 
 
 def _batches(data: Data, batch_size: int) -> Iterator[Batch]:

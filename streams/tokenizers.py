@@ -124,6 +124,13 @@ class BPETokenizer(_LibraryTokenizer):
         self._use(library)
 
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"
+)  # fmt: skip
+"""Of which a folder must have one; without any the library fails without words."""
+REMEDY = "give a hub id, a folder with tokenizer.json, or a folder and a gguf_file in it"
+
+
 class PretrainedTokenizer(_LibraryTokenizer):
     """The fast tokenizer of a model on the hub or in a local folder."""
 
@@ -139,11 +146,17 @@ class PretrainedTokenizer(_LibraryTokenizer):
             raise ValueError(
                 f"PretrainedTokenizer.name: {path} needs the environment variable {unset[1]}, which is not set"
             )
+        if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
+            raise ValueError(f"PretrainedTokenizer.name: there is no folder {path}; {REMEDY}")
+        if Path(path).is_dir() and not (self.gguf_file or any(Path(path, name).is_file() for name in TOKENIZER_FILES)):
+            raise ValueError(f"PretrainedTokenizer.name: there is no tokenizer in {path}; {REMEDY}")
         try:
             whole = AutoTokenizer.from_pretrained(path, gguf_file=self.gguf_file)
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0]
-            raise ValueError(f"PretrainedTokenizer.name: {self.name!r} cannot be loaded ({reason})") from error
+            raise ValueError(
+                f"PretrainedTokenizer.name: {self.name!r} cannot be loaded ({reason}); {REMEDY}"
+            ) from error
         if not whole.is_fast or whole.eos_token_id is None:
             raise ValueError(f"PretrainedTokenizer.name: {self.name!r} must be a fast tokenizer with an end token")
         self.vocab_size, self.end_token = 1 + max(whole.get_vocab().values()), whole.eos_token_id

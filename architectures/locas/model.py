@@ -62,12 +62,18 @@ class LocasModel(AdapterChoice):
         if gated and self.memory.start == "gradient":
             raise ValueError(f"memory.start: gradient writes into layers without a gate, and those of "
                              f"{type(backbone).__name__} have one; use clone")  # fmt: skip
+        for side in self.sideways().values():
+            self.memory.check_room(*side.view().keys().shape)
         self.permanent: tuple[str, ...] = ()
         self.add_adapter(FIRST)
         self.use_adapters([FIRST])
         if silent := not_called(backbone, self.sideways(), min(8, spec.input_shape[0])):
             raise ValueError(f"model: {type(backbone).__name__} does not call {silent[0]}, so that a memory beside it "
                              "would do nothing; choose another model")  # fmt: skip
+
+    @property
+    def needs_beginning(self) -> bool:
+        return self.memory.start != "gaussian"
 
     def sideways(self) -> dict[str, SidewayFFN]:
         """The layers with memories, by their path in the backbone."""
@@ -164,6 +170,9 @@ class LocasModel(AdapterChoice):
                     self.add_adapter(memory)
         self.permanent = tuple(structure["permanent"])
         self.use_adapters(structure["active"], structure["trained"])
+        for memory in set(self.adapter_names()) - set(structure["memories"]):
+            for side in self.sideways().values():
+                del side.side_banks[memory]
 
     def measurements(self) -> Mapping[str, float]:
         """How much has been written: the mean norm of values, of all layers and slots, and the numbers a memory has."""
@@ -180,7 +189,7 @@ class LocasModel(AdapterChoice):
         return self.backbone.flops_per_row()
 
     def active_parameters(self) -> int:
-        return self.backbone.active_parameters()
+        return self.backbone.active_parameters() - self.resting_parameters()
 
     def _banks(self, names: Sequence[str]) -> list[Bank]:
         return [side.bank(name) for side in self.sideways().values() for name in names]

@@ -44,6 +44,15 @@ class SideMemory:
         if not 0 < self.write_share <= 1:
             raise ValueError(f"memory.write_share: must lie in (0, 1], got {self.write_share}")
 
+    def check_room(self, rows: int, size: int) -> None:
+        """ValueError where a layer of `rows` rows of `size` numbers cannot fill the slots: empty ones learn nothing."""
+        if self.start in CLONES and self.rank > rows:
+            raise ValueError(f"memory.rank: {self.rank} slots cannot be cloned from a layer of {rows} rows; give "
+                             f"{rows} at most, or start: gaussian")  # fmt: skip
+        if self.start == "gradient" and self.compression != "prune_refit" and self.rank > size:
+            raise ValueError(f"memory.rank: {self.compression} gives a layer of size {size} no {self.rank} slots; give "
+                             f"{size} at most, or compression: prune_refit")  # fmt: skip
+
     def factor(self, value_norm: float, rank: int) -> float:
         """τ of a memory of `rank` slots beside a layer whose values have the mean norm `value_norm`."""
         return {"adaptive": value_norm / rank, "one": 1.0, "one_over_rank": 1.0 / rank}[self.scale]

@@ -128,8 +128,8 @@ class Pretrained(AdapterHost):
         return 2.0 * self.row_length * weights + 4.0 * self.config.hidden_size * pairs * self.config.num_hidden_layers
 
     def active_parameters(self) -> int:
-        """Parameters that one token passes through: without the experts that it does not choose."""
-        return super().active_parameters() - self._idle()
+        """Parameters that one token passes through: without experts that it does not choose, and resting adapters."""
+        return super().active_parameters() - self._idle() - self.resting_parameters()
 
     def facts(self) -> Mapping[str, str]:
         revision = getattr(self.config, "_commit_hash", None) or self.source.revision or "local"
@@ -148,6 +148,8 @@ class Pretrained(AdapterHost):
         with warnings.catch_warnings():
             # Several adapters are what is wanted.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            # Beside GPT-2's layers, whose weights are transposed, peft sets it of itself.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
             inject_adapter_in_model(options, self.backbone, adapter)
         for layer in self._layers().values():
             for adapters in (layer.lora_A, layer.lora_B):

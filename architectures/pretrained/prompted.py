@@ -186,6 +186,8 @@ class Prompted(Pretrained):
             if structure["pool"] is not None and self.options is None:
                 self.add_pool(**structure["pool"])
         self.use_prompts(structure["shown"], structure["trained"])
+        for name in self.prompts.keys() - structure["prompts"].keys():
+            del self.prompts[name]
 
     def _prefix_length(self) -> int:
         if self.options is not None:

@@ -79,10 +79,13 @@ class Playback(Controller):
 
 
 def recorded_actions(path: str) -> dict[tuple[str, int], list[Action]]:
-    """The decisions of a run by kind and step of their events; raises ValueError for a file that holds none."""
+    """The decisions of a run by kind and step of their events; `path` may name variables of the environment, as
+    `${HERE}`. Raises ValueError for a file that holds none."""
     import json
+    import os
     from pathlib import Path
 
+    path = os.path.expandvars(path)
     actions: dict[tuple[str, int], list[Action]] = {}
     try:
         for line in Path(path).read_text().splitlines():

@@ -19,10 +19,10 @@ from clplat.architectures.layers import SwiGLU
 from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransformer
 from clplat.architectures.transformer import Transformer
 from clplat.components import Component, build, checked
-from clplat.config import parse_yaml
 from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
 from clplat.study_file import expand, load_study
+from clplat.yaml_text import parse_yaml
 
 TEXT = Spec(kind="language", input_shape=(16,), num_outputs=23)
 

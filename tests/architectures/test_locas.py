@@ -259,6 +259,8 @@ def refused(folders: dict[str, Path], case: str) -> LocasModel:
         "lora": lambda: LocasModel(spec=SPEC, model=backbone(folders, "llama", lora=LoRA())),
         "gates": lambda: host(folders, start="gradient"),
         "rank": lambda: host(folders, rank=0),
+        "rows": lambda: host(folders, rank=49),
+        "columns": lambda: host(folders, "gpt2", rank=33, start="gradient", compression="nl_svd"),
         "start": lambda: host(folders, start="top"),
         "share": lambda: host(folders, write_share=0.0),
     }  # fmt: skip
@@ -275,6 +277,8 @@ def refused(folders: dict[str, Path], case: str) -> LocasModel:
         ("lora", "Pretrained has low-rank adapters; leave out its lora"),
         ("gates", "memory.start: gradient writes into layers without a gate"),
         ("rank", "memory.rank: must be at least 1, got 0"),
+        ("rows", "memory.rank: 49 slots cannot be cloned from a layer of 48 rows; give 48 at most, or start: gaussian"),
+        ("columns", "memory.rank: nl_svd gives a layer of size 32 no 33 slots; give 32 at most, or compression: prune"),
         ("start", "memory.start: must be one of clone, .*got 'top'"),
         ("share", r"memory.write_share: must lie in \(0, 1\]"),
     ],

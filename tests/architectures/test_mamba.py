@@ -9,7 +9,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from clplat.architectures.mamba import Mamba
-from clplat.architectures.selective_scan import token_loop
+from clplat.kernels.selective_scan import token_loop
 from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
 

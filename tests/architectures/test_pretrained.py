@@ -149,9 +149,9 @@ def test_a_model_that_takes_no_mask_refuses_packed_documents_by_the_name_of_the_
             {"spec": Spec(kind="language", input_shape=(9,), num_outputs=60, end_token=7)},
             "end in token 2, and the stream's in 7",
         ),
-        ("gpt2", {"lora": LoRA(targets=["c_attn"])}, "'c_attn' holds several matrices in one"),
-        ("gpt2", {"lora": LoRA()}, "no layer of GPT2LMHeadModel is called 'q_proj'.*c_attn"),
-        ("gpt2", {"lora": LoRA(targets=["c_fc"])}, "'c_fc' is a Conv1D, not a linear layer"),
+        ("gpt2", {"lora": LoRA(targets=["c_attn"])}, "'c_attn' holds several.*its linear layers are c_fc, c_proj"),
+        ("gpt2", {"lora": LoRA()}, "no layer of GPT2LMHeadModel is called 'q_proj'; its linear layers are c_fc, c_p"),
+        ("gpt2", {"lora": LoRA(targets=["ln_1"])}, "'ln_1' is a LayerNorm, not a linear layer"),
         ("mixtral", {"lora": LoRA(targets=["gate_up_proj"])}, "'gate_up_proj' names experts of Mixtral"),
         ("llama", {"lora": LoRA(targets=["query"])}, "called 'query'; its linear layers are down_proj, gate_proj"),
         ("mamba", {}, "does not run with sdpa; use eager"),
@@ -164,6 +164,24 @@ def test_what_does_not_fit_is_refused_before_training(
 ) -> None:
     with pytest.raises(ValueError, match=f"(?s){message}"):
         made(folders[kind], **options)
+
+
+def test_adapters_stand_beside_the_transposed_layers_of_gpt2_as_their_product_in_the_weights_would(
+    folders: dict[str, Path],
+) -> None:
+    whole, model = made(folders["gpt2"]).eval(), made(folders["gpt2"], lora=LoRA(targets=["c_proj", "c_fc"])).eval()
+    tensors = model.adapter_parameters("default")
+    with torch.no_grad():
+        for name, factor in tensors.items():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(factor, std=0.1)
+                path = name.removesuffix(".lora_B")
+                change = model.lora.scale * factor @ tensors[f"{path}.lora_A"]
+                whole.backbone.get_submodule(path).weight.add_(change.T)
+        moved = model(batch()).logits
+        torch.testing.assert_close(moved, whole(batch()).logits, rtol=1e-4, atol=1e-4)
+        with model.answering():
+            assert (model(batch()).logits - moved).abs().max() > 0.01
 
 
 def test_a_wrong_folder_and_an_unset_variable_are_named(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from studies import study
 
 from clplat.errors import ConfigError
@@ -108,3 +110,39 @@ def test_a_component_inside_a_component_goes_by_its_bare_name_too() -> None:
     target = run.architecture.init_args["target"]
     assert target["class_path"] == "clplat.architectures.mlp.MLP"
     assert target["init_args"] == {"hidden_sizes": [7], "dropout": 0.0, "activation": "relu", "init": "torch"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "variants:\n  off: {}\n  on: {}\n",
+            r"^off: YAML reads on, off, yes and no without quotes .*write 'off' .line 2",
+        ),
+        ("strategies:\n  yes: {class_path: Naive}\n", r"^yes: .*; write 'yes'"),
+        ("variants: {a: {}}\nbaseline: off\n", r"^baseline: must be text, got False \(YAML reads on, off"),
+    ],
+)
+def test_a_name_that_yaml_takes_for_a_boolean_is_refused_with_the_quotes_that_it_needs(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "study.yaml"
+    whole = {key: value for key, value in study().items() if key != "strategies"}
+    file.write_text(text + yaml.safe_dump(whole))
+    with pytest.raises(ConfigError, match=message):
+        load_study(file)
+
+
+def test_a_variant_called_off_can_be_chosen_and_left_out() -> None:
+    data = study(variants={"off": {}, "a": {}})
+    assert list(load_study(data, [("variants", "off")]).variants) == ["off"]
+    assert list(load_study(data, [("variants.off", "null")]).variants) == ["a"]
+    assert load_study(data, [("baseline", "off")]).baseline == "off"
+
+
+def test_a_baseline_that_is_left_out_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    data = study(variants={"a": {}, "b": {}}, baseline="a")
+    assert load_study(data, [("variants", "b")]).baseline is None
+    assert capsys.readouterr().err == "--variants leaves out the baseline 'a': nothing is compared with it\n"
+    load_study(data, [("variants", "a")])
+    assert not capsys.readouterr().err

@@ -29,7 +29,8 @@ ALPHAS = [0.0, 0.25, 0.5, 0.75, 1.0]
 
 def line(first: torch.Tensor, second: torch.Tensor, loss: Any) -> Walk:
     ends = ({"w": first}, {"w": second})
-    return walk(("a", "b"), "weights", distance(*ends), ALPHAS, lambda alpha: {"x": loss(between(*ends, alpha)["w"])})
+    apart = distance(*ends)
+    return walk(("a", "b"), "weights", "all", apart, ALPHAS, lambda alpha: {"x": loss(between(*ends, alpha)["w"])})
 
 
 def test_a_linear_model_with_quadratic_loss_has_no_barrier() -> None:
@@ -50,7 +51,7 @@ def test_the_barrier_of_a_double_well_is_its_hill_above_the_chord() -> None:
 
 def test_minima_are_connected_up_to_five_per_cent_of_the_loss_of_their_ends() -> None:
     for hill, whether in ((0.049, True), (0.051, False)):
-        made = Walk(first="a", second="b", space="weights", distance=1.0, alphas=[0.0, 0.5, 1.0],
+        made = Walk(first="a", second="b", space="weights", weights="all", distance=1.0, alphas=[0.0, 0.5, 1.0],
                     losses={"x": [0.8, 1.0 + hill, 1.2]})  # fmt: skip
         assert made.barrier("x") == pytest.approx(hill) and made.connected("x") is whether
 
@@ -157,6 +158,22 @@ def test_tasks_with_an_adapter_each_have_a_line_between_their_products_alone(tmp
     own = {"own": {"class_path": "adapter_strategies.OneForEachTask"}}
     walks = analyze(finished(tmp_path, adapted(tmp_path / "tasks", own)), points=3, rows=9)
     assert [w.space for w in walks] == ["products"] and walks[0].distance > 0
+    assert walks[0].weights == "adapter task0 → task1, not default"
+
+
+def test_a_run_with_slow_weights_says_that_its_lines_move_the_fast_ones_and_measures_these_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ilora = {"ilora": {"class_path": "ILoRA", "init_args": {"capacity": 12, "decay": 0.5}}}
+    run = finished(tmp_path, adapted(tmp_path / "tasks", ilora))
+    walks = analyze(run, points=3, rows=9)
+    assert [w.weights for w in walks] == ["fast (adapter default, not slow)"] * 2
+    first, second = (torch.load(path, weights_only=True)["architecture"] for path in sorted(run.glob("snapshots/*.pt")))
+    apart = [(second[name] - first[name]).square().sum() for name in first if ".default." in name]
+    assert walks[0].distance == pytest.approx(float(sum(apart) ** 0.5), rel=1e-5)
+    with pytest.raises(SystemExit):
+        main(["analyze", "connectivity", str(run), "--points", "3", "--rows", "9"])
+    assert "weights moved: fast (adapter default, not slow)" in capsys.readouterr().out
 
 
 def test_a_run_without_weights_of_its_tasks_is_refused_by_the_name_of_the_option(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from studies import assert_same, everything, run_folder, study
 
 from clplat.assembly import assemble
 from clplat.checkpoint import Checkpoints
-from clplat.config import parse_yaml
 from clplat.errors import ConfigError
 from clplat.execution import execute
 from clplat.journal import last_status
@@ -23,6 +22,7 @@ from clplat.learner import Learner
 from clplat.strategies.optimizers.joined import matches
 from clplat.strategies.world import World
 from clplat.study_file import expand, find, load_study
+from clplat.yaml_text import parse_yaml
 
 FORK = multiprocessing.get_context("fork")
 PAGE = Path(__file__).parents[2] / "docs" / "optimizers.md"

@@ -34,6 +34,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "slow weights": {"ilora": {"class_path": "ILoRA", "init_args": {"capacity": 12, "arm": "code_intent"}}},
     "orthogonal adapters": {"olora": {"class_path": "OLoRA", "init_args": {"norm": 0.1}}},
     "task identity": {"one": {"class_path": "AdapterPerTask"}},
+    "held to what it was": {"olora": {"class_path": "OLoRA"}, "lwf": {"class_path": "LwF"}},
 }
 
 
@@ -113,6 +114,33 @@ def test_each_task_keeps_its_score_where_it_is_answered_by_its_own_adapter(
     assert scores_of(folder)[1][0] < scores_of(folder)[0][0]
     forgets = finished(places, tmp_path, "last", STRATEGIES["an adapter for each task"])
     assert scores_of(forgets)[2][0] != scores_of(forgets)[1][0]
+
+
+def costs(folder: Path) -> dict[str, list[float]]:
+    """Every cost at every boundary."""
+    found: dict[str, list[float]] = {}
+    for values in [entry["values"] for entry in read(folder) if "cost/steps" in entry.get("values", {})]:
+        for name, value in values.items():
+            found.setdefault(name.removeprefix("cost/"), []).append(value)
+    return found
+
+
+def test_a_buffer_that_holds_every_row_of_the_stream_is_all_of_it(places: tuple[Path, Path], tmp_path: Path) -> None:
+    replay = {"class_path": "ExperienceReplay", "init_args": {"capacity": 82, "fill": "task_end"}}
+    assert costs(finished(places, tmp_path, "er", {"replay": replay}))["buffer_share"] == [0.0, 0.5, 1.0]
+
+
+def test_costs_count_the_adapters_that_tasks_bring_and_as_active_those_that_answer(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    totals, active = {}, {}
+    for name in ("orthogonal adapters", "task identity", "slow weights"):
+        found = costs(finished(places, tmp_path, name.replace(" ", "-"), STRATEGIES[name]))
+        totals[name], active[name] = ([n - found["parameters"][0] for n in found[kind]]
+                                      for kind in ("parameters", "active_parameters"))  # fmt: skip
+    one = 2 * 2 * 4 * 32 + 2 * 4 * (32 + 16)  # rank 4 on q and v of two layers
+    assert totals == {"orthogonal adapters": [0, 0, one], "task identity": [0, 0, one], "slow weights": [0, 0, 0]}
+    assert active == {"orthogonal adapters": [0, 0, one], "task identity": [0, 0, 0], "slow weights": [-one] * 3}
 
 
 def test_zero_shot_takes_no_step_and_scores_the_model_as_it_came(places: tuple[Path, Path], tmp_path: Path) -> None:

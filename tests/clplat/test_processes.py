@@ -17,7 +17,7 @@ from studies import run_folder, study
 from clplat import execution
 from clplat.checkpoint import Checkpoints
 from clplat.execution import Outcome, execute
-from clplat.journal import last_status, read, table
+from clplat.journal import Journal, last_status, read, table
 from clplat.strategies.buffers import BEST
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -110,6 +110,15 @@ def test_a_stop_while_processes_start_is_a_stop_and_no_failure(
     assert (outcome.status, outcome.code) == ("KILLED", code), outcome.reason
     # Rank zero may have come far enough to have written that it runs.
     assert "clplat resume" in outcome.reason and last_status(folder) in ("WAITING", "KILLED")
+
+
+def test_a_run_one_of_whose_processes_was_killed_failed_and_says_how_it_goes_on(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.status("RUNNING")
+    journal.flush()
+    outcome = execution._outcome_of_group(tmp_path, -9)
+    assert (outcome.status, last_status(tmp_path)) == ("FAILED", "FAILED")
+    assert outcome.reason.startswith(f"a process of the run ended with code -9; `clplat resume {tmp_path}` goes on")
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused_by_name(tmp_path: Path) -> None:

@@ -175,8 +175,17 @@ def wrong(model: Path, folder: Path, case: str) -> dict[str, Any]:
     data["strategies"] |= {
         "no memories": {"temp_lora": {"class_path": "Locas"}}, "no lora": {"locas": {"class_path": "TempLoRA"}},
         "no adapter": {"truncation": {"class_path": "TempLoRA"}},
+        "truncated": {"truncation": {"class_path": "Truncation"}},
+        "twice": {"own": {"class_path": "AdapterPerTask"}},
         "after": {"locas": {"class_path": "Locas", "init_args": {"after_task": "drop"}}},
     }.get(case, {})  # fmt: skip
+    if case in ("unbegun", "random slots", "frozen"):
+        data["strategies"] = {"prequential": first} | {
+            "unbegun": {"replay": {"class_path": "ExperienceReplay", "init_args": {"capacity": 4}}},
+            "frozen": {"truncation": {"class_path": "Truncation"}},
+        }.get(case, {})
+    if case == "random slots":
+        data["architecture"] = locas(model, start="gaussian")
     if case == "second":
         data["strategies"] = {"locas": data["strategies"]["locas"], "prequential": first}
     if case == "batches":
@@ -200,11 +209,21 @@ def wrong(model: Path, folder: Path, case: str) -> dict[str, Any]:
         ("no lora", "TempLoRA: the adapters of LocasModel are not low-rank ones"),
         ("after", "after_task"),
         ("context", "do not fit the context"),
+        ("unbegun", "strategies: none of them begins the memories of LocasModel.*add Locas, or set memory.start: gau"),
+        ("truncated", r"Truncation trains nothing, so that strategies.locas \(Locas\) would do nothing"),
+        ("twice", "Locas trains another adapter in every task, and strategies.own"),
     ],
 )
 def test_a_wrong_combination_is_a_configuration_error(model: Path, tmp_path: Path, case: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         assemble(load_run(run_folder(tmp_path, wrong(model, tmp_path, case)) / "config.yaml"), World())
+
+
+@pytest.mark.parametrize("case", ["random slots", "frozen"])
+def test_memories_need_no_beginning_where_they_are_random_or_nothing_is_trained(
+    model: Path, tmp_path: Path, case: str
+) -> None:
+    assemble(load_run(run_folder(tmp_path, wrong(model, tmp_path, case)) / "config.yaml"), World())
 
 
 def test_a_dialogue_is_read_and_asked_about_and_resumed(model: Path, tmp_path: Path) -> None:

@@ -93,6 +93,19 @@ def test_failed_and_missing_runs_and_unequal_budgets_are_said(store: str) -> Non
     assert "loss is NaN at step 13" in page and "unequal steps" in page
 
 
+def test_runs_of_a_variant_that_stand_alike_are_said_once_with_what_resumes_them_all(store: str) -> None:
+    study = Made(store, ["naive", "er"], [0, 1, 2])
+    for seed in (0, 1, 2):
+        study.run("naive", seed, NAIVE[0])
+    for seed in (0, 2):
+        reason = f"stopped by SIGTERM; `clplat resume runs/digits/er-s{seed}` goes on from here"
+        study.run("er", seed, ER[0][:2], status="KILLED", reason=reason)
+    assert notes(load_study_results("digits", store)) == [
+        "er, seeds 0, 2: KILLED stopped by SIGTERM; `clplat resume runs/digits` goes on from here",
+        "er, seed 1: no record of it yet",
+    ]
+
+
 def test_a_study_stopped_before_its_baseline_ran_is_compared_all_the_same(store: str) -> None:
     study = Made(store, ["naive", "er"], [0], baseline="naive")
     study.run("er", 0, ER[0])
@@ -226,3 +239,45 @@ def test_what_strategies_measured_stands_on_the_page(store: str) -> None:
         study.run("er", seed, ER[seed], steps={"strategy/prequential/ppl": {10: 99.0, 20: ppl}})
     page = write_report(load_study_results("digits", store), "out").read_text()
     assert f"<td>prequential/ppl</td><td>–</td><td>{interval([30.0, 32.0])}</td>" in page
+
+
+def test_an_arm_that_took_no_step_has_scores_and_no_forgetting(store: str) -> None:
+    study = Made(store, ["naive", "zero", "cumulative"], [0])
+    same = [[0.4, 0.5]] * 3
+    study.run("naive", 0, NAIVE[0])
+    study.run("zero", 0, same, row_steps=0, tags={"reference": "true"}, views={"bare": same})
+    study.run("cumulative", 0, NAIVE[0], tags={"reference": "true", "strategy": "Cumulative"})
+    results = load_study_results("digits", store)
+    assert results.by_seed("zero", "final_score") == pytest.approx({0: 0.45})
+    for metric in ("learning_score", "final_forgetting", "cumulative_forgetting", "forward_transfer", "intransigence"):
+        assert results.by_seed("naive", metric) and not results.by_seed("zero", metric), metric
+    assert not [name for run in results.of("zero") for name in run.metrics if "forgetting" in name]
+    assert results.through_view("zero", "bare").keys() == {"final_score"}
+    (line,) = [line for line in printed(results).splitlines() if line.strip().startswith("zero")][:1]
+    assert line.split()[3:] == ["0.450", "–", "–"]
+
+
+def test_a_baseline_without_a_finished_run_is_said(store: str) -> None:
+    study = Made(store, ["naive", "er"], [0], baseline="naive")
+    study.run("naive", 0, NAIVE[0][:2], status="FAILED", reason="out of memory")
+    study.run("er", 0, ER[0])
+    results = load_study_results("digits", store)
+    said = "the baseline naive has no finished run, so that nothing is compared with it"
+    assert said in " ".join(printed(results).split()) and said in write_report(results, "out").read_text()
+    assert not [note for note in notes(results, "er") if "baseline" in note]
+
+
+def test_a_figure_of_forgetting_that_has_no_line_says_why(store: str) -> None:
+    study = Made(store, ["naive", "er"], [0])
+    study.run("naive", 0, NAIVE[0])
+    results = load_study_results("digits", store)
+    assert "Two tasks give each arm one point of forgetting" in write_report(results, "out").read_text()
+    journal = Journal(study.folder / "er-s0")
+    journal.curve(15, 1, cells([0.5, 0.4], ["a", "b"]))
+    journal.flush()
+    study.run("er", 0, ER[0])
+    assert "one point of forgetting" not in write_report(load_study_results("digits", store), "out").read_text()
+    alone = Made(store, ["naive"], [0])
+    alone.run("naive", 0, [[0.5], [0.9]], tasks=("a",))
+    page = write_report(load_study_results(str(alone.folder), store), "alone").read_text()
+    assert "No figure of forgetting: no run was trained on two tasks or more" in page

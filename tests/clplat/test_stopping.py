@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -53,6 +54,18 @@ def test_a_dry_run_stops_inside_a_step(
     assert ended.value.code == code
     assert f"clplat run: stopped by {name}" in capsys.readouterr().err
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_study_that_is_stopped_before_its_first_run_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study()))
+    monkeypatch.setattr("clplat.study.launch", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "study.yaml"])
+    (folder,) = (tmp_path / "runs").iterdir()
+    said = capsys.readouterr().err
+    assert ended.value.code == 75 and f"stopped by SIGTERM; `clplat resume runs/{folder.name}` starts" in said, said
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])

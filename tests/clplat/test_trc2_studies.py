@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import torch
 from rich.console import Console
 
 from clplat.components import build
-from clplat.config import RunConfig, parse_yaml
+from clplat.config import RunConfig
 from clplat.dry_run import estimate
+from clplat.strategies.controllers.replay_law import ReplayLaw
 from clplat.streams.base import Spec
 from clplat.study_file import expand, find, load_study
+from clplat.yaml_text import parse_yaml
 
-STUDIES = ("main", "factorial", "orders", "tiny")
+STUDIES = ("main", "factorial", "orders", "tiny", "large")
+CONTROLLERS = ("controllers", "large_controllers", "large_report")
 KINDS = {"c4": "reference", "wikitext": "source", "gsm8k": "arithmetic"}
 SMALL = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "inner_size": 16, "slots": 16, "k_read": 4, "capacity": 20,
          "every": 1}  # fmt: skip
@@ -46,6 +50,8 @@ def at_toy_size(name: str) -> dict[str, Any]:
         "class_path": "StdlibText", "init_args": {"block_size": 16, "max_train_tokens": 2000, "max_eval_tokens": 64,
                                                   "max_answers": 1},
     }  # fmt: skip
+    budget = data["training"]["budget"]
+    data["training"]["budget"] = {key: min(amount, 2000) for key, amount in budget.items()}
     data["training"] = data["training"] | {"batch_size": 4, "precision": "32-true", "accelerator": "cpu"}
     return data | {"seeds": [0], "tracking": {"enabled": False}}
 
@@ -56,11 +62,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 def runs_of(name: str) -> dict[str, RunConfig]:
-    return {run.variant: run for run in expand(load_study(f"trc2/{name}")) if run.seed == 0}
+    """One run of each arm."""
+    return {run.variant: run for run in expand(load_study(f"trc2/{name}"))}
 
 
-@pytest.mark.parametrize("name", STUDIES)
-def test_every_arm_of_the_shipped_study_runs(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*STUDIES, *CONTROLLERS])
+def test_every_arm_of_the_shipped_study_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"kind": "step", "step": 1, "strategy": "replay", "knob": "weight", "value": 0.5}
+    (tmp_path / "decisions.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setenv("CLPLAT_DECISIONS", str(tmp_path / "decisions.jsonl"))
     study = load_study(at_toy_size(name))
     table = estimate(study, Console(quiet=True))
     assert list(table.columns[0].cells) == list(study.variants)
@@ -73,14 +83,30 @@ def active(run: RunConfig, *, rows: int, vocabulary: int) -> int:
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "vocabulary"), [("main", 256, 4096), ("orders", 256, 4096), ("tiny", 128, 1024)]
+    ("name", "rows", "vocabulary"),
+    [("main", 256, 4096), ("orders", 256, 4096), ("large", 512, 4096), ("tiny", 128, 1024)],
 )
-def test_arms_without_a_part_taken_out_have_active_parameters_within_two_percent(
+def test_arms_without_a_part_taken_out_have_active_parameters_within_two_percent_of_trc2s(
     name: str, rows: int, vocabulary: int
 ) -> None:
     counts = {v: active(run, rows=rows, vocabulary=vocabulary) for v, run in runs_of(name).items()
               if not v.startswith(("columns", "thalamus", "memory"))}  # fmt: skip
-    assert max(counts.values()) <= 1.02 * min(counts.values()), counts
+    own = next(count for variant, count in counts.items() if variant.startswith("trc2"))
+    assert all(abs(count - own) <= 0.02 * own for count in counts.values()), counts
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_controllers_replay_as_many_rows_as_what_they_are_compared_with(name: str) -> None:
+    runs = runs_of(name)
+    replayed = {
+        run.strategies["replay"].init_args["ratio"] for run in runs.values() if "controller" not in run.strategies
+    }
+    assert len(replayed) == 1
+    for run in runs.values():
+        options = run.strategies["controller"].init_args if "controller" in run.strategies else {}
+        if options.get("mode") == "pi":
+            law = options["law"] or {}
+            assert (law.get("base_ratio", ReplayLaw().base_ratio), law["ratio_slope"]) == (replayed.copy().pop(), 0)
 
 
 @pytest.mark.parametrize("name", STUDIES)

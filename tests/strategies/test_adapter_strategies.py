@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_toys import RANK, adapted_run, ours, theirs, toy_folder
+from adapted_toys import RANK, adapted_run, ours, remembering, theirs, toy_folder
 
 from clplat.architectures.adapters import AdapterHost, backbone_checksum
 from clplat.architectures.base import Output
@@ -16,8 +16,9 @@ from clplat.strategies.adapter_per_task import AdapterPerTask
 from clplat.strategies.base import Strategy
 from clplat.strategies.ilora import ILoRA
 from clplat.strategies.olora import OLoRA
-from clplat.strategies.reference import Naive, ZeroShot
+from clplat.strategies.reference import Cumulative, Naive, ZeroShot
 from clplat.strategies.regularization import EWC
+from clplat.strategies.replay import ExperienceReplay
 from clplat.strategies.toy_run import STEPS, ToyRun, toy_stream
 
 SPEC, TASKS = toy_stream("language")
@@ -119,6 +120,25 @@ def test_each_task_is_answered_by_its_own_adapter_and_one_to_come_by_the_backbon
 def test_zero_shot_pays_for_no_step() -> None:
     run = adapted_run(ZeroShot())
     assert list(run.strategies[0].budget_tasks(run.path[0])) == []
+
+
+@pytest.mark.parametrize("other", [Naive, Cumulative, lambda: ExperienceReplay(capacity=4), OLoRA, AdapterPerTask])
+def test_zero_shot_refuses_whatever_would_train_or_store_beside_it(other: Any) -> None:
+    with pytest.raises(ValueError, match="ZeroShot trains nothing, so that strategies.1 .* would do nothing; leave"):
+        ToyRun([ZeroShot(), other()], Objective, "language", model=ours)
+
+
+def test_zero_shot_may_be_read_in_another_way() -> None:
+    class Read(Strategy):
+        def views(self):
+            return {"bare": self.context.architecture.answering}
+
+    adapted_run(ZeroShot(), Read())
+
+
+def test_olora_refuses_adapters_without_factors() -> None:
+    with pytest.raises(ValueError, match="OLoRA: the adapters of LocasModel are not low-rank ones"):
+        adapted_run(OLoRA(), model=remembering(SPEC))
 
 
 @pytest.mark.parametrize("make", [OLoRA, AdapterPerTask])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+from typing import get_args
+
 import pytest
 import torch
-from adapted_toys import ours
+from adapted_toys import ours, prompted, remembering, toy_folder
 
 from clplat.objective import Objective
 from clplat.strategies.adapter_per_task import AdapterPerTask
@@ -26,14 +30,16 @@ from clplat.strategies.icarl import iCaRL
 from clplat.strategies.ilora import ILoRA
 from clplat.strategies.interpolated_weights import InterpolatedWeights
 from clplat.strategies.la_maml import LaMAML
+from clplat.strategies.locas import AfterTask, Locas
 from clplat.strategies.olora import OLoRA
 from clplat.strategies.path_integral import SI, RWalk
 from clplat.strategies.projection import AGEM, GEM
+from clplat.strategies.prompts import ProgressivePrompts, PromptPool
 from clplat.strategies.prototype_answers import PrototypeAnswers
 from clplat.strategies.reference import Cumulative, Joint, Naive
 from clplat.strategies.regularization import EWC, MAS, OnlineEWC
 from clplat.strategies.replay import ExperienceReplay, GDumb
-from clplat.strategies.toy_run import Kind, ToyRun
+from clplat.strategies.toy_run import STEPS, Kind, ToyRun
 from clplat.streams.batch import Batch
 from clplat.streams.episodes import EpisodeShape
 
@@ -136,7 +142,42 @@ ON_ADAPTERS: dict[str, Make] = {
     "GEM": lambda: GEM(patterns_per_task=4),
     "A-GEM": lambda: AGEM(patterns_per_task=4, sample_size=4),
     "EWC": lambda: EWC(strength=5.0, fisher_samples=6, fisher_batch_size=4),
+    "LwF": lambda: LwF(alpha=0.5),
 }
+ON_PROMPTS: dict[str, Make] = {
+    "progressive prompts": lambda: ProgressivePrompts(length=2),
+    "prompt pool": lambda: PromptPool(size=4, length=2, top_k=2, query_tokens=3),
+}
+ON_MEMORIES: dict[str, Make] = {
+    f"Locas {after}": lambda after=after: Locas(after_task=after) for after in get_args(AfterTask)
+}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("name", ON_PROMPTS)
+def test_strategies_of_prompts_keep_the_contract(name: str, llama: Path) -> None:
+    make, model = ON_PROMPTS[name], partial(prompted, llama)
+    check_strategy(make, Objective, off=None, kind="language", model=model)
+    check_composition(make, Objective, "language", model)
+
+
+@pytest.mark.parametrize("name", ON_MEMORIES)
+def test_strategies_of_memories_keep_the_contract(name: str) -> None:
+    check_strategy(ON_MEMORIES[name], Objective, off=None, kind="language", model=remembering)
+    check_composition(ON_MEMORIES[name], Objective, "language", remembering)
+
+
+@pytest.mark.parametrize("make", [OLoRA, AdapterPerTask])
+def test_a_model_held_to_what_it_was_resumes_although_adapters_came_since(make: Make) -> None:
+    alone = ToyRun([make(), LwF(alpha=0.5)], Objective, "language", model=ours).train()
+    for stop in (STEPS + 2, 2 * STEPS + 2):
+        saved = ToyRun([make(), LwF(alpha=0.5)], Objective, "language", model=ours).train(stop).saved()
+        resumed = ToyRun([make(), LwF(alpha=0.5)], Objective, "language", model=ours).load(saved)
+        assert resumed.saved() == saved and resumed.train().saved() == alone.saved()
 
 
 @pytest.mark.parametrize("name", ON_ADAPTERS)

@@ -25,6 +25,8 @@ HIGH = 1.0
 
 
 def law(integral: bool = True, stay_on: bool = False, rows: int = 8000, **options: Any) -> RunningLaw:
+    """The law as it was reconstructed: nothing without forgetting, and rows that follow it too."""
+    options = {"base_weight": 0.0, "ratio_slope": 0.25, **options}
     return ReplayLaw(**options).begun(outputs=OUTPUTS, integral=integral, rows=rows, stay_on=stay_on)
 
 
@@ -81,6 +83,13 @@ def test_no_output_oscillates_while_forgetting_is_constant(integral: bool, forge
         assert abs(moves[-1]) < 1e-3
 
 
+def test_by_default_the_weight_alone_follows_forgetting() -> None:
+    running = ReplayLaw().begun(outputs=OUTPUTS, integral=True, rows=8, stay_on=False)
+    found = course(running, [0.0] * 50 + [0.6] * 50)
+    assert {values["ratio"] for values in found} == {0.125}
+    assert found[49]["weight"] == pytest.approx(0.2, abs=1e-3) and found[-1]["weight"] > 0.7
+
+
 def test_ratios_are_of_whole_rows() -> None:
     found = course(law(rows=8), [0.5] * 40)
     assert {values["ratio"] * 8 for values in found} <= {1.0, 2.0, 3.0, 4.0}
@@ -127,7 +136,7 @@ def dark(**options: Any) -> dict[str, Strategy]:
     return {"dark": DERpp(capacity=12, top_logits=3), "controller": controller}
 
 
-QUICK = ReplayLaw(smoothing=0.0, base_ratio=0.5, base_weight=0.3)
+QUICK = ReplayLaw(smoothing=0.0, base_ratio=0.5, base_weight=0.3, ratio_slope=0.25)
 MAKES = {
     "buffer": lambda: controlled(law=QUICK),
     "proportional": lambda: controlled(law=QUICK, mode="p"),
@@ -215,9 +224,13 @@ def written(run: ControlledRun, path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", ["buffer", "random"])
-def test_played_back_decisions_give_the_same_run_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_played_back_decisions_give_the_same_run_bit_for_bit(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = ControlledRun(MAKES[name](), Objective).train()
-    path = written(first, tmp_path / "decisions.jsonl")
+    written(first, tmp_path / "decisions.jsonl")
+    monkeypatch.setenv("FIRST_RUN", str(tmp_path))
+    path = "${FIRST_RUN}/decisions.jsonl"
     replay = MAKES[name]()["replay"]
     second = ControlledRun({"replay": replay, "back": Playback(decisions=path)}, Objective).train()
     third = ControlledRun(controlled(mode="playback", decisions=path), Objective).train()

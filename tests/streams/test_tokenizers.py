@@ -76,8 +76,12 @@ def test_a_vocabulary_without_room_for_all_bytes_is_refused() -> None:
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"PretrainedTokenizer\.name: '.*nothing' cannot be loaded"):
+    remedy = "give a hub id, a folder with tokenizer.json, or a folder and a gguf_file in it"
+    with pytest.raises(ValueError, match=rf"PretrainedTokenizer\.name: there is no folder .*nothing; {remedy}"):
         PretrainedTokenizer(name=str(tmp_path / "nothing")).prepare([], tmp_path, "")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=rf"PretrainedTokenizer\.name: there is no tokenizer in .*; {remedy}"):
+        PretrainedTokenizer(name=str(tmp_path)).prepare([], tmp_path, "")
     with pytest.raises(ValueError, match=r"PretrainedTokenizer\.name: .* needs the environment variable NO_SUCH_PLACE"):
         PretrainedTokenizer(name="${NO_SUCH_PLACE}/model").prepare([], tmp_path, "")
 

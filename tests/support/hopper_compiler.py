@@ -3,6 +3,7 @@
     python tests/support/hopper_compiler.py                  # delta_memory
     python tests/support/hopper_compiler.py topk_memory
     python tests/support/hopper_compiler.py mlp_memory
+    python tests/support/hopper_compiler.py selective_scan
 
 Run as a program of its own: Triton decides at import whether it compiles or interprets.
 """
@@ -22,6 +23,7 @@ from clplat.kernels.delta_memory.reference import MODES, Inputs, MemoryState
 from clplat.kernels.mlp_memory import launch as mlp
 from clplat.kernels.mlp_memory.layout import Layout
 from clplat.kernels.mlp_memory.reference import Rule
+from clplat.kernels.selective_scan import launch as scan
 from clplat.kernels.topk_memory import launch as topk
 from clplat.kernels.topk_memory.routing import counted
 from clplat.kernels.topk_memory.tuning import ALTERNATIVES, plan_for
@@ -107,7 +109,18 @@ def compile_mlp_memory() -> None:
     compile_mlp(width=64, chunk=16, momentum=False, packed=True)
 
 
+def compile_selective_scan() -> None:
+    for state in (16, 128):
+        x, b, first = torch.zeros(2, 64, 512), torch.zeros(2, 64, state), torch.zeros(2, state, 512)
+        for keep in (None, x[:, :, 0]):
+            scan.forward(x, x, first[0], b, b, first, keep, 32)
+            scan.backward(x, x, first[0], b, b, keep, first.repeat(2, 1, 1, 1), x, first, 32)
+
+
 if __name__ == "__main__":
     JITFunction.run = compiled_instead
-    known = {"delta_memory": compile_delta_memory, "topk_memory": compile_topk_memory, "mlp_memory": compile_mlp_memory}
+    known = {
+        "delta_memory": compile_delta_memory, "mlp_memory": compile_mlp_memory,
+        "selective_scan": compile_selective_scan, "topk_memory": compile_topk_memory,
+    }  # fmt: skip
     known[(sys.argv[1:] or ["delta_memory"])[0]]()

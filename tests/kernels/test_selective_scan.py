@@ -1,14 +1,26 @@
-"""The selective scan in chunks: equal to one token after the other, in outputs, last state and every gradient."""
+"""The selective scan in chunks and by its kernels equals one token after the other, every gradient included."""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.func import grad, vmap
 
-from clplat.architectures.selective_scan import linear_recurrence, selective_scan, token_loop
+from clplat.kernels.backends import interpreting
+from clplat.kernels.selective_scan import selective_scan, token_loop
+from clplat.kernels.selective_scan.reference import linear_recurrence
 
+COMPILER = Path(__file__).parents[1] / "support" / "hopper_compiler.py"
 NAMES = ("x", "step", "rate", "b", "c", "first")
+
+
+interpreted = pytest.mark.skipif(not interpreting(), reason="here Triton compiles for a GPU: see tests/gpu")
 
 
 def inputs(tokens: int, *, rows: int = 2, channels: int = 5, state: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -28,9 +40,11 @@ def inputs(tokens: int, *, rows: int = 2, channels: int = 5, state: int = 3, see
     return {name: value.requires_grad_() for name, value in found.items()}
 
 
-def in_chunks(given: dict[str, torch.Tensor], keep: torch.Tensor | None = None, chunk: int | None = None):
+def in_chunks(
+    given: dict[str, torch.Tensor], keep: torch.Tensor | None = None, chunk: int | None = None, backend: Any = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
     *parts, first = (given[name] for name in NAMES)
-    return selective_scan(*parts, first_BNC=first, keep_BT=keep, chunk=chunk)
+    return selective_scan(*parts, first_BNC=first, keep_BT=keep, chunk=chunk, backend=backend)
 
 
 def kept(tokens: int) -> torch.Tensor:
@@ -40,21 +54,55 @@ def kept(tokens: int) -> torch.Tensor:
     return keep
 
 
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(
-    ("tokens", "chunk"), [(1, 64), (2, 1), (12, 64), (37, 16), (48, 16), (63, 9), (63, 62), (130, None)]
-)
-def test_outputs_and_gradients_equal_one_token_after_the_other(tokens: int, chunk: int | None, documents: bool) -> None:
-    given = inputs(tokens)
-    keep = kept(tokens) if documents else torch.ones(2, tokens, dtype=torch.float64)
+def assert_equals_token_loop(given: dict[str, torch.Tensor], keep: torch.Tensor | None, **options: Any) -> None:
+    """Outputs, last state and every gradient, in fp64."""
+    every = torch.ones_like(given["x"][..., 0]) if keep is None else keep
     probes = [torch.randn_like(given[name]) for name in ("x", "first")]
     results = []
-    for outputs in (token_loop(*given.values(), keep), in_chunks(given, keep if documents else None, chunk)):
+    for outputs in (token_loop(*given.values(), every), in_chunks(given, keep, **options)):
         score = sum((part * probe).sum() for part, probe in zip(outputs, probes))
         results.append(dict(zip(("y", "last", *NAMES), (*outputs, *torch.autograd.grad(score, tuple(given.values()))))))
     for name, expected in results[0].items():
         close = torch.allclose(results[1][name], expected, rtol=1e-9, atol=1e-12)
         assert close, f"{name} differs by {float((results[1][name] - expected).detach().abs().max())}"
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "chunk"), [(1, 64), (2, 1), (12, 64), (37, 16), (48, 16), (63, 9), (63, 62), (130, None)]
+)
+def test_outputs_and_gradients_equal_one_token_after_the_other(tokens: int, chunk: int | None, documents: bool) -> None:
+    assert_equals_token_loop(inputs(tokens), kept(tokens) if documents else None, chunk=chunk)
+
+
+@interpreted
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("tokens", "chunk", "sizes"), [(1, 4, {}), (8, 4, {}), (7, 3, {"channels": 70, "state": 5}),
+                                                        (5, None, {"channels": 33, "state": 40})])  # fmt: skip
+def test_kernels_equal_one_token_after_the_other(
+    tokens: int, chunk: int | None, sizes: dict[str, int], documents: bool, unwritten_is_nan: None
+) -> None:
+    keep = kept(tokens) if documents else None
+    assert_equals_token_loop(inputs(tokens, **sizes), keep, chunk=chunk, backend="triton")
+
+
+@interpreted
+def test_kernels_read_tensors_however_they_lie_in_memory() -> None:
+    given = {name: value.detach().transpose(0, -1).contiguous().transpose(0, -1) for name, value in inputs(5).items()}
+    leaves = {name: value.requires_grad_() for name, value in given.items()}
+    assert not leaves["x"].is_contiguous()
+    assert_equals_token_loop(leaves, kept(5), chunk=2, backend="triton")
+
+
+def test_without_a_gpu_the_kernels_are_taken_only_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = inputs(3)
+    with pytest.raises(ValueError, match="backend: must be auto, torch, triton or reference"):
+        in_chunks(given, backend="cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="tensors are on cpu"):
+        in_chunks(given, backend="triton")
+    expected = in_chunks(given, backend="reference")
+    torch.testing.assert_close(in_chunks(given), expected, rtol=0, atol=1e-12)
 
 
 def test_no_decay_is_too_fast_and_no_chunk_too_long_for_float32() -> None:
@@ -117,16 +165,17 @@ def test_a_second_derivative_is_refused_and_not_wrong() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("documents", [False, True])
-def test_both_operators_say_the_truth_about_themselves(documents: bool) -> None:
+def test_both_operators_say_the_truth_about_themselves(documents: bool, fused: bool) -> None:
     given = inputs(10)
     keep = kept(10) if documents else None
-    torch.library.opcheck(torch.ops.clplat.selective_scan_forward.default, (*given.values(), keep, 4))
-    answers, last, starts = torch.ops.clplat.selective_scan_forward(*given.values(), keep, 4)
+    torch.library.opcheck(torch.ops.clplat.selective_scan_forward.default, (*given.values(), keep, 4, fused))
+    answers, last, starts = torch.ops.clplat.selective_scan_forward(*given.values(), keep, 4, fused)
     parts = [given[name].detach() for name in NAMES[:5]]
     torch.library.opcheck(
         torch.ops.clplat.selective_scan_backward.default,
-        (*parts, keep, starts.detach(), answers.detach(), last.detach(), 4),
+        (*parts, keep, starts.detach(), answers.detach(), last.detach(), 4, fused),
     )
 
 
@@ -137,3 +186,13 @@ def test_compiled_whole_it_gives_the_same_outputs_and_gradients() -> None:
     torch.testing.assert_close(answers, expected, rtol=0, atol=1e-12)
     slopes = [torch.autograd.grad(part.square().sum(), tuple(given.values())) for part in (answers, expected)]
     torch.testing.assert_close(*slopes, rtol=0, atol=1e-10)
+
+
+def test_both_kernels_compile_for_a_hopper_gpu() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-P", str(COMPILER), "selective_scan"], env=environment, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert {line.split()[0] for line in result.stdout.splitlines()} == {"forward", "backward"}

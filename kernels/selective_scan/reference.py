@@ -1,10 +1,10 @@
-"""The selective scan of Mamba: a linear recurrence whose decay and inputs depend on the token.
+"""What the selective scan is, one token after the other, and the same in chunks, with its gradients, in PyTorch.
 
     h_t = exp(Δ_t A) ⊙ h_{t−1} + B_t (Δ_t x_t)ᵀ        y_t = C_tᵀ h_t        (Gu & Dao 2023, arXiv:2312.00752, eq. 2-4)
 
-`token_loop` is the definition. `selective_scan` computes the same in chunks and keeps only the state between them for
-the backward pass. Decays stay products of numbers in [0, 1] and are never divided by, as the closed form of a
-recurrence would: nothing overflows however fast a state forgets, and a decay of 0 forgets everything.
+`token_loop` is the definition. In chunks only the state between them is kept for the backward pass. Decays stay
+products of numbers in [0, 1] and are never divided by, as the closed form of a recurrence would: nothing overflows
+however fast a state forgets, and a decay of 0 forgets everything.
 
 Shapes: B rows, T tokens, L tokens of a chunk, C channels, N state size. Computed in at least float32.
 """
@@ -12,7 +12,6 @@ Shapes: B rows, T tokens, L tokens of a chunk, C channels, N state size. Compute
 from __future__ import annotations
 
 from math import ceil
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,46 +30,23 @@ def token_loop(
     return torch.stack(answers, dim=1), state_BNC
 
 
-def selective_scan(
-    x_BTC: Tensor,
-    step_BTC: Tensor,
-    rate_NC: Tensor,
-    b_BTN: Tensor,
-    c_BTN: Tensor,
-    *,
-    first_BNC: Tensor | None = None,
-    keep_BT: Tensor | None = None,
-    chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Answers (B, T, C) and the last state (B, N, C).
-
-    `step_BTC` is Δ ≥ 0 (0 leaves the state as it is), `rate_NC` is A ≤ 0, `first_BNC` the state before the first
-    token (None: zero), `keep_BT` is 0 where the state before a token is forgotten and 1 elsewhere (None: 1). Memory
-    beyond the inputs is a few times B·chunk·N·C numbers for a moment, and B·N·C for every chunk. `chunk` defaults to
-    16 tokens on a CPU, whose caches then hold one, and to 512 elsewhere, for fewer launches.
-    """
-    if chunk is None:
-        chunk = 16 if x_BTC.device.type == "cpu" else 512
-    precise = torch.promote_types(x_BTC.dtype, torch.float32)
-    x, step, rate, b, c = (part.to(precise) for part in (x_BTC, step_BTC, rate_NC, b_BTN, c_BTN))
-    first = x.new_zeros(len(x), *rate.shape) if first_BNC is None else first_BNC.to(precise)
-    keep = None if keep_BT is None else keep_BT.to(precise)
-    # functorch knows no such operator; what it transforms is then differentiated operation by operation.
-    if torch._C._are_functorch_transforms_active():
-        return _through_chunks(x, step, rate, b, c, first, keep, chunk)[:2]
-    return _forward(x, step, rate, b, c, first, keep, chunk)[:2]
-
-
-@torch.library.custom_op("clplat::selective_scan_forward", mutates_args=())
-def _forward(
+def through_chunks(
     x: Tensor, step: Tensor, rate: Tensor, b: Tensor, c: Tensor, first: Tensor, keep: Tensor | None, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`_through_chunks` as one operator: a compiler need not unroll hundreds of small steps for every layer."""
-    return _through_chunks(x, step, rate, b, c, first, keep, chunk)
+    """Answers, last state, and the state before each chunk."""
+    answers, starts, state = [], [], first
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, x.shape[1], chunk):
+            place = slice(start, start + chunk)
+            kept = None if keep is None else keep[:, place]
+            decay, write = _decay_and_write(x[:, place], step[:, place], rate, b[:, place], kept)
+            starts.append(state)
+            states, state = linear_recurrence(decay, write, state)
+            answers.append((c[:, place].unsqueeze(2) @ states).squeeze(2))
+    return torch.cat(answers, dim=1), state, torch.stack(starts)
 
 
-@torch.library.custom_op("clplat::selective_scan_backward", mutates_args=())
-def _backward(
+def slopes_through_chunks(
     x: Tensor, step: Tensor, rate: Tensor, b: Tensor, c: Tensor, keep: Tensor | None, starts: Tensor, slope: Tensor,
     carry: Tensor, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -86,44 +62,6 @@ def _backward(
     slopes = list(zip(*reversed(parts)))
     x_slope, step_slope, b_slope, c_slope = (torch.cat(slopes[place], dim=1) for place in (0, 1, 3, 4))
     return x_slope, step_slope, torch.stack(slopes[2]).sum(0), b_slope, c_slope, carry
-
-
-@_forward.register_fake
-def _(x: Tensor, step: Tensor, rate: Tensor, b: Tensor, c: Tensor, first: Tensor, keep: Any, chunk: int) -> Any:
-    return torch.empty_like(x), torch.empty_like(first), first.new_empty(ceil(x.shape[1] / chunk), *first.shape)
-
-
-@_backward.register_fake
-def _(x: Tensor, step: Tensor, rate: Tensor, b: Tensor, c: Tensor, keep: Any, starts: Tensor, *rest: Any) -> Any:
-    return *(torch.empty_like(part) for part in (x, step, rate, b, c)), torch.empty_like(starts[0])
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _, keep, ctx.chunk = inputs
-    ctx.save_for_backward(*tensors, keep, output[2])
-
-
-def _slopes(ctx: Any, slope: Tensor, carry: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return *_backward(*ctx.saved_tensors, slope, carry, ctx.chunk), None, None
-
-
-_forward.register_autograd(_slopes, setup_context=_remember)
-
-
-def _through_chunks(
-    x: Tensor, step: Tensor, rate: Tensor, b: Tensor, c: Tensor, first: Tensor, keep: Tensor | None, chunk: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Answers, last state, and the state before each chunk."""
-    answers, starts, state = [], [], first
-    with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, x.shape[1], chunk):
-            place = slice(start, start + chunk)
-            kept = None if keep is None else keep[:, place]
-            decay, write = _decay_and_write(x[:, place], step[:, place], rate, b[:, place], kept)
-            starts.append(state)
-            states, state = linear_recurrence(decay, write, state)
-            answers.append((c[:, place].unsqueeze(2) @ states).squeeze(2))
-    return torch.cat(answers, dim=1), state, torch.stack(starts)
 
 
 def _chunk_slopes(
