@@ -105,6 +105,7 @@ def test_the_best_settings_run_as_they_were_reported() -> None:
     assert_same(table(again.folder / "digits_best-s0").to_rows(), reported)
 
 
+@pytest.mark.long
 def test_a_trial_is_an_ordinary_run_that_can_be_resumed_alone(monkeypatch) -> None:
     import clplat
 
