@@ -58,9 +58,7 @@ def walk(
     BN: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr, ERASE: tl.constexpr, DIFFERENCE: tl.constexpr,
     BOUNDED: tl.constexpr, UNIT: tl.constexpr, OWN: tl.constexpr, SELF: tl.constexpr, ANCHOR: tl.constexpr,
     READ: tl.constexpr, KEEP: tl.constexpr, MARK: tl.constexpr, GROUPED: tl.constexpr, PACKED: tl.constexpr,
-    OFFSETS: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    OFFSETS: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Brings W and S of one sequence and head, in place, from where it begins to its end.
 

@@ -54,7 +54,7 @@ def test_the_backward_operator_is_what_it_is_registered_as(case: Case) -> None:
         o, W, S, anchor, *starts = torch.ops.clplat.self_modifying_forward(*arguments)
     flowing = [torch.ones_like(part) if part.numel() else None for part in (o, W, S, anchor)]
     torch.library.opcheck(
-        torch.ops.clplat.self_modifying_backward.default, (*arguments[:13], *starts, *flowing, *arguments[13:18])
+        torch.ops.clplat.self_modifying_backward.default, (*arguments[:13], *starts, *flowing, *arguments[13:19])
     )
 
 
