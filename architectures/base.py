@@ -157,12 +157,18 @@ class GeneratesWeights(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LevelPeriod:
-    """Parameters that are to be trained together, once in `period` steps; `lr` None is the optimizer's."""
+    """Parameters that are to be trained together, once in `period` steps; `lr` None is the optimizer's.
+
+    `within`: the level at whose periods' ends they begin anew, `start_rate` of the way from where they began to where
+    they have come.
+    """
 
     parameters: tuple[str, ...]
     period: int
     lr: float | None
     reduction: Literal["sum", "mean"]
+    within: str | None = None
+    start_rate: float = 1.0
 
 
 @runtime_checkable

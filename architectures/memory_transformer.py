@@ -13,6 +13,7 @@ Shapes: B rows, T tokens, S tokens in an attention layer's cache, C hidden size,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
@@ -31,7 +32,6 @@ from clplat.architectures.associative_memory.reading import Reading, StartsOfIts
 from clplat.architectures.associative_memory.telemetry import measured
 from clplat.architectures.base import LevelPeriod, State
 from clplat.architectures.continuum_memory.feed import ContinuumFeed
-from clplat.architectures.continuum_memory.levels import StepLevel
 from clplat.architectures.continuum_memory.options import DenseFeed, FeedForwardKind
 from clplat.architectures.continuum_memory.start import begin_from, weights_in
 from clplat.architectures.decoder import Block, Decoder, check_language, mixing_state
@@ -202,15 +202,10 @@ class MemoryTransformer(Decoder):
         """The levels of a continuum memory at the clock of training steps, each with its parameters in all blocks."""
         found: dict[str, LevelPeriod] = {}
         for name, module in self.named_modules():
-            if isinstance(module, StepLevel):
-                size, before = module.size, found.get(module.size.name)
-                names = (
-                    *(before.parameters if before else ()),
-                    *(f"{name}.{own}" for own, _ in module.named_parameters()),
-                )
-                found[size.name] = LevelPeriod(
-                    parameters=names, period=size.period, lr=size.lr, reduction=size.reduction
-                )
+            if isinstance(module, ContinuumFeed):
+                for level, own in module.periods(name).items():
+                    before = found[level].parameters if level in found else ()
+                    found[level] = dataclasses.replace(own, parameters=before + own.parameters)
         return found
 
     def _staged(self) -> list[tnt.TNTMixer]:

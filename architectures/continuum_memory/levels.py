@@ -24,7 +24,10 @@ Reduction = Literal["sum", "mean"]
 
 @dataclass(frozen=True, kw_only=True)
 class LevelSize:
-    """A level with nothing left open; `lr` None is the optimizer's."""
+    """A level with nothing left open; `lr` None is the optimizer's.
+
+    `within`: the next slower level, where the levels are nested. `context`: that one's period, for levels of one clock.
+    """
 
     name: str
     period: int
@@ -33,6 +36,9 @@ class LevelSize:
     reduction: Reduction
     hidden_size: int
     inner_size: int
+    within: str | None = None
+    context: int | None = None
+    start_rate: float = 1.0
 
 
 class StepLevel(nn.Module):

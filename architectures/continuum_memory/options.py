@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -21,7 +21,7 @@ from clplat.architectures.continuum_memory.levels import Clock, LevelSize, Reduc
 from clplat.architectures.layers import SwiGLU
 from clplat.architectures.option_checks import check_at_least, check_choices, check_finite
 
-Carry = Literal["sequential", "independent"]
+Carry = Literal["sequential", "nested", "independent"]
 
 
 class FeedForwardKind(ABC):
@@ -99,11 +99,16 @@ class ContinuumMemory(FeedForwardKind):
     SwiGLU.
     """
 
-    def __init__(self, *, levels: Sequence[CMSLevel], carry: Carry = "sequential", residual: bool = True) -> None:
-        """`carry`: sequential, each level reads what the one before gives; or independent, all read the input and are
-        added up with trained weights. `residual`: levels one after another add to what they read, with a trained gain
-        each; False is the bare composition, as printed."""
-        self.levels, self.carry, self.residual = tuple(levels), carry, residual
+    def __init__(
+        self, *, levels: Sequence[CMSLevel], carry: Carry = "sequential", residual: bool = True,
+        start_rate: float = 0.5,
+    ) -> None:  # fmt: skip
+        """`carry`: sequential, each level reads what the one before gives; nested, the same, and a level begins anew
+        whenever the next slower one's period ends, with weights that the slower one has learned (`nested.py`); or
+        independent, all read the input and are added up with trained weights. `start_rate`: how much of what a nested
+        level has learned goes into its next beginning, from 0 to 1, which is sequential. `residual`: levels one after
+        another add to what they read, with a trained gain each; False is the bare composition, as printed."""
+        self.levels, self.carry, self.residual, self.start_rate = tuple(levels), carry, residual, start_rate
         check_choices(self, carry=Carry)
         if not self.levels:
             raise ValueError("ContinuumMemory.levels: must give at least one level")
@@ -111,9 +116,39 @@ class ContinuumMemory(FeedForwardKind):
         if twins := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"ContinuumMemory.levels: two are called {twins[0]!r}; give them a `name` each")
         if carry == "independent" and not residual:
-            raise ValueError("ContinuumMemory.residual: false is for carry: sequential")
+            raise ValueError("ContinuumMemory.residual: false is for carry: sequential and nested")
+        if not 0 <= start_rate <= 1:
+            raise ValueError(f"ContinuumMemory.start_rate: must lie between 0 and 1, got {start_rate}")
+        if carry == "nested":
+            _check_nesting(slowest_first(self.levels))
 
     def build(self, hidden_size: int) -> ContinuumFeed:
         """The layer."""
         sizes = [level.sized(hidden_size) for level in self.levels]
+        if self.carry == "nested":
+            slower = slowest_first(self.levels)
+            outer = {inner.called: level for level, inner in zip(slower, slower[1:])}
+            sizes = [self._nested(size, outer[size.name]) if size.name in outer else size for size in sizes]
         return ContinuumFeed(levels=sizes, independent=self.carry == "independent", residual=self.residual)
+
+    def _nested(self, size: LevelSize, outer: CMSLevel) -> LevelSize:
+        """A row is all that a token level knows of the training steps: there it begins anew with every row."""
+        context = outer.period if outer.clock == size.clock else None
+        return replace(size, within=outer.called, context=context, start_rate=self.start_rate)
+
+
+def slowest_first(levels: Sequence[CMSLevel]) -> list[CMSLevel]:
+    """Levels by their periods, those of training steps before those of tokens."""
+    return sorted(levels, key=lambda level: (level.clock == "token", -level.period))
+
+
+def _check_nesting(levels: Sequence[CMSLevel]) -> None:
+    """ValueError unless each level's period goes into that of the next slower one, several times."""
+    if len(levels) < 2:
+        raise ValueError("ContinuumMemory.carry: nested needs two levels, of which one is slower; use sequential")
+    for outer, inner in zip(levels, levels[1:]):
+        if outer.clock == inner.clock and (outer.period == inner.period or outer.period % inner.period):
+            raise ValueError(
+                f"ContinuumMemory.levels: nested, the period of {outer.called} ({outer.period}) must be a multiple of "
+                f"that of {inner.called} ({inner.period}), which begins anew inside of it"
+            )

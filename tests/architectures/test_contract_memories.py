@@ -82,6 +82,9 @@ CONTINUA: dict[str, ContinuumMemory] = {
     "independent": ContinuumMemory(
         levels=[CMSLevel(period=3, clock="token", reduction="mean"), CMSLevel(period=4)], carry="independent"
     ),
+    "nested": ContinuumMemory(
+        levels=[CMSLevel(), CMSLevel(period=6, clock="token"), CMSLevel(period=2, clock="token")], carry="nested"
+    ),
 }
 
 
