@@ -181,6 +181,19 @@ class HasLevels(Protocol):
 
 
 @runtime_checkable
+class LearnsNextToken(Protocol):
+    """Capability: levels that are to learn the next token of a text while it is scored, by whoever scores it."""
+
+    def next_token_levels(self) -> Mapping[str, LevelPeriod]:
+        """By name, with periods in tokens and rates; empty where this model has none."""
+        ...
+
+    def rows_answer_by(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Within it each row has weights of its own, (B, …) by the names of the levels' parameters."""
+        ...
+
+
+@runtime_checkable
 class WritesMemory(Protocol):
     """Capability: memories inside write while they read, and can be kept from it."""
 

@@ -32,6 +32,7 @@ from clplat.architectures.associative_memory.reading import Reading, StartsOfIts
 from clplat.architectures.associative_memory.telemetry import measured
 from clplat.architectures.base import LevelPeriod, State
 from clplat.architectures.continuum_memory.feed import ContinuumFeed
+from clplat.architectures.continuum_memory.next_token import NextTokenLevel
 from clplat.architectures.continuum_memory.options import DenseFeed, FeedForwardKind
 from clplat.architectures.continuum_memory.start import begin_from, weights_in
 from clplat.architectures.decoder import Block, Decoder, check_language, mixing_state
@@ -178,7 +179,8 @@ class MemoryTransformer(Decoder):
     @contextmanager
     def without_writes(self) -> Iterator[None]:
         """Within it no memory writes or forgets: each is what it was at the start."""
-        memories = [module for module in self.modules() if isinstance(module, AssociativeMemory | SelfModifyingMemory)]
+        kinds = AssociativeMemory | SelfModifyingMemory | NextTokenLevel
+        memories = [module for module in self.modules() if isinstance(module, kinds)]
         for memory in memories:
             memory.writes = False
         try:
@@ -207,6 +209,33 @@ class MemoryTransformer(Decoder):
                     before = found[level].parameters if level in found else ()
                     found[level] = dataclasses.replace(own, parameters=before + own.parameters)
         return found
+
+    def next_token_levels(self) -> Mapping[str, LevelPeriod]:
+        """Levels of the token clock that learn while a text is scored; none where memories are kept from writing."""
+        return {
+            name: LevelPeriod(
+                parameters=tuple(f"{name}.{own}" for own, _ in level.named_parameters()), period=level.size.period,
+                lr=level.size.lr, reduction=level.size.reduction,
+            )
+            for name, level in self._reading_levels().items()
+            if level.writes and level.size.lr
+        }  # fmt: skip
+
+    @contextmanager
+    def rows_answer_by(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within it these levels have weights for each row of its own."""
+        levels = self._reading_levels()
+        try:
+            for name, level in levels.items():
+                names = {part: f"{name}.{part}" for part, _ in level.named_parameters()}
+                level.rows = {p: weights[n] for p, n in names.items() if n in weights} or None
+            yield
+        finally:
+            for level in levels.values():
+                level.rows = None
+
+    def _reading_levels(self) -> dict[str, NextTokenLevel]:
+        return {name: module for name, module in self.named_modules() if isinstance(module, NextTokenLevel)}
 
     def _staged(self) -> list[tnt.TNTMixer]:
         return [module for module in self.modules() if isinstance(module, tnt.TNTMixer)]

@@ -17,6 +17,7 @@ from clplat.architectures.associative_memory.reading import Reading
 from clplat.architectures.base import LevelPeriod
 from clplat.architectures.continuum_memory.levels import LevelSize, StepLevel, TokenLevel
 from clplat.architectures.continuum_memory.nested import NestedLevel
+from clplat.architectures.continuum_memory.next_token import NextTokenLevel
 from clplat.architectures.decoder import ReadingFeed
 from clplat.architectures.layers import SwiGLU
 
@@ -69,11 +70,12 @@ class ContinuumFeed(ReadingFeed):
 
     def facts(self) -> dict[str, str]:
         """Clock, period and loss of each level, in words, and in which it is nested."""
-        words = {"step": "training steps, the run's loss", "token": "tokens, local loss"}
+        words = {"local": "tokens, local loss", "next_token": "tokens, the next token's loss while scored"}
         found = {}
         for size in (level.size for level in self._each()):
             inside = f", in {size.within}" if size.within else ""
-            found[f"level.{size.name}"] = f"{size.period} {words[size.clock]}{inside}"
+            told = "training steps, the run's loss" if size.clock == "step" else words[size.loss]
+            found[f"level.{size.name}"] = f"{size.period} {told}{inside}"
         return found
 
     def periods(self, place: str) -> dict[str, LevelPeriod]:
@@ -81,7 +83,7 @@ class ContinuumFeed(ReadingFeed):
         begins belongs to the fastest of them: rows lie inside of its period."""
         found = {}
         for level in self._each():
-            if isinstance(level, StepLevel):
+            if isinstance(level, StepLevel) and level.size.clock == "step":
                 size = level.size
                 found[size.name] = LevelPeriod(
                     parameters=tuple(f"{place}.levels.{size.name}.{own}" for own, _ in level.named_parameters()),
@@ -148,4 +150,6 @@ class ContinuumFeed(ReadingFeed):
 def _level(size: LevelSize) -> StepLevel | TokenLevel:
     if size.clock == "step":
         return StepLevel(size)
+    if size.loss == "next_token":
+        return NextTokenLevel(size)
     return TokenLevel(size) if size.context is None else NestedLevel(size)

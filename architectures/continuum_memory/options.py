@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from clplat.architectures.continuum_memory.feed import ContinuumFeed
-from clplat.architectures.continuum_memory.levels import Clock, LevelSize, Reduction
+from clplat.architectures.continuum_memory.levels import Clock, LevelSize, Loss, Reduction
 from clplat.architectures.layers import SwiGLU
 from clplat.architectures.option_checks import check_at_least, check_choices, check_finite
 
@@ -48,11 +48,13 @@ class CMSLevel:
     """One level of a continuum memory: a SwiGLU that changes at every `period`-th beat of its clock alone.
 
     `clock`: step, the training steps of the run, where the level learns by the run's own loss under `LevelClock`; or
-    token, the tokens of a sequence, where each row has weights of its own that begin at the trained ones and learn from
-    a local loss, ½ mean (F(x) − W_v x)², while they read. `lr`: of the level's updates. At the step clock None leaves
-    it to the optimizer, and it changes the rate of this level alone; at the token clock None is ½ a period: a unit
-    input that fills a period is then halfway learned. 0 is a level that stands still. `reduction` of a period's
-    gradients: added up, as printed, or averaged. `expand`: inner over hidden size, rounded up to a multiple of 32.
+    token, the tokens of a sequence, where each row has weights of its own that begin at the trained ones and learn
+    while they read. `loss` of the token clock: local (None), ½ mean (F(x) − W_v x)²; or next_token, the text's own,
+    which scorers of a text's likelihood take and let the level learn by, and which changes nothing in training.
+    `lr`: of the level's updates. At the step clock None leaves it to the optimizer, and it changes the rate of this
+    level alone; at the token clock None is ½ a period: a unit input that fills a period is then halfway learned; with
+    next_token it is 0.1 a period. 0 is a level that stands still. `reduction` of a period's gradients: added up, as
+    printed, or averaged. `expand`: inner over hidden size, rounded up to a multiple of 32.
     `name` defaults to the clock and the period: step16, token64.
     """
 
@@ -60,6 +62,7 @@ class CMSLevel:
 
     period: int = 1
     clock: Clock = "step"
+    loss: Loss | None = None
     lr: float | None = None
     reduction: Reduction = "sum"
     expand: float = 8 / 3
@@ -68,8 +71,12 @@ class CMSLevel:
     def __post_init__(self) -> None:
         check_finite(self)
         check_choices(self, clock=Clock, reduction=Reduction)
+        if self.loss is not None:
+            check_choices(self, loss=Loss)
         check_at_least(self, 1, "period")
         check_at_least(self, 0, "lr")
+        if self.loss is not None and self.clock == "step":
+            raise ValueError("levels.loss: is for clock: token; levels of training steps learn by the run's loss")
         if self.expand <= 0:
             raise ValueError(f"levels.expand: must be above 0, got {self.expand}")
         if self.name is not None and not self.name.isidentifier():
@@ -84,11 +91,12 @@ class CMSLevel:
         """The same for a stream of that width, with nothing left open."""
         lr = self.lr
         if self.clock == "token" and lr is None:
-            lr = 0.5 / self.period if self.reduction == "sum" else 0.5
+            whole = 0.1 if self.loss == "next_token" else 0.5
+            lr = whole / self.period if self.reduction == "sum" else whole
         inner = 32 * math.ceil(self.expand * hidden_size / 32)
         return LevelSize(
             name=self.called, period=self.period, clock=self.clock, lr=lr, reduction=self.reduction,
-            hidden_size=hidden_size, inner_size=inner,
+            hidden_size=hidden_size, inner_size=inner, loss=self.loss or "local",
         )  # fmt: skip
 
 
@@ -146,6 +154,11 @@ def _check_nesting(levels: Sequence[CMSLevel]) -> None:
     """ValueError unless each level's period goes into that of the next slower one, several times."""
     if len(levels) < 2:
         raise ValueError("ContinuumMemory.carry: nested needs two levels, of which one is slower; use sequential")
+    if reading := [level.called for level in levels if level.loss == "next_token"]:
+        raise ValueError(
+            f"ContinuumMemory.carry: nested levels begin anew inside of the model, where {reading[0]} learns nothing; "
+            "use loss: local, or carry: sequential"
+        )
     for outer, inner in zip(levels, levels[1:]):
         if outer.clock == inner.clock and (outer.period == inner.period or outer.period % inner.period):
             raise ValueError(

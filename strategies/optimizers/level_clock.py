@@ -119,8 +119,7 @@ class LevelClock(Joined):
 
     def _start(self, weight: Tensor) -> Tensor:
         """Where a weight of a nested level began; before the first step, where it is."""
-        own = self.state[weight] if weight in self.state else {}
-        start = own.pop("start", None)
+        start = self.state.get(weight, {}).pop("start", None)
         return weight.detach().clone() if start is None else start
 
     def _begin_anew(self, weights: list[Tensor], starts: list[Tensor], rate: float) -> None:

@@ -1,4 +1,4 @@
-"""Token levels that begin anew inside of slower ones: against a loop over tokens, in parts, packed, and their limits."""
+"""Token levels that begin anew inside of slower ones: against a loop over tokens, in parts, packed; their limits."""
 
 from __future__ import annotations
 
