@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from clplat.architectures.associative_memory import lact, miras, titans_kinds, tnt  # noqa: F401
+from clplat.architectures.associative_memory import lact, miras, titans_presets, tnt  # noqa: F401
 from clplat.architectures.associative_memory.carrying import CarryingMixer
 from clplat.architectures.associative_memory.guard import blamed
 from clplat.architectures.associative_memory.layout import documents_of

@@ -23,7 +23,7 @@ from clplat.architectures.associative_memory.presets import (
     TTTLinear,
 )
 from clplat.architectures.associative_memory.rule import BiasOptions, MemoryRule, NetworkOptions
-from clplat.architectures.associative_memory.titans_kinds import TitansMAC, TitansMAG, TitansMAL
+from clplat.architectures.associative_memory.titans_presets import TitansMAC, TitansMAG, TitansMAL
 from clplat.architectures.associative_memory.tnt import TNT
 from clplat.architectures.continuum_memory.options import CMSLevel, ContinuumMemory
 from clplat.architectures.contract import CHECKS

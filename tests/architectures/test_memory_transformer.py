@@ -28,7 +28,7 @@ from clplat.architectures.associative_memory.presets import (
     TTTLinear,
 )
 from clplat.architectures.associative_memory.state import Tokens
-from clplat.architectures.associative_memory.titans_kinds import TitansMAC, TitansMAG, TitansMAL
+from clplat.architectures.associative_memory.titans_presets import TitansMAC, TitansMAG, TitansMAL
 from clplat.architectures.associative_memory.tnt import TNT
 from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransformer
 from clplat.architectures.mlp import MLP
