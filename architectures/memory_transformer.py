@@ -26,10 +26,9 @@ from clplat.architectures.associative_memory.carrying import CarryingMixer
 from clplat.architectures.associative_memory.guard import blamed
 from clplat.architectures.associative_memory.layout import documents_of
 from clplat.architectures.associative_memory.memory import AssociativeMemory
-from clplat.architectures.associative_memory.mixer import MemoryMixer
 from clplat.architectures.associative_memory.presets import LayerKind, TitansLMM
 from clplat.architectures.associative_memory.reading import Reading, StartsOfItself
-from clplat.architectures.associative_memory.telemetry import measured
+from clplat.architectures.associative_memory.telemetry import ShowsWrites, measured
 from clplat.architectures.base import LevelPeriod, State
 from clplat.architectures.continuum_memory.feed import ContinuumFeed
 from clplat.architectures.continuum_memory.next_token import NextTokenLevel
@@ -165,10 +164,10 @@ class MemoryTransformer(Decoder):
     def measurements(self) -> Mapping[str, float]:
         """What the memories of each layer did with the first row that was evaluated last; see `telemetry.measured`."""
         found: dict[str, float] = {}
-        for name, mixer in self.named_modules():
-            if isinstance(mixer, MemoryMixer):
+        for name, layer in self.named_modules():
+            if isinstance(layer, ShowsWrites):
                 place = name.removeprefix("blocks.")
-                found |= {f"memory.{place}.{key}": value for key, value in measured(mixer, f"layer {place}").items()}
+                found |= {f"memory.{place}.{key}": value for key, value in measured(layer, f"layer {place}").items()}
         return found
 
     def not_finite(self) -> str | None:

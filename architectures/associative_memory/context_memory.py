@@ -19,7 +19,8 @@ from clplat.architectures.associative_memory.mixer import MemoryMixer
 from clplat.architectures.associative_memory.presets import MemoryLayer
 from clplat.architectures.associative_memory.reading import Reading
 from clplat.architectures.associative_memory.segments import cut
-from clplat.architectures.associative_memory.state import MemoryState, either
+from clplat.architectures.associative_memory.state import MemoryState, Tokens, either
+from clplat.architectures.associative_memory.telemetry import Written
 from clplat.architectures.associative_memory.windowed_memory import mixer_of
 
 
@@ -41,9 +42,13 @@ class ContextMemory(nn.Module):
         # What attention gives is the gate of the memory's answers.
         plain = dataclasses.replace(layer.projection, output_gate="none")
         self.mixer = MemoryMixer(**{**mixer_of(layer, hidden_size), "projection": plain})
+        self.last_row: Tensor | None = None
+        """As in `CarryingMixer`."""
 
     def forward(self, x_BTC: Tensor, reading: Reading) -> Tensor:
         """A full pass."""
+        if not self.training:
+            self.last_row = x_BTC[:1].detach().clone()
         before, memory = self._first(len(x_BTC))
         if reading.documents is None:
             return self._segments(x_BTC, before, memory, None)
@@ -73,6 +78,18 @@ class ContextMemory(nn.Module):
         nothing = self.query.weight.new_zeros(batch_size, 0, self.query.in_features)
         return (before, tuple(memory), memory.offset), nothing, nothing[..., :0], memory.offset
 
+    def written(self, x_BTC: Tensor) -> dict[str, Written]:
+        """What the memory does with a row (1, T, C), segment after segment."""
+        learner, parts = self.mixer.memory, []
+        before, memory = self._first(1)
+        first, backend = memory.weights, learner.backend
+        for part in x_BTC.split(self.segment, 1):
+            _, tokens, before = self._attended(part, before, memory)
+            _, memory = learner.aligned(tokens, memory)
+            parts.append(tokens)
+        learner.backend = backend
+        return {"": Written(learner, tuple(parts), first, memory.weights)}
+
     def mixing_flops(self, tokens: int) -> float:
         """As both parts, and the memory is asked once more."""
         asked = 2.0 * tokens * sum(heads * wide * out for heads, wide, out in self.mixer.memory.shapes)
@@ -95,6 +112,12 @@ class ContextMemory(nn.Module):
 
     def _read(self, x_BLC: Tensor, before: Tensor, memory: MemoryState) -> tuple[Tensor, Tensor, MemoryState]:
         """A segment's output, with convolution and memory behind it."""
+        mixed, tokens, behind = self._attended(x_BLC, before, memory)
+        answers, memory = self.mixer.memory.aligned(tokens, memory)
+        return self.mixer._given_out(mixed, answers, mixed), behind, memory
+
+    def _attended(self, x_BLC: Tensor, before: Tensor, memory: MemoryState) -> tuple[Tensor, Tokens, Tensor]:
+        """What attention gives for a segment, what the memory is to learn of it, and the convolution behind it."""
         mixer = self.mixer
         asked = mixer.memory.features(self.query(x_BLC).unflatten(-1, (mixer.num_heads, -1)).transpose(1, 2))
         recalled = mixer.memory.read(memory.weights, asked.to(memory.weights[0].dtype))
@@ -102,9 +125,7 @@ class ContextMemory(nn.Module):
         mixed = self.attention(x_BLC, recalled, self.persistent.inputs).to(x_BLC.dtype)
         qkv = mixer.qkv(mixed)
         tokens = mixer.memory.prepared(mixer._tokens(mixed, qkv, before, None))
-        answers, memory = mixer.memory.aligned(tokens, memory)
-        behind = torch.cat([before.to(qkv.dtype), qkv], 1)[:, qkv.shape[1] :]
-        return mixer._given_out(mixed, answers, mixed), behind, memory
+        return mixed, tokens, torch.cat([before.to(qkv.dtype), qkv], 1)[:, qkv.shape[1] :]
 
     def _closed(
         self, before: Tensor, memory: MemoryState, start_B: Tensor, pending: Tensor, count_B: Tensor
