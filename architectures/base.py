@@ -72,6 +72,11 @@ class Architecture(nn.Module):
     def task_start(self, task: Task) -> None:
         """A task begins; may grow the model."""
 
+    def may_grow(self) -> bool:
+        """Whether `task_start` may change the shape of what the model holds. A class whose `task_start` does not says so
+        of itself, and not of subclasses with another one."""
+        return type(self).task_start is not Architecture.task_start
+
     def step_end(self, outcome: StepOutcome) -> None:
         """An optimizer step is done; delayed writes to memory live here."""
 
@@ -116,9 +121,10 @@ class Architecture(nn.Module):
 def as_in_task(architecture: Architecture, tasks: Sequence[Task]) -> Architecture:
     """A copy as it is once all of `tasks` have started, so that growth is known before anything is trained.
 
-    The model itself where no task changes it. The global random source is left as it was.
+    The model itself where no task makes it grow: a copy of all weights is what a large model has no room for. The
+    global random source is left as it was.
     """
-    if type(architecture).task_start is Architecture.task_start:
+    if not architecture.may_grow():
         return architecture
     later = copy.deepcopy(architecture)
     with torch.random.fork_rng(devices=[]):

@@ -151,6 +151,10 @@ class MemoryTransformer(Decoder):
         """Layers that are read in stages enter the one of that task."""
         self._enter(task.index)
 
+    def may_grow(self) -> bool:
+        """Stages are chunks and step sizes: no weight depends on them."""
+        return type(self).task_start is not MemoryTransformer.task_start
+
     def structure(self) -> Mapping[str, Any]:
         """The task whose stage layers are in, if any has stages."""
         tasks = [module.task for module in self._staged()]
