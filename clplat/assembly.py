@@ -117,7 +117,7 @@ def _shapes(architecture: Architecture) -> dict[str, torch.Size]:
 
 
 def prepared_stream(config: RunConfig) -> Stream:
-    """The stream with its data read, every task checked not to be empty."""
+    """The stream with its data read, cut to its first tasks where asked for, every task checked not to be empty."""
     stream: Stream = build(config.stream, "stream", "stream", {"seed": config.seed})
     try:
         stream.prepare()
@@ -125,6 +125,10 @@ def prepared_stream(config: RunConfig) -> Stream:
         raise ConfigError(f"stream: {error}") from error
     if not stream.tasks:
         raise ConfigError(f"stream: {type(stream).__name__} has no tasks")
+    if config.tasks is not None:
+        if config.tasks > len(stream.tasks):
+            raise ConfigError(f"tasks: the first {config.tasks} were asked for, and the stream has {len(stream.tasks)}")
+        stream.tasks = stream.tasks[: config.tasks]
     for task in stream.tasks:
         for name, data in (("training", task.train), ("test", task.test.data)):
             if len(data) == 0:

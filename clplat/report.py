@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 
 from clplat.errors import ConfigError, nearest
+from clplat.journal import ENDED
 from clplat.metrics import paired, verdict
 from clplat.result_table import Scores
 from clplat.study_results import StudyResults
@@ -119,12 +120,9 @@ def difference(study: StudyResults, variant: str, base: str, metric: str = "fina
 
 def notes(study: StudyResults, baseline: str | None = None) -> list[str]:
     """Missing and failed runs, a baseline that is not there, and budgets that are not equal between compared arms."""
-    found = [
-        f"{run.variant}, seed {run.seed}: {run.status} {run.tags.get('status_reason', '')}".strip()
-        for run in study.runs
-        if run.status != "FINISHED"
-    ]
-    found += [f"{variant}, seed {seed}: no record of it yet" for variant, seed in study.missing()]
+    found = _unfinished(study)
+    if pruned := [run for run in study.runs if run.status == "PRUNED"]:
+        found.append(f"{len(pruned)} runs were pruned, at a boundary where others were better; they count nowhere")
     base = baseline_of(study, baseline)
     if base and not study.by_seed(base, "final_score"):
         found.append(f"the baseline {base} has no finished run, so that nothing is compared with it")
@@ -139,6 +137,22 @@ def notes(study: StudyResults, baseline: str | None = None) -> list[str]:
             listed = ", ".join(f"{variant} {value:,.4g}" for variant, value in means.items())
             found.append(f"unequal {name.removeprefix('cost/')}: {listed}; these arms are not on one budget")
     return found
+
+
+def _unfinished(study: StudyResults) -> list[str]:
+    """A line for runs of a variant that stand alike; what resumes one then names the study, which resumes all."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for run in study.runs:
+        if run.status not in ENDED:
+            reason = run.tags.get("status_reason", "")
+            says = f"{run.status} {reason.replace(f'/{run.variant}-s{run.seed}`', '`')}".strip()
+            alike.setdefault((run.variant, says), []).append(run.seed)
+    for variant, seed in study.missing():
+        alike.setdefault((variant, "no record of it yet"), []).append(seed)
+    return [
+        f"{variant}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}: {says}"
+        for (variant, says), seeds in alike.items()
+    ]
 
 
 def finding(study: StudyResults, baseline: str | None = None) -> str:

@@ -160,7 +160,9 @@ def load_study_results(study: str, uri: str | None = None) -> StudyResults:
     order = {pair: number for number, pair in enumerate(planned)}
     return StudyResults(
         name=tags["study"], run_id=parent.info.run_id, uri=uri, baseline=tags["baseline"] or None,
-        folder=tags["folder"], planned=planned, runs=sorted(runs, key=lambda run: order[run.variant, run.seed]),
+        folder=tags["folder"], planned=planned,
+        # A search that is under way has runs that its parent does not name yet.
+        runs=sorted(runs, key=lambda run: order.get((run.variant, run.seed), len(order))),
     )  # fmt: skip
 
 
@@ -203,7 +205,8 @@ def _record(connection: Any, run: Any) -> RunRecord:
             tables.append(ResultTable.from_csv(Path(file)) if file else None)
     table, inside = tables
     return RunRecord(
-        run_id=run.info.run_id, variant=tags["variant"], seed=int(tags["seed"]), status=run.info.status,
+        run_id=run.info.run_id, variant=tags["variant"], seed=int(tags["seed"]),
+        status="PRUNED" if tags.get("pruned") == "true" and run.info.status == "KILLED" else run.info.status,
         tags=dict(tags), metrics=dict(run.data.metrics), table=table, curve=inside.as_curve() if inside else (),
     )  # fmt: skip
 
@@ -216,6 +219,12 @@ def journal_results(folder: Path) -> StudyResults:
         planned=list(itertools.product(study.variants or [study.name], study.seeds)),
         runs=[_record_of_folder(run) for run in run_folders(folder) if (run / journal.NAME).is_file()],
     )  # fmt: skip
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """The last value of every metric of a run, out of its own folder and as far as it has come."""
+    translator = Translator()
+    return {key: value for entry in journal.read(folder) for key, value, *_ in translator.points(entry)}
 
 
 def _record_of_folder(folder: Path) -> RunRecord:

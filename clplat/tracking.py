@@ -238,6 +238,10 @@ class Feed:
     def _end(self, status: str) -> None:
         if (self.folder / "artifacts").is_dir():
             self._client.log_artifacts(self._state["run_id"], str(self.folder / "artifacts"))
+        if status == "PRUNED":
+            # MLflow has no such status: there the run was ended before its end, and a tag says why.
+            self._client.set_tag(self._state["run_id"], "pruned", "true")
+            status = "KILLED"
         # The time of the last entry, so that a record sent later does not stretch the run.
         self._client.set_terminated(self._state["run_id"], status=status, end_time=self._last_time or None)
 

@@ -48,14 +48,16 @@ class SelfModifyingMixer(CarryingMixer):
     def mixing_flops(self, tokens: int) -> float:
         """Operations of the memories beyond 2 for each weight that they begin with. For every number of a layer: 2 to
         ask it with the key, 2 with the value for a target, behind the first layer 2 for the error's way back, 2 to
-        write it and 2 for momentum; to erase, 2 to ask it and its momentum each and 2 to write; 2 to ask those that
-        make something and the one that answers. Inside chunks: products of inputs with each other and with steps."""
+        write it and 2 for momentum; to erase, 2 to ask its momentum, 2 to ask it where that is not known of its
+        gradient, and behind the first layer 2 to write; 2 to ask those that make something and the one that answers.
+        Inside chunks: products of inputs with each other and with steps."""
         options, total, count = self.options, 0.0, len(self.memory.names)
         chunk, momentum = min(group.chunk for group in self.memory.groups), options.momentum
+        apart = len(self.memory.groups) > 1
         for layer, (heads, inputs, outputs) in enumerate(self.memory.shapes):
             erases = self.memory.rule.erases(layer)
             passes = 4.0 + 2.0 * (options.target == "self") + 2.0 * bool(layer) + 2.0 * momentum
-            passes += erases * (4.0 + 2.0 * momentum) + 2.0 + 2.0 * momentum / count
+            passes += erases * 2.0 * (bool(layer) + momentum + apart) + 2.0 + 2.0 * momentum / count
             # The memories' first layers share their keys; one memory is read.
             sharing = 1.0 if layer else 1.0 / count
             inside = erases * (2 * inputs * sharing + outputs) + (1 + erases) * (inputs + outputs) / count

@@ -34,7 +34,8 @@ class SelfModifyingOptions:
     chunk began; the longer is a multiple of the shorter. `read`: by the memory before the token's own write, behind it,
     or as the chunk began. `max_rate` bounds the step sizes: 1 where memories erase, else 1 / chunk. Steps with momentum
     are multiplied by 1 − momentum if `damped`; what is erased is not. `rate_start`, a share of `max_rate`, and the
-    other starts are what gates begin with.
+    other starts are what gates begin with. `compiled`: what has no kernel computes a chunk as one graph of
+    torch.compile, which changes speed, bytes and rounding alone.
     """
 
     group: ClassVar[str] = "options"
@@ -54,6 +55,7 @@ class SelfModifyingOptions:
     read: Read = "before"
     max_rate: float | None = None
     damped: bool = True
+    compiled: bool = False
     conv_width: int = 4
     output_gate: OutputGate = "silu"
     rate_start: float = 0.5

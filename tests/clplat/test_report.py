@@ -93,6 +93,19 @@ def test_failed_and_missing_runs_and_unequal_budgets_are_said(store: str) -> Non
     assert "loss is NaN at step 13" in page and "unequal steps" in page
 
 
+def test_runs_of_a_variant_that_stand_alike_are_said_once_with_what_resumes_them_all(store: str) -> None:
+    study = Made(store, ["naive", "er"], [0, 1, 2])
+    for seed in (0, 1, 2):
+        study.run("naive", seed, NAIVE[0])
+    for seed in (0, 2):
+        reason = f"stopped by SIGTERM; `clplat resume runs/digits/er-s{seed}` goes on from here"
+        study.run("er", seed, ER[0][:2], status="KILLED", reason=reason)
+    assert notes(load_study_results("digits", store)) == [
+        "er, seeds 0, 2: KILLED stopped by SIGTERM; `clplat resume runs/digits` goes on from here",
+        "er, seed 1: no record of it yet",
+    ]
+
+
 def test_a_study_stopped_before_its_baseline_ran_is_compared_all_the_same(store: str) -> None:
     study = Made(store, ["naive", "er"], [0], baseline="naive")
     study.run("er", 0, ER[0])
