@@ -73,8 +73,8 @@ class Architecture(nn.Module):
         """A task begins; may grow the model."""
 
     def may_grow(self) -> bool:
-        """Whether `task_start` may change the shape of what the model holds. A class whose `task_start` does not says so
-        of itself, and not of subclasses with another one."""
+        """Whether `task_start` may change the shape of what the model holds. A class whose `task_start` does not says
+        so of itself, and not of subclasses with another one."""
         return type(self).task_start is not Architecture.task_start
 
     def step_end(self, outcome: StepOutcome) -> None:

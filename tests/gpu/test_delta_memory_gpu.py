@@ -2,9 +2,9 @@
 
     pytest tests/gpu -x
 
-What both memories owe is in test_memory_operations_gpu.py, what needs no GPU in tests/kernels. Every kind of case (mode,
-gates, widths, chunk, type, packed or not) costs some seconds for its seven kernels to compile, so there are few, the
-most telling first, and all have one length.
+What both memories owe is in test_memory_operations_gpu.py, what needs no GPU in tests/kernels. Every kind of case
+(mode, gates, widths, chunk, type, packed or not) costs some seconds for its seven kernels to compile, so there are few,
+the most telling first, and all have one length.
 """
 
 from __future__ import annotations

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from memory_problems import Draws, Problems, Sizes, Tensors, given_out
+from memory_problems import Draws, Problems, Sizes, Tensors, covering, distances, given_out  # noqa: F401
 
 from clplat.kernels.delta_memory import MemoryState, Mode, delta_memory
 from clplat.kernels.delta_memory.reference import recurrent
 
+# The tests of `self_modifying` take `covering` and `distances` from here.
 STATES = ("W", "S", "anchor")
 
 
