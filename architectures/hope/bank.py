@@ -85,11 +85,17 @@ class Bank:
     count: int
 
     def answers(self, weights: Layers, x_BHTD: Tensor) -> tuple[Tensor, ...]:
-        """What the first `count` of several memories give to x, (B, H, T, D) of each, by weights all tokens share."""
+        """What the first `count` of several memories give to x, (B, H, T, D) of each, by weights all tokens share.
+        x may be (B, H, T, count, D), an input for each."""
         heads, wide = self.count * x_BHTD.shape[1], self.count * self._width(weights)
         first = weights[0].split([wide, weights[0].shape[-1] - wide], -1)[0]
         layers = (first, *(part.split([heads, part.shape[1] - heads], 1)[0] for part in weights[1:]))
-        return self._read(layers, x_BHTD).unflatten(1, (self.count, -1)).unbind(1)
+        if x_BHTD.ndim == 5:
+            apart = first.unflatten(3, (self.count, -1)).permute(0, 3, 1, 2, 4).flatten(1, 2)
+            read = self.network.read((apart, *layers[1:]), x_BHTD.permute(0, 3, 1, 2, 4).flatten(1, 2))
+        else:
+            read = self._read(layers, x_BHTD)
+        return read.unflatten(1, (self.count, -1)).unbind(1)
 
     def last_answers(self, weights: Layers, x_BHTD: Tensor) -> Tensor:
         """What the last memory gives to x."""

@@ -16,7 +16,7 @@ class HeadInputs(NamedTuple):
     """Tokens as the heads see them. What a memory makes is None here."""
 
     x: Tensor
-    """(B, H, T, D), of which the memories make the rest."""
+    """(B, H, T, D), of which the memories make the rest, or (B, H, T, G, D), for each of G that do its own."""
     query: Tensor | None
     """(B, H, T, D), and so are key and value."""
     key: Tensor | None

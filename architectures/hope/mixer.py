@@ -21,7 +21,9 @@ class SelfModifyingMixer(CarryingMixer):
     short convolution and passed through SiLU first, as queries and what else is not made are."""
 
     def __init__(self, *, hidden_size: int, num_heads: int, options: SelfModifyingOptions) -> None:
-        self.projected = ["x", *(name for name in ("query", "key", "value") if name not in options.generated)]
+        own = [f"x of {name}" for name in options.generators] if options.inputs == "own" else []
+        self.inputs = own or ["x"]
+        self.projected = [*self.inputs, *(name for name in ("query", "key", "value") if name not in options.generated)]
         super().__init__(
             hidden_size=hidden_size, num_heads=num_heads, channels=len(self.projected) * hidden_size,
             conv_width=options.conv_width, output_gate=options.output_gate,
@@ -78,7 +80,8 @@ class SelfModifyingMixer(CarryingMixer):
             wide = torch.promote_types(heads.dtype, torch.float32)
             raw = (F.linear(x_BTC, self.gates.weight).to(wide) + self.gates.bias.to(wide)).mT
             gates = dict(zip(self.gated, raw.split(self.num_heads, dim=1), strict=True))
+        x = named["x"] if "x" in named else heads[: len(self.inputs)].permute(1, 2, 3, 0, 4)
         return HeadInputs(
-            named["x"], named.get("query"), named.get("key"), named.get("value"), gates.get("rate"),
+            x, named.get("query"), named.get("key"), named.get("value"), gates.get("rate"),
             gates.get("decay"), gates.get("momentum"), counts_BT,
         )  # fmt: skip

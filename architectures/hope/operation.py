@@ -19,7 +19,7 @@ def operation_for(options: SelfModifyingOptions) -> SelfModifyingOperation | Non
     """What computes such memories; None where only the chunked form here does."""
     network, wanted = options.network, ("key", "value", "rate", "decay")[: 3 + options.decay]
     matrix = network.kind == "mlp" and network.depth == 1 and not network.residual
-    usual = options.generators == wanted and options.bias.kind == "l2" and options.target == "self"
+    usual = options.generators == wanted and options.bias.kind == "l2"
     if not matrix or not usual or options.read != "before" or len(options.groups) > 1:
         return None
     return SelfModifyingOperation(options)
@@ -27,7 +27,7 @@ def operation_for(options: SelfModifyingOptions) -> SelfModifyingOperation | Non
 
 @dataclass(frozen=True)
 class SelfModifyingOperation:
-    """Matrices that all share a chunk, learn what they answer to values, and are read before each write."""
+    """Matrices that all share a chunk and are read before each write."""
 
     options: SelfModifyingOptions
     name: ClassVar[str] = "self_modifying"
@@ -46,7 +46,7 @@ class SelfModifyingOperation:
         options, heads = self.options, inputs.x.shape[1]
         rule = kernel.Rule(
             delta=options.delta, max_rate=options.largest_rate, max_gradient=options.max_gradient,
-            unit_values=options.unit_values,
+            unit_values=options.unit_values, self_targets=options.target == "self",
         )  # fmt: skip
         names = ("rate", "decay")[: len(readouts)]
         gates = [part[name].squeeze(1) for name in names for part in (readouts, biases)]

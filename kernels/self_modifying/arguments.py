@@ -33,21 +33,30 @@ def _check_tokens(inputs: Inputs) -> None:
             raise ValueError(f"{name}: must be a tensor of floating-point numbers, got {kind}")
         if part is not None and part.device != x.device:
             raise ValueError(f"{name}: is on {part.device}, x on {x.device}; move them together")
-    if x.ndim != 4 or x.shape != inputs.q.shape:
-        raise ValueError(f"x and q must be (B, T, H, D) alike, got {tuple(x.shape)} and {tuple(inputs.q.shape)}")
+    alike = x.shape == inputs.q.shape or (x.ndim == 5 and (*x.shape[:3], x.shape[4]) == inputs.q.shape)
+    if inputs.q.ndim != 4 or not alike:
+        raise ValueError(
+            f"x and q must be (B, T, H, D) alike, or x (B, T, H, M - 1, D), got {tuple(x.shape)} and "
+            f"{tuple(inputs.q.shape)}"
+        )
     for name, gate in (("log_momentum", inputs.log_momentum), ("damping", inputs.damping)):
         if gate is not None and gate.shape != x.shape[:3]:
             raise ValueError(f"{name}: must be (B, T, H) = {tuple(x.shape[:3])}, got {tuple(gate.shape)}")
 
 
 def _check_readouts(readouts: Readouts, inputs: Inputs) -> None:
-    heads, width = inputs.x.shape[2:]
+    heads, width = inputs.q.shape[2:]
     if (readouts.decay is None) != (readouts.decay_bias is None):
         raise ValueError("readouts.decay and readouts.decay_bias: give both or neither")
     for name, part in readouts._asdict().items():
         shape = (heads,) if name.endswith("bias") else (heads, width)
         if part is not None and part.shape != shape:
             raise ValueError(f"readouts.{name}: must be {shape}, got {tuple(part.shape)}")
+    made = 3 + (readouts.decay is not None)
+    if inputs.x.ndim == 5 and inputs.x.shape[3] != made:
+        raise ValueError(
+            f"x: must have an input for each of {made} matrices that make something, got {inputs.x.shape[3]}"
+        )
 
 
 def _check_state(
@@ -55,7 +64,7 @@ def _check_state(
 ) -> None:  # fmt: skip
     if not isinstance(state, SelfModifyingState):
         raise ValueError(f"state: must be a SelfModifyingState, as a call returns it, got {type(state).__name__}")
-    heads, width = inputs.x.shape[2:]
+    heads, width = inputs.q.shape[2:]
     shape = (sequences, 4 + (readouts.decay is not None), heads, width, width)
     for name, part in (("W", state.W), ("S", state.S), ("anchor", state.anchor)):
         if part is not None and part.shape != shape:

@@ -86,13 +86,14 @@ def walked(
 ) -> None:  # fmt: skip
     """Launches `walk`, which changes `states`: one row for each sequence, or with `kept` for each group."""
     x, q, log_momentum, damping = inputs
-    keys = torch.empty(x.shape, dtype=layout.dtype, device=x.device) if keys is None else keys
+    keys = torch.empty(q.shape, dtype=layout.dtype, device=x.device) if keys is None else keys
     values, kept_W, kept_S, slopes, answers, squares, made = kept or (None,) * 7
     walk[(len(states.W), layout.H)](
         x, q, log_momentum, damping, *readouts, states.W, states.S, begun.anchor, states.anchor, o, keys, values,
         *(starts or (None, None)), kept_W, kept_S, slopes, answers, squares, made, cu_seqlens, begun.offset,
-        *strides(x), *strides(q), *_bounds(layout), layout.T, layout.N, layout.slots, layout.group_slots,
-        PER=layout.per, BN=triton.next_power_of_2(layout.N), ANCHOR=states.anchor is not None, READ=o is not None,
+        *strides(x), _between_inputs(x), *strides(q), *_bounds(layout), layout.T, layout.N, layout.slots,
+        layout.group_slots, PER=layout.per, BN=triton.next_power_of_2(layout.N), ANCHOR=states.anchor is not None,
+        READ=o is not None,
         KEEP=kept is not None, MARK=starts is not None, GROUPED=kept is not None,
         **layout.constants(), **options("walk", layout),
     )  # fmt: skip
@@ -104,12 +105,12 @@ def backward(
 ) -> Gradients:  # fmt: skip
     """Adjoints of all inputs; `do` (B, T, H, D) dense, `dend` that of the end state, whose tensors are changed."""
     (x, q, log_momentum, damping), device = inputs, inputs.x.device
-    kept, keys = _room(x, layout), torch.empty(x.shape, dtype=layout.dtype, device=device)
+    kept, keys = _room(q, layout), torch.empty(q.shape, dtype=layout.dtype, device=device)
     copies = SelfModifyingState(starts.W.clone(), None if starts.S is None else starts.S.clone())
     walked(inputs, readouts, copies, state, cu_seqlens, layout, kept=kept, keys=keys)
     wide = {"dtype": layout.accumulator, "device": device}
-    dx, dq = (torch.empty(x.shape, dtype=layout.dtype, device=device) for _ in range(2))
-    dk_read, dsteps, derased = (torch.empty(x.shape, **wide) for _ in range(3))
+    dx, dq = (torch.empty(part.shape, dtype=layout.dtype, device=device) for part in (x, q))
+    dk_read, dsteps, derased = (torch.empty(q.shape, **wide) for _ in range(3))
     dsquares = torch.empty(layout.all_slots, layout.H, 2, layout.C, layout.C, **wide)
     dvectors = torch.empty(layout.all_slots, layout.H, 2, layout.C, **wide)
     constants, middle = layout.constants(), kept[1:]
@@ -125,8 +126,8 @@ def backward(
     write_back[(layout.N, layout.H)](
         x, q, log_momentum, damping, readouts.rate, readouts.decay, keys, kept.values, state.anchor, *middle, do,
         dk_read, dsteps, derased, dsquares, dvectors, dend.W, dend.S, dend.anchor, dx, dmomentum, ddamping, dreadouts,
-        dbiases, cu_seqlens, state.offset, *strides(x), *strides(q), *_bounds(layout), layout.T, layout.slots,
-        ANCHOR=layout.open_chunk, **constants, **options("write_back", layout),
+        dbiases, cu_seqlens, state.offset, *strides(x), _between_inputs(x), *strides(q), *_bounds(layout), layout.T,
+        layout.slots, ANCHOR=layout.open_chunk, **constants, **options("write_back", layout),
     )  # fmt: skip
     read = [part.clone() for pair in zip(dreadouts.sum(0).unbind(1), dbiases.sum(0).unbind(1)) for part in pair]
     return Gradients(
@@ -135,15 +136,20 @@ def backward(
     )  # fmt: skip
 
 
-def _room(x: Tensor, layout: Layout) -> Kept:
+def _between_inputs(x: Tensor) -> int:
+    """Numbers between the inputs of two matrices of one token; none where they share one."""
+    return x.stride(3) if x.ndim == 5 else 0
+
+
+def _room(q: Tensor, layout: Layout) -> Kept:
     """Where `walk` keeps what chunks made."""
     chunks, erases = (layout.all_slots, layout.H), layout.rule.delta != "none"
-    states = [x.new_empty(*chunks, layout.M, layout.D, layout.D) for _ in range(1 + layout.momentum)]
-    tokens = [x.new_empty(*x.shape[:3], layout.M, layout.D) for _ in range(1 + erases)]
-    made = torch.empty(*chunks, int(NUM_MADE.value), layout.C, dtype=layout.accumulator, device=x.device)
+    states = [q.new_empty(*chunks, layout.M, layout.D, layout.D) for _ in range(1 + layout.momentum)]
+    tokens = [q.new_empty(*q.shape[:3], layout.M, layout.D) for _ in range(1 + erases)]
+    made = torch.empty(*chunks, int(NUM_MADE.value), layout.C, dtype=layout.accumulator, device=q.device)
     return Kept(
-        x.new_empty(x.shape), states[0], states[1] if layout.momentum else None, tokens[0],
-        tokens[1] if erases else None, x.new_empty(*chunks, int(NUM_SQUARES.value), layout.C, layout.C), made,
+        q.new_empty(q.shape), states[0], states[1] if layout.momentum else None, tokens[0],
+        tokens[1] if erases else None, q.new_empty(*chunks, int(NUM_SQUARES.value), layout.C, layout.C), made,
     )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ class Layout:
     """N sequences of at most T tokens, H heads of D features with M matrices each, in chunks of C, `per` of which form
     a group.
 
-    `slots` are the places for chunks of each sequence, or of all where they are packed; `group_slots` those of groups.
+    `own`: each matrix that makes something has its own x. `slots` are the places for chunks of each sequence, or of all
+    where they are packed; `group_slots` those of groups.
     """
 
     N: int
@@ -38,18 +39,19 @@ class Layout:
     dtype: torch.dtype
     rule: Rule
     momentum: bool
+    own: bool
 
     @classmethod
     def of(
-        cls, x: Tensor, W: Tensor, rule: Rule, chunk: int, *, momentum: bool, packed: bool, offsets: bool
+        cls, x: Tensor, q: Tensor, W: Tensor, rule: Rule, chunk: int, *, momentum: bool, packed: bool, offsets: bool
     ) -> Layout:  # fmt: skip
-        (_, T, H, D), (N, M), per = x.shape, W.shape[:2], chunks_per_group(chunk)
+        (_, T, H, D), (N, M), per = q.shape, W.shape[:2], chunks_per_group(chunk)
         every = num_slots(N, T, chunk, packed=packed, offsets=offsets)
         groups = num_slots(N, T, chunk * per, packed=packed, offsets=offsets)
         return cls(
             N=N, T=T, H=H, D=D, M=M, C=chunk, per=per, packed=packed, offsets=offsets, all_slots=every,
             slots=every if packed else every // N, all_groups=groups, group_slots=groups if packed else groups // N,
-            dtype=x.dtype, rule=rule, momentum=momentum,
+            dtype=q.dtype, rule=rule, momentum=momentum, own=x.ndim == 5,
         )  # fmt: skip
 
     @property
@@ -70,7 +72,8 @@ class Layout:
             "H": self.H, "D": self.D, "M": self.M, "C": self.C, "BD": max(16, triton.next_power_of_2(self.D)),
             "DECAY": self.M == 5, "MOMENTUM": self.momentum, "ERASE": self.rule.delta != "none",
             "DIFFERENCE": self.rule.delta != "single", "BOUNDED": self.rule.max_gradient is not None,
-            "UNIT": self.rule.unit_values, "PACKED": self.packed, "OFFSETS": self.offsets,
+            "UNIT": self.rule.unit_values, "OWN": self.own,
+            "SELF": self.rule.self_targets, "PACKED": self.packed, "OFFSETS": self.offsets,
             "UPCAST": interpreting() and self.dtype == torch.bfloat16,
             "ACC": tl.float64 if self.dtype == torch.float64 else tl.float32,
             "PRECISION": "tf32" if self.dtype in (torch.bfloat16, torch.float16) else "tf32x3",

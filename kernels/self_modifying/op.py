@@ -30,7 +30,7 @@ def fused(
     gates = (None if gate is None else gate.to(state.W.dtype) for gate in inputs[2:])
     inputs = Inputs(inputs.x, inputs.q, *gates)
     keep = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in given)
-    kind = (DELTAS.index(rule.delta), rule.max_rate, rule.max_gradient, rule.unit_values)
+    kind = (DELTAS.index(rule.delta), rule.max_rate, rule.max_gradient, rule.unit_values, rule.self_targets)
     o, W, S, anchor, *_ = torch.ops.clplat.self_modifying_forward(
         *inputs, *readouts, *state, cu_seqlens, *kind, chunk, keep
     )
@@ -64,13 +64,23 @@ def _parts(
     inputs, readouts = Inputs(x, q, *rest[:2]), Readouts(*rest[2:6])  # type: ignore[arg-type]
     state, cu = SelfModifyingState(*rest[6:10]), rest[10]  # type: ignore[arg-type]
     layout = Layout.of(
-        x, state.W, rule, chunk, momentum=state.S is not None, packed=cu is not None, offsets=state.offset is not None
+        x,
+        q,
+        state.W,
+        rule,
+        chunk,
+        momentum=state.S is not None,
+        packed=cu is not None,
+        offsets=state.offset is not None,
     )
     return inputs, readouts, state, cu, layout
 
 
-def _rule(delta: int, max_rate: float, max_gradient: float | None, unit_values: bool) -> Rule:
-    return Rule(delta=DELTAS[delta], max_rate=max_rate, max_gradient=max_gradient, unit_values=unit_values)  # type: ignore[arg-type]
+def _rule(delta: int, max_rate: float, max_gradient: float | None, unit_values: bool, self_targets: bool) -> Rule:
+    return Rule(
+        delta=DELTAS[delta], max_rate=max_rate, max_gradient=max_gradient, unit_values=unit_values,  # type: ignore[arg-type]
+        self_targets=self_targets,
+    )  # fmt: skip
 
 
 @torch.library.custom_op("clplat::self_modifying_forward", mutates_args=())
@@ -78,13 +88,13 @@ def forward_op(
     x: Tensor, q: Tensor, log_momentum: Tensor | None, damping: Tensor | None, rate: Tensor, rate_bias: Tensor,
     decay: Tensor | None, decay_bias: Tensor | None, W: Tensor, S: Tensor | None, anchor: Tensor | None,
     offset: Tensor | None, cu_seqlens: Tensor | None, delta: int, max_rate: float, max_gradient: float | None,
-    unit_values: bool, chunk: int, keep: bool,
+    unit_values: bool, self_targets: bool, chunk: int, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """o, the end state's W, S and anchor, and W and S before all groups of chunks, which the backward pass needs."""
     from clplat.kernels.self_modifying.launch import forward
 
     tensors = (x, q, log_momentum, damping, rate, rate_bias, decay, decay_bias, W, S, anchor, offset, cu_seqlens)
-    parts = _parts(tensors, _rule(delta, max_rate, max_gradient, unit_values), chunk)
+    parts = _parts(tensors, _rule(delta, max_rate, max_gradient, unit_values, self_targets), chunk)
     o, end, starts = forward(*parts, keep=keep)
     found = (o, *end[:3], *(starts or (None, None)))
     return tuple(x.new_empty(0) if part is None else part for part in found)  # type: ignore[return-value]
@@ -95,7 +105,7 @@ def _forward_shapes(
     x: Tensor, q: Tensor, log_momentum: Tensor | None, damping: Tensor | None, rate: Tensor, rate_bias: Tensor,
     decay: Tensor | None, decay_bias: Tensor | None, W: Tensor, S: Tensor | None, anchor: Tensor | None,
     offset: Tensor | None, cu_seqlens: Tensor | None, delta: int, max_rate: float, max_gradient: float | None,
-    unit_values: bool, chunk: int, keep: bool,
+    unit_values: bool, self_targets: bool, chunk: int, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     where = {"packed": cu_seqlens is not None, "offsets": offset is not None}
     groups = num_slots(len(W), x.shape[1], chunk * chunks_per_group(chunk), **where)
@@ -120,7 +130,7 @@ def backward_op(
     decay: Tensor | None, decay_bias: Tensor | None, W: Tensor, S: Tensor | None, anchor: Tensor | None,
     offset: Tensor | None, cu_seqlens: Tensor | None, starts_W: Tensor, starts_S: Tensor, do: Tensor,
     dW: Tensor | None, dS: Tensor | None, danchor: Tensor | None, delta: int, max_rate: float,
-    max_gradient: float | None, unit_values: bool, chunk: int,
+    max_gradient: float | None, unit_values: bool, self_targets: bool, chunk: int,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
@@ -128,7 +138,7 @@ def backward_op(
     from clplat.kernels.self_modifying.launch import Starts, backward
 
     tensors = (x, q, log_momentum, damping, rate, rate_bias, decay, decay_bias, W, S, anchor, offset, cu_seqlens)
-    parts = _parts(tensors, _rule(delta, max_rate, max_gradient, unit_values), chunk)
+    parts = _parts(tensors, _rule(delta, max_rate, max_gradient, unit_values, self_targets), chunk)
     wanted = (True, S is not None, parts[-1].open_chunk)
     given = [
         torch.zeros_like(parts[2].W) if part is None else part.clone(memory_format=torch.contiguous_format)
@@ -150,10 +160,10 @@ def _backward_shapes(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, delta, max_rate, max_gradient, unit_values, chunk, keep = inputs
+    *tensors, delta, max_rate, max_gradient, unit_values, self_targets, chunk, keep = inputs
     if not keep:
         raise RuntimeError("self_modifying_forward was called with keep=False for tensors that need gradients")
-    ctx.kind = (delta, max_rate, max_gradient, unit_values, chunk)
+    ctx.kind = (delta, max_rate, max_gradient, unit_values, self_targets, chunk)
     ctx.save_for_backward(*tensors, *output[4:])
     ctx.mark_non_differentiable(*output[4:])
     # Else zeros as large as all kept states would be made, for nothing.
@@ -168,7 +178,7 @@ def _backward(
     dS = None if saved[9] is None else dS
     found = torch.ops.clplat.self_modifying_backward(*saved, do, dW, dS, danchor, *ctx.kind)
     gradients = [None if part is None else gradient for part, gradient in zip(saved[:11], found, strict=True)]
-    return (*gradients, *(None,) * 8)
+    return (*gradients, *(None,) * 9)
 
 
 forward_op.register_autograd(_backward, setup_context=_setup)
@@ -189,14 +199,14 @@ Shape = tuple[int, ...]
 
 @register_flop_formula(torch.ops.clplat.self_modifying_forward)
 def _forward_flops(x: Shape, *rest: Any, **_: Any) -> int:
-    return _counted(x, rest[7], rest[8], delta=rest[12], chunk=rest[16])
+    return _counted(rest[0], rest[7], rest[8], delta=rest[12], chunk=rest[17])
 
 
 @register_flop_formula(torch.ops.clplat.self_modifying_backward)
 def _backward_flops(x: Shape, *rest: Any, **_: Any) -> int:
-    return 2 * _counted(x, rest[7], rest[8], delta=rest[18], chunk=rest[22])
+    return 2 * _counted(rest[0], rest[7], rest[8], delta=rest[18], chunk=rest[23])
 
 
-def _counted(x: Shape, W: Shape, S: Shape | None, *, delta: int, chunk: int) -> int:
+def _counted(q: Shape, W: Shape, S: Shape | None, *, delta: int, chunk: int) -> int:
     erases = DELTAS[delta] != "none"
-    return flops(x[0] * x[1], x[2], x[3], W[1], chunk, erases=erases, momentum=S is not None)
+    return flops(q[0] * q[1], q[2], q[3], W[1], chunk, erases=erases, momentum=S is not None)

@@ -7,7 +7,8 @@ head, with the matrices W′ as they were where the token's chunk began:
     k = unit(x W′_key)                       v = x W′_value, of unit length with `unit_values`
     e = max_rate · sigmoid(⟨x W′_rate, r⟩ + b)            a = sigmoid(⟨x W′_decay, s⟩ + c), or 1
     o = q W_M                                               before the token's own write
-    for each of the M matrices, with g = k W′ − v W′ (`delta: single`: −v W′), shortened to `max_gradient`:
+    for each of the M matrices, with g = k W′ − v W′ (`delta: single`: −v W′), shortened to `max_gradient`, and v in
+    place of v W′ where `self_targets` is off:
     S ← η S − e · damping · kᵀ g             η = exp(log_momentum), 0 without; damping 1 where none is given
     W ← a W − e kᵀ k W + S                   without the second term where `delta` is none
 
@@ -34,19 +35,21 @@ SHORTEST = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How the matrices learn. `max_rate` bounds step sizes, `max_gradient` a token's gradient of a matrix."""
+    """How the matrices learn. `max_rate` bounds step sizes, `max_gradient` a token's gradient of a matrix; with
+    `self_targets` each aims at what it answers to a value itself, else at the value."""
 
     delta: Delta = "double"
     max_rate: float = 1.0
     max_gradient: float | None = 1.0
     unit_values: bool = True
+    self_targets: bool = True
 
 
 class Inputs(NamedTuple):
     """The token-wise arguments, sliced together."""
 
     x: Tensor
-    """(B, T, H, D), of which keys, values and gates are made."""
+    """(B, T, H, D), of which keys, values and gates are made, or (B, T, H, M − 1, D), for each its own."""
     q: Tensor
     """(B, T, H, D)."""
     log_momentum: Tensor | None = None
@@ -59,7 +62,7 @@ class Inputs(NamedTuple):
         return Inputs(*(None if part is None else part[:, start:stop] for part in self))  # type: ignore[arg-type]
 
     def heads_first(self) -> Inputs:
-        """x, q (B, H, T, D), gates (B, H, T) in fp32 or wider."""
+        """x (B, H, T, …, D), q (B, H, T, D), gates (B, H, T) in fp32 or wider."""
         wide = torch.promote_types(self.x.dtype, torch.float32)
         return Inputs(*(None if part is None else part.transpose(1, 2).to(wide) for part in self))  # type: ignore[arg-type]
 
@@ -104,21 +107,30 @@ class Written(NamedTuple):
 
 def made(tokens: Inputs, anchor: Tensor, readouts: Readouts, rule: Rule) -> Written:
     """Keys, gates and gradients of `heads_first` tokens."""
-    x = tokens.x
-    k = F.normalize(x @ anchor[:, KEY], dim=-1, eps=SHORTEST)
-    v = x @ anchor[:, VALUE]
+    x = tokens.x.unbind(-2) if tokens.x.ndim == 5 else (tokens.x,) * 4
+    k = F.normalize(x[KEY] @ anchor[:, KEY], dim=-1, eps=SHORTEST)
+    v = x[VALUE] @ anchor[:, VALUE]
     v = F.normalize(v, dim=-1, eps=SHORTEST) if rule.unit_values else v
-    erase = rule.max_rate * _gate(x, anchor[:, RATE], readouts.rate, readouts.rate_bias).sigmoid()
+    erase = rule.max_rate * _gate(x[RATE], anchor[:, RATE], readouts.rate, readouts.rate_bias).sigmoid()
     log_decay = torch.zeros_like(erase)
     if readouts.decay is not None and readouts.decay_bias is not None:
-        gate = _gate(x, anchor[:, DECAY], readouts.decay, readouts.decay_bias)
+        gate = _gate(x[DECAY], anchor[:, DECAY], readouts.decay, readouts.decay_bias)
         log_decay = F.logsigmoid(gate).clamp(min=LOWEST_GATE)
-    slopes = (-v if rule.delta == "single" else k - v).unsqueeze(1) @ anchor
+    slopes = _slopes(k, v, anchor, rule)
     if rule.max_gradient is not None:
         size = k.square().sum(-1, keepdim=True).unsqueeze(1) * slopes.square().sum(-1, keepdim=True)
         slopes = slopes / (size.clamp(min=1e-30).sqrt() / rule.max_gradient).clamp(min=1.0)
     rate = erase if tokens.damping is None else erase * tokens.damping
     return Written(k, erase, rate, log_decay, slopes)
+
+
+def _slopes(k: Tensor, v: Tensor, anchor: Tensor, rule: Rule) -> Tensor:
+    """(B, M, H, L, D)."""
+    if rule.self_targets:
+        return (-v if rule.delta == "single" else k - v).unsqueeze(1) @ anchor
+    if rule.delta == "single":
+        return -v.unsqueeze(1).expand(-1, anchor.shape[1], -1, -1, -1)
+    return k.unsqueeze(1) @ anchor - v.unsqueeze(1)
 
 
 def _gate(x_BHLD: Tensor, matrix_BHDD: Tensor, readout_HD: Tensor, bias_H: Tensor) -> Tensor:

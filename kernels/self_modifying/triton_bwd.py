@@ -51,10 +51,11 @@ from clplat.kernels.self_modifying.triton_tiles import (
 def write_back(
     x, q, log_momentum, damping, rate_readout, decay_readout, keys, values, anchor, kept_W, kept_S, slopes, answers,
     squares, made, do, dk_read, dsteps, derased, dsquares, dvectors, dW, dS, danchor, dx, dmomentum, ddamping,
-    dreadouts, dbiases, cu_seqlens, offsets, x_row, x_token, x_head, q_row, q_token, q_head, max_rate, max_gradient, T,
-    slots,
+    dreadouts, dbiases, cu_seqlens, offsets, x_row, x_token, x_head, x_memory, q_row, q_token, q_head, max_rate,
+    max_gradient, T, slots,
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, DECAY: tl.constexpr,
     MOMENTUM: tl.constexpr, ERASE: tl.constexpr, DIFFERENCE: tl.constexpr, BOUNDED: tl.constexpr, UNIT: tl.constexpr,
+    OWN: tl.constexpr, SELF: tl.constexpr,
     ANCHOR: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -171,8 +172,15 @@ def write_back(
                 along_C = tl.sum(dslope_CD * g_CD, 1) / tl.maximum(gg_C, 1e-30)
                 dslope_CD = share_C[:, None] * (dslope_CD - tl.where(share_C < 1.0, along_C, 0.0)[:, None] * g_CD)
             dslopen_CD = dslope_CD.to(narrow)
-            ddifference_CD = plus(ddifference_CD, dslopen_CD, tl.trans(a_DD), ACC, PRECISION)
-            dsource_DD = dot(difference_DC, dslopen_CD, ACC, PRECISION)
+            if SELF:
+                ddifference_CD = plus(ddifference_CD, dslopen_CD, tl.trans(a_DD), ACC, PRECISION)
+                dsource_DD = dot(difference_DC, dslopen_CD, ACC, PRECISION)
+            else:
+                ddifference_CD += dslope_CD
+                dsource_DD = tl.zeros([BD, BD], dtype=ACC)
+                if DIFFERENCE:
+                    dk_CD = plus(dk_CD, dslopen_CD, tl.trans(a_DD), ACC, PRECISION)
+                    dsource_DD = dot(k_DC, dslopen_CD, ACC, PRECISION)
             if m == M - 1:
                 q_DC = load_turned(q + start * q_token, c, valid, q_token, d, D, UPCAST).to(ACC)
                 do_CD = load_tile(do + token * D, c, valid, H * D, d, D, UPCAST)
@@ -222,7 +230,7 @@ def write_back(
             tl.store(ddamping + token + c * H, drate_C * e_C, mask=c < valid)
         de_C += drate_C * damping_C
         dz_C = de_C * e_C * sigmoid(-z_C) * there_C
-        if DIFFERENCE:
+        if SELF and DIFFERENCE:
             dk_CD += ddifference_CD
         dk_CD = (dk_CD - k_wide_CD * tl.sum(dk_CD * k_wide_CD, 1)[:, None]) * tl.load(found + KEY_SHARE * C)[:, None]
         dv_CD = -ddifference_CD
@@ -243,11 +251,20 @@ def write_back(
         )
         dx_CD = dot(dk_CD, tl.trans(a_DD), ACC, PRECISION)
         add_to(to + KEY * step, dot(x_DC, dk_CD, ACC, PRECISION), D, BD)
+        dx_own = dx + token * (M - 1) * D
+        if OWN:
+            store_tile(dx_own + KEY * D, dx_CD, c, valid, H * (M - 1) * D, d, D)
+            dx_CD = tl.zeros([C, BD], dtype=ACC)
+            x_DC = load_turned(x + VALUE * x_memory + start * x_token, c, valid, x_token, d, D, UPCAST)
         a_DD = load_source(
             kept_W + kept + VALUE * size, anchor, own + VALUE * step, resumed, narrow, D, BD, OFFSETS, UPCAST
         )
         dx_CD = plus(dx_CD, dv_CD, tl.trans(a_DD), ACC, PRECISION)
         add_to(to + VALUE * step, dot(x_DC, dv_CD, ACC, PRECISION), D, BD)
+        if OWN:
+            store_tile(dx_own + VALUE * D, dx_CD, c, valid, H * (M - 1) * D, d, D)
+            dx_CD = tl.zeros([C, BD], dtype=ACC)
+            x_CD = load_tile(x + RATE * x_memory + start * x_token, c, valid, x_token, d, D, UPCAST)
         a_DD = load_source(
             kept_W + kept + RATE * size, anchor, own + RATE * step, resumed, narrow, D, BD, OFFSETS, UPCAST
         )
@@ -257,6 +274,10 @@ def write_back(
         dr_D += more_D
         dr_bias += tl.sum(dz_C, 0)
         if DECAY:
+            if OWN:
+                store_tile(dx_own + RATE * D, dx_CD, c, valid, H * (M - 1) * D, d, D)
+                dx_CD = tl.zeros([C, BD], dtype=ACC)
+                x_CD = load_tile(x + DECAY_ * x_memory + start * x_token, c, valid, x_token, d, D, UPCAST)
             dz_C = tl.where(log_sigmoid(zd_C) > LOWEST, ddecay_C * sigmoid(-zd_C), 0.0) * there_C
             a_DD = load_source(
                 kept_W + kept + DECAY_ * size, anchor, own + DECAY_ * step, resumed, narrow, D, BD, OFFSETS, UPCAST
@@ -266,7 +287,10 @@ def write_back(
             add_to(to + DECAY_ * step, xz_D[:, None] * s_D[None, :], D, BD)
             ds_D += more_D
             ds_bias += tl.sum(dz_C, 0)
-        store_tile(dx + token * D, dx_CD, c, valid, H * D, d, D)
+        if OWN:
+            store_tile(dx_own + (M - 2) * D, dx_CD, c, valid, H * (M - 1) * D, d, D)
+        else:
+            store_tile(dx + token * D, dx_CD, c, valid, H * D, d, D)
         tl.debug_barrier()
     place = (n * H + head).to(tl.int64)
     tl.store(dreadouts + place * 2 * D + d, dr_D, mask=d < D)

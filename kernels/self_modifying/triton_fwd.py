@@ -53,11 +53,13 @@ from clplat.kernels.self_modifying.triton_tiles import (
 def walk(
     x, q, log_momentum, damping, rate_readout, rate_bias, decay_readout, decay_bias, W, S, anchor, end_anchor, o,
     keys, values, starts_W, starts_S, kept_W, kept_S, slopes, answers, squares, made, cu_seqlens, offsets,
-    x_row, x_token, x_head, q_row, q_token, q_head, max_rate, max_gradient, T, N, slots, group_slots,
+    x_row, x_token, x_head, x_memory, q_row, q_token, q_head, max_rate, max_gradient, T, N, slots, group_slots,
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, PER: tl.constexpr, BD: tl.constexpr,
     BN: tl.constexpr, DECAY: tl.constexpr, MOMENTUM: tl.constexpr, ERASE: tl.constexpr, DIFFERENCE: tl.constexpr,
-    BOUNDED: tl.constexpr, UNIT: tl.constexpr, ANCHOR: tl.constexpr, READ: tl.constexpr, KEEP: tl.constexpr,
-    MARK: tl.constexpr, GROUPED: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr,
+    BOUNDED: tl.constexpr, UNIT: tl.constexpr, OWN: tl.constexpr, SELF: tl.constexpr, ANCHOR: tl.constexpr,
+    READ: tl.constexpr, KEEP: tl.constexpr, MARK: tl.constexpr, GROUPED: tl.constexpr, PACKED: tl.constexpr,
+    OFFSETS: tl.constexpr,
+    UPCAST: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Brings W and S of one sequence and head, in place, from where it begins to its end.
@@ -111,14 +113,20 @@ def walk(
         k_CD = dot(x_CD, load_matrix(source + KEY * step, D, BD, False).to(narrow), ACC, PRECISION)
         k_share_C, v_share_C = unit_share(k_CD), tl.zeros([C], dtype=ACC) + 1.0
         k_CD *= k_share_C[:, None]
+        if OWN:
+            x_CD = load_tile(x + VALUE * x_memory + start * x_token, c, valid, x_token, d, D, UPCAST)
         v_CD = dot(x_CD, load_matrix(source + VALUE * step, D, BD, False).to(narrow), ACC, PRECISION)
         if UNIT:
             v_share_C = unit_share(v_CD)
             v_CD *= v_share_C[:, None]
         store_tile(keys + token * D, k_CD, c, valid, H * D, d, D)
+        if OWN:
+            x_CD = load_tile(x + RATE * x_memory + start * x_token, c, valid, x_token, d, D, UPCAST)
         z_C = readout(load_matrix(source + RATE * step, D, BD, False), r_D, x_CD, r_bias, ACC)[0]
         zd_C = z_C
         if DECAY:
+            if OWN:
+                x_CD = load_tile(x + DECAY_ * x_memory + start * x_token, c, valid, x_token, d, D, UPCAST)
             zd_C = readout(load_matrix(source + DECAY_ * step, D, BD, False), s_D, x_CD, s_bias, ACC)[0]
         e_C, damping_C, decay_C, momentum_C, there_C = gates_of(
             z_C, zd_C, log_momentum + token if MOMENTUM else None, damping + token if damping is not None else None,
@@ -155,7 +163,12 @@ def walk(
             w_DD = load_matrix(W + at, D, BD, False)
             wn_DD = w_DD.to(narrow)
             a_DD = load_matrix(source + m * step, D, BD, False).to(narrow) if OFFSETS else wn_DD
-            g_CD = dot(difference_CD, a_DD, ACC, PRECISION)
+            if SELF:
+                g_CD = dot(difference_CD, a_DD, ACC, PRECISION)
+            else:
+                g_CD = -v_CD
+                if DIFFERENCE:
+                    g_CD = plus(g_CD, k_CD, a_DD, ACC, PRECISION)
             share_C, _ = shortening(g_CD, kk_C, max_gradient, BOUNDED, C, ACC)
             steps_CD = (-rate_C * share_C)[:, None] * g_CD
             move_CD = g_end_C[:, None] * steps_CD

@@ -31,8 +31,8 @@ def read_back(
     dsquares, dvectors, cu_seqlens, offsets, q_row, q_token, q_head, max_rate, max_gradient, T, N, slots,
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
     DECAY: tl.constexpr, MOMENTUM: tl.constexpr, ERASE: tl.constexpr, DIFFERENCE: tl.constexpr, BOUNDED: tl.constexpr,
-    UNIT: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    UNIT: tl.constexpr, OWN: tl.constexpr, SELF: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr,
+    UPCAST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk and head: dq, and what reaches its keys, the steps and erasings of the memory that answers, and the
     decays through its reads."""

@@ -106,9 +106,10 @@ def test_it_is_the_papers_rule_written_out_by_hand() -> None:
             M = [made.first[0][n * HEADS + h].T.detach() for n in range(5)]
             for t in range(6):
                 x = given.x[b, h, t].detach()
-                k, v = F.normalize(M[0] @ x, dim=0), M[1] @ x
-                rate = torch.sigmoid(made.readouts["rate"][h, 0] @ (M[2] @ x) + made.biases["rate"][h, 0]).detach()
-                alpha = torch.sigmoid(made.readouts["decay"][h, 0] @ (M[3] @ x) + made.biases["decay"][h, 0]).detach()
+                k, v = F.normalize(M[0] @ x[0], dim=0), M[1] @ x[1]
+                rate = torch.sigmoid(made.readouts["rate"][h, 0] @ (M[2] @ x[2]) + made.biases["rate"][h, 0]).detach()
+                alpha = made.readouts["decay"][h, 0] @ (M[3] @ x[3]) + made.biases["decay"][h, 0]
+                alpha = torch.sigmoid(alpha).detach()
                 expected = M[4] @ F.normalize(given.query[b, h, t].detach(), dim=0)
                 torch.testing.assert_close(answers[b, h, t], expected, rtol=0, atol=1e-12)
                 erase = alpha * torch.eye(WIDTH, dtype=x.dtype) - rate * torch.outer(k, k)
@@ -182,7 +183,7 @@ def test_only_what_the_operation_knows_goes_there() -> None:
     for name, options in OPTIONS.items():
         made = memory(options)
         made(inputs(options, 3))
-        taken = name in ("matrix", "matrix, token by token")
+        taken = name in ("matrix", "matrix, token by token", "matrix, shared inputs", "matrix, values as targets")
         assert made.backend == ("self_modifying torch" if taken else "chunked PyTorch"), name
 
 

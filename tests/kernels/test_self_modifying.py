@@ -27,7 +27,7 @@ interpreted = pytest.mark.skipif(not interpreting(), reason="with a GPU, see tes
 CASES = [
     Case(**levels)
     for levels in covering(
-        ("delta", "momentum"),
+        ("delta", "momentum", "self_targets"), own=(False, True), self_targets=(True, False),
         delta=("double", "single", "none"), momentum=(True, False), decay=(True, False), damped=(True, False),
         unit_values=(True, False), max_gradient=(None, 0.3), tokens=(1, 15, 16, 17), D=(16, 20),
     )

@@ -35,7 +35,7 @@ def operands(case: Case, *, gradients: bool) -> tuple[Any, ...]:
     given = problem(case)
     parts = [given[n].requires_grad_(gradients) if n in given else None for n in (*TOKENWISE, *READ, *STATES)]
     offset = None if case.offsets is None else torch.tensor(case.offsets, dtype=torch.int32)
-    kind = (DELTAS.index(case.delta), case.rule.max_rate, case.max_gradient, case.unit_values)
+    kind = (DELTAS.index(case.delta), case.rule.max_rate, case.max_gradient, case.unit_values, case.self_targets)
     return (*parts, offset, case.arguments().get("cu_seqlens"), *kind, case.chunk, True)
 
 

@@ -128,12 +128,13 @@ def compile_modifying(*, chunk: int, momentum: bool, packed: bool, dtype: torch.
     tokens = 512 + 8 * packed
     bounds = torch.tensor([0, tokens], dtype=torch.int32) if packed else None
     rows, gates = torch.zeros(1, tokens, 2, 64, dtype=dtype), torch.zeros(1, tokens, 2)
-    inputs = SelfModifyingInputs(rows, rows, *(gates, gates) if momentum else (None, None))
+    own = torch.zeros(1, tokens, 2, 4, 64, dtype=dtype)
+    inputs = SelfModifyingInputs(own, rows, *(gates, gates) if momentum else (None, None))
     read, bias, W = torch.zeros(2, 64), torch.zeros(2), torch.zeros(1, 5, 2, 64, 64)
     S, anchor, offset = W if momentum else None, W if packed else None, torch.zeros(1, dtype=torch.int32)
     state = SelfModifyingState(W, S, anchor, offset if packed else None)
     layout = SelfModifyingLayout.of(
-        rows, W, SelfModifyingRule(), chunk, momentum=momentum, packed=packed, offsets=packed
+        own, rows, W, SelfModifyingRule(), chunk, momentum=momentum, packed=packed, offsets=packed
     )  # fmt: skip
     readouts = Readouts(read, bias, read, bias)
     starts = modifying.forward(inputs, readouts, state, bounds, layout, keep=True)[2]

@@ -40,18 +40,24 @@ class Case:
     decay: bool = True
     momentum: bool = True
     damped: bool = True
+    own: bool = False
+    self_targets: bool = True
     lengths: tuple[int, ...] | None = None
     offsets: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
-        gates = "+decay" * self.decay + "+momentum" * self.momentum + "+damped" * self.damped
+        gates = "+decay" * self.decay + "+momentum" * self.momentum + "+damped" * self.damped + "+own" * self.own
+        gates += "-values" * (not self.self_targets)
         sizes = f"T{self.tokens}-C{self.chunk}-D{self.D}-B{self.batch}-H{self.heads}"
         packed = "-packed" * bool(self.lengths) + "-offsets" * bool(self.offsets)
         return f"{self.delta}-{self.max_gradient}{'-unit' * self.unit_values}{gates}-{sizes}{packed}"
 
     @property
     def rule(self) -> Rule:
-        return Rule(delta=self.delta, max_rate=0.8, max_gradient=self.max_gradient, unit_values=self.unit_values)
+        return Rule(
+            delta=self.delta, max_rate=0.8, max_gradient=self.max_gradient, unit_values=self.unit_values,
+            self_targets=self.self_targets,
+        )  # fmt: skip
 
     def arguments(self, device: str | torch.device = "cpu") -> dict[str, Any]:
         """The arguments that are not tensors of a problem, but for the state's offset."""
@@ -75,7 +81,8 @@ def problem(case: Case, dtype: torch.dtype = torch.float32, device: str | torch.
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(gates, generator=draw, dtype=torch.float64)
 
-    parts = {"x": normal(*gates, D), "q": F.normalize(normal(*gates, D), dim=-1), "do": normal(*gates, D)}
+    inputs = (3 + case.decay, D) if case.own else (D,)
+    parts = {"x": normal(*gates, *inputs), "q": F.normalize(normal(*gates, D), dim=-1), "do": normal(*gates, D)}
     parts |= {"log_momentum": uniform(0.5, 0.99).log(), "damping": uniform(0.05, 0.5)}
     parts |= {"rate": normal(H, D), "rate_bias": normal(H), "decay": normal(H, D), "decay_bias": 3 + normal(H)}
     for name in STATES:
