@@ -19,6 +19,7 @@ from clplat.objective import Objective
 from clplat.observing import check_probes
 from clplat.precision import keep_weights, read_rows
 from clplat.randomness import generator, seed_global
+from clplat.reading import check_learning
 from clplat.strategies.base import Context
 from clplat.strategies.world import World
 from clplat.streams.base import Data, Stream
@@ -55,6 +56,7 @@ def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> P
     hooks.setup(context)
     _refuse_unbegun_memories(hooks, architecture)
     check_probes(hooks.controllers, stream.tasks)
+    check_learning(architecture, hooks, stream.tasks)
     if config.training.accumulate > 1 and hooks.step_owner is not None:
         raise ConfigError("training.accumulate: a strategy of this run owns the step, which rules out accumulation")
     fresh = [name for name, strategy in hooks.strategies.items() if strategy.restarts]
