@@ -112,8 +112,9 @@ def forgetting_curves(lines: Mapping[str, Sequence[tuple[Scores, Scores]]]) -> F
 
 
 def name_above(figure: Figure) -> None:
-    """The legend above the panels, where it covers nothing."""
-    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+    """The legend above the panels, where it covers nothing; none where nothing could be drawn."""
+    if any(axis.get_legend_handles_labels()[0] for axis in figure.axes):
+        figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=8)
 
 
 def score_and_cost(points: Mapping[str, tuple[Interval, Interval]], cost: str) -> Figure:

@@ -204,7 +204,8 @@ def _figures(study: StudyResults, folder: Path) -> list[str]:
     if several:
         # All variants are passed, so that each has one colour throughout the page.
         lost = {v: (study.interval(v, "final_forgetting"), study.interval(v, "learning_score")) for v in finished}
-        drawn["Learned and forgotten"] = ("learned_and_lost", figures.learned_and_lost(lost))
+        if any(np.isfinite(forgetting.mean + learned.mean) for forgetting, learned in lost.values()):
+            drawn["Learned and forgotten"] = ("learned_and_lost", figures.learned_and_lost(lost))
         drawn["Forgetting"] = ("forgetting", figures.forgetting_curves({v: study.forgetting(v) for v in finished}))
     parts = []
     for title, (name, figure) in drawn.items():
