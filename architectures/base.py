@@ -72,6 +72,11 @@ class Architecture(nn.Module):
     def task_start(self, task: Task) -> None:
         """A task begins; may grow the model."""
 
+    def may_grow(self) -> bool:
+        """Whether `task_start` may change the shape of what the model holds. A class whose `task_start` does not says
+        so of itself, and not of subclasses with another one."""
+        return type(self).task_start is not Architecture.task_start
+
     def step_end(self, outcome: StepOutcome) -> None:
         """An optimizer step is done; delayed writes to memory live here."""
 
@@ -116,9 +121,10 @@ class Architecture(nn.Module):
 def as_in_task(architecture: Architecture, tasks: Sequence[Task]) -> Architecture:
     """A copy as it is once all of `tasks` have started, so that growth is known before anything is trained.
 
-    The model itself where no task changes it. The global random source is left as it was.
+    The model itself where no task makes it grow: a copy of all weights is what a large model has no room for. The
+    global random source is left as it was.
     """
-    if type(architecture).task_start is Architecture.task_start:
+    if not architecture.may_grow():
         return architecture
     later = copy.deepcopy(architecture)
     with torch.random.fork_rng(devices=[]):
@@ -157,12 +163,18 @@ class GeneratesWeights(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LevelPeriod:
-    """Parameters that are to be trained together, once in `period` steps; `lr` None is the optimizer's."""
+    """Parameters that are to be trained together, once in `period` steps; `lr` None is the optimizer's.
+
+    `within`: the level at whose periods' ends they begin anew, `start_rate` of the way from where they began to where
+    they have come.
+    """
 
     parameters: tuple[str, ...]
     period: int
     lr: float | None
     reduction: Literal["sum", "mean"]
+    within: str | None = None
+    start_rate: float = 1.0
 
 
 @runtime_checkable
@@ -171,6 +183,19 @@ class HasLevels(Protocol):
 
     def levels(self) -> Mapping[str, LevelPeriod]:
         """By name; empty where this model has none. Parameters that are in none step every time."""
+        ...
+
+
+@runtime_checkable
+class LearnsNextToken(Protocol):
+    """Capability: levels that are to learn the next token of a text while it is scored, by whoever scores it."""
+
+    def next_token_levels(self) -> Mapping[str, LevelPeriod]:
+        """By name, with periods in tokens and rates; empty where this model has none."""
+        ...
+
+    def rows_answer_by(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Within it each row has weights of its own, (B, …) by the names of the levels' parameters."""
         ...
 
 

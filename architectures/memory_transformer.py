@@ -13,6 +13,7 @@ Shapes: B rows, T tokens, S tokens in an attention layer's cache, C hidden size,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
@@ -20,18 +21,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from clplat.architectures.associative_memory import lact, miras, titans_kinds, tnt  # noqa: F401
+from clplat.architectures.associative_memory import lact, miras, titans_presets, tnt  # noqa: F401
 from clplat.architectures.associative_memory.carrying import CarryingMixer
 from clplat.architectures.associative_memory.guard import blamed
 from clplat.architectures.associative_memory.layout import documents_of
 from clplat.architectures.associative_memory.memory import AssociativeMemory
-from clplat.architectures.associative_memory.mixer import MemoryMixer
 from clplat.architectures.associative_memory.presets import LayerKind, TitansLMM
 from clplat.architectures.associative_memory.reading import Reading, StartsOfItself
-from clplat.architectures.associative_memory.telemetry import measured
+from clplat.architectures.associative_memory.telemetry import ShowsWrites, measured
 from clplat.architectures.base import LevelPeriod, State
 from clplat.architectures.continuum_memory.feed import ContinuumFeed
-from clplat.architectures.continuum_memory.levels import StepLevel
+from clplat.architectures.continuum_memory.next_token import NextTokenLevel
 from clplat.architectures.continuum_memory.options import DenseFeed, FeedForwardKind
 from clplat.architectures.continuum_memory.start import begin_from, weights_in
 from clplat.architectures.decoder import Block, Decoder, check_language, mixing_state
@@ -151,6 +151,10 @@ class MemoryTransformer(Decoder):
         """Layers that are read in stages enter the one of that task."""
         self._enter(task.index)
 
+    def may_grow(self) -> bool:
+        """Stages are chunks and step sizes: no weight depends on them."""
+        return type(self).task_start is not MemoryTransformer.task_start
+
     def structure(self) -> Mapping[str, Any]:
         """The task whose stage layers are in, if any has stages."""
         tasks = [module.task for module in self._staged()]
@@ -164,10 +168,10 @@ class MemoryTransformer(Decoder):
     def measurements(self) -> Mapping[str, float]:
         """What the memories of each layer did with the first row that was evaluated last; see `telemetry.measured`."""
         found: dict[str, float] = {}
-        for name, mixer in self.named_modules():
-            if isinstance(mixer, MemoryMixer):
+        for name, layer in self.named_modules():
+            if isinstance(layer, ShowsWrites):
                 place = name.removeprefix("blocks.")
-                found |= {f"memory.{place}.{key}": value for key, value in measured(mixer, f"layer {place}").items()}
+                found |= {f"memory.{place}.{key}": value for key, value in measured(layer, f"layer {place}").items()}
         return found
 
     def not_finite(self) -> str | None:
@@ -178,7 +182,8 @@ class MemoryTransformer(Decoder):
     @contextmanager
     def without_writes(self) -> Iterator[None]:
         """Within it no memory writes or forgets: each is what it was at the start."""
-        memories = [module for module in self.modules() if isinstance(module, AssociativeMemory | SelfModifyingMemory)]
+        kinds = AssociativeMemory | SelfModifyingMemory | NextTokenLevel
+        memories = [module for module in self.modules() if isinstance(module, kinds)]
         for memory in memories:
             memory.writes = False
         try:
@@ -202,16 +207,38 @@ class MemoryTransformer(Decoder):
         """The levels of a continuum memory at the clock of training steps, each with its parameters in all blocks."""
         found: dict[str, LevelPeriod] = {}
         for name, module in self.named_modules():
-            if isinstance(module, StepLevel):
-                size, before = module.size, found.get(module.size.name)
-                names = (
-                    *(before.parameters if before else ()),
-                    *(f"{name}.{own}" for own, _ in module.named_parameters()),
-                )
-                found[size.name] = LevelPeriod(
-                    parameters=names, period=size.period, lr=size.lr, reduction=size.reduction
-                )
+            if isinstance(module, ContinuumFeed):
+                for level, own in module.periods(name).items():
+                    before = found[level].parameters if level in found else ()
+                    found[level] = dataclasses.replace(own, parameters=before + own.parameters)
         return found
+
+    def next_token_levels(self) -> Mapping[str, LevelPeriod]:
+        """Levels of the token clock that learn while a text is scored; none where memories are kept from writing."""
+        return {
+            name: LevelPeriod(
+                parameters=tuple(f"{name}.{own}" for own, _ in level.named_parameters()), period=level.size.period,
+                lr=level.size.lr, reduction=level.size.reduction,
+            )
+            for name, level in self._reading_levels().items()
+            if level.writes and level.size.lr
+        }  # fmt: skip
+
+    @contextmanager
+    def rows_answer_by(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within it these levels have weights for each row of its own."""
+        levels = self._reading_levels()
+        try:
+            for name, level in levels.items():
+                names = {part: f"{name}.{part}" for part, _ in level.named_parameters()}
+                level.rows = {p: weights[n] for p, n in names.items() if n in weights} or None
+            yield
+        finally:
+            for level in levels.values():
+                level.rows = None
+
+    def _reading_levels(self) -> dict[str, NextTokenLevel]:
+        return {name: module for name, module in self.named_modules() if isinstance(module, NextTokenLevel)}
 
     def _staged(self) -> list[tnt.TNTMixer]:
         return [module for module in self.modules() if isinstance(module, tnt.TNTMixer)]

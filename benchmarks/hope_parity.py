@@ -29,7 +29,7 @@ def matrices(delta: str, max_rate: float | None = None) -> SelfModifyingLayer:
     """Matrix memories, written and read token by token."""
     options = SelfModifyingOptions(
         network=NetworkOptions(), momentum=False, chunk=1, generator_chunk=1, read="after", delta=delta,
-        max_rate=max_rate,
+        max_rate=max_rate, inputs="shared",
     )  # fmt: skip
     return SelfModifyingLayer(num_heads=2, options=options)
 

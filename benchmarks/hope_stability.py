@@ -47,7 +47,7 @@ def main() -> None:
     ):
         options = SelfModifyingOptions(
             network=NETWORKS[name], delta=delta, momentum=momentum, chunk=chunk, generator_chunk=chunk,
-            max_gradient=None if given.unbounded else 1.0, damped=not given.summed,
+            max_gradient=None if given.unbounded else 1.0, damped=not given.summed, inputs="shared",
         )  # fmt: skip
         found = [largest(options, same, bias) for same in (True, False) for bias in (0.0, 20.0)]
         print(name, delta, "momentum" if momentum else "-", chunk, *(f"{a:.1e}/{w:.1e}" for a, w in found), flush=True)

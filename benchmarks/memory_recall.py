@@ -2,9 +2,10 @@
 
     python benchmarks/memory_recall.py --layer titans --max-rate 1 --seed 0
     python benchmarks/memory_recall.py --layer gated-deltanet
+    python benchmarks/memory_recall.py --layer hope --depth 1 --target value
 
 Rows are as those of the stream `MQAR`: pairs, then random tokens among which each key is asked for once. Two layers, 32
-wide. Prints accuracy in a batch and its loss every 100 steps. Results: docs/memories.md.
+wide. Prints accuracy in a batch and its loss every 100 steps. Results: docs/memories.md, docs/hope.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clplat.architectures.associative_memory.presets import GatedDeltaNet, LayerKind, LinearAttention, TitansLMM
+from clplat.architectures.hope.presets import SelfModifyingTitans
 from clplat.architectures.memory_transformer import MemoryTransformer
 from clplat.streams.base import Spec
 from clplat.streams.batch import IGNORE, Batch
@@ -41,19 +43,31 @@ def layer(given: argparse.Namespace) -> LayerKind:
         return TitansLMM(
             num_heads=2, max_rate=given.max_rate, residual=given.residual, chunk=given.chunk, depth=given.depth
         )
+    if given.layer == "hope":
+        return SelfModifyingTitans(
+            num_heads=2,
+            max_rate=given.max_rate,
+            chunk=given.chunk,
+            generator_chunk=given.chunk,
+            depth=given.depth,
+            target=given.target,
+            inputs=given.inputs,
+        )
     return GatedDeltaNet(num_heads=2) if given.layer == "gated-deltanet" else LinearAttention(num_heads=2, conv_width=4)
 
 
 def main() -> None:
     """Train, and say how far it is now and then."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--layer", choices=["titans", "gated-deltanet", "linear-attention"], default="titans")
+    parser.add_argument("--layer", choices=["titans", "hope", "gated-deltanet", "linear-attention"], default="titans")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--max-rate", type=float, help="of titans; default 1 / chunk")
-    parser.add_argument("--chunk", type=int, default=16, help="of titans")
-    parser.add_argument("--depth", type=int, default=2, help="of titans")
+    parser.add_argument("--max-rate", type=float, help="of titans, default 1 / chunk, and hope")
+    parser.add_argument("--chunk", type=int, default=16, help="of titans and hope")
+    parser.add_argument("--depth", type=int, default=2, help="of titans and hope")
+    parser.add_argument("--target", choices=["self", "value"], default="self", help="of hope")
+    parser.add_argument("--inputs", choices=["own", "shared"], default="own", help="of hope")
     parser.add_argument("--residual", action="store_true", help="of titans")
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -30,13 +30,10 @@ import torch
 import triton
 from kernel_cases import worst
 from kernel_profile import show
+from memory_blocks import training_pass
 from mlp_cases import Call, Case, reference, sliced, work
-from torch import nn
 
 from clplat.architectures.associative_memory.presets import GatedDeltaNet, LayerKind, TitansLMM
-from clplat.architectures.associative_memory.reading import Reading
-from clplat.architectures.decoder import Block
-from clplat.architectures.layers import SwiGLU
 from clplat.kernels.mlp_memory import Rule
 from kernels import AGREES, Clock, markdown, write
 
@@ -142,36 +139,14 @@ class Benchmark:
             kinds |= {f"TitansLMM, chunk {C}": TitansLMM(num_heads=H, chunk=C) for C in (16, 32, 64)}
             first = None
             for name, kind in kinds.items():
-                do = self.layer(kind, B, T, H * D)
+                do = training_pass(kind, rows=B, length=T, hidden=H * D, device=self.device)
+                do()
                 middle, low, high = self.clock.quantiles(do)
                 first = middle if first is None else first
                 line = [name, f"{B},{T},{H},{D}", "forward + backward", f"{middle:.3f}", f"{low:.3f} to {high:.3f}"]
                 self.layers.append([*line, f"{self.clock.peak(do) / 1e6:.0f}", f"{middle / first:.2f}"])
                 print(" | ".join(self.layers[-1]), flush=True)
                 self.page()
-
-    def layer(self, kind: LayerKind, rows: int, length: int, hidden: int) -> Callable[[], object]:
-        """A block of a MemoryTransformer, forward and backward."""
-        torch.manual_seed(0)
-        mlp = SwiGLU(hidden_size=hidden, inner_size=32 * -(-8 * hidden // 96))
-        block = Block(hidden_size=hidden, attention=kind.build(hidden), mlp=mlp, dropout=0.0).to(self.device)
-        for module in block.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=hidden**-0.5)
-        x = torch.randn(rows, length, hidden, device=self.device, requires_grad=True)
-        reading = Reading(
-            positions=torch.arange(length, device=self.device), mask=None, documents=None,
-            lengths=torch.zeros(rows, dtype=torch.long, device=self.device),
-        )  # fmt: skip
-        leaves = [x, *block.parameters()]
-
-        def both() -> object:
-            with torch.autocast(self.device, torch.bfloat16):
-                out = block(x, reading)[0]
-            return torch.autograd.grad(out.float().square().mean(), leaves)
-
-        both()
-        return both
 
     def page(self) -> None:
         if self.options.markdown:

@@ -1,7 +1,7 @@
 """clplat: train on a sequence of tasks, measure what is forgotten, compare strategies in MLflow.
 
 From Python: `clplat.run(config)`, `clplat.results(study)`, `clplat.load_model(run)`, and as the commands of the same
-names `clplat.resume(folder)`, `clplat.evaluate(run, stream)`, `clplat.reproduce(run)`.
+names `clplat.tune(config)`, `clplat.resume(folder)`, `clplat.evaluate(run, stream)`, `clplat.reproduce(run)`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clplat.api import evaluate, load_model, reproduce, results, resume, run
+    from clplat.api import evaluate, load_model, reproduce, results, resume, run, tune
 
-__all__ = ["evaluate", "load_model", "reproduce", "results", "resume", "run"]
+__all__ = ["evaluate", "load_model", "reproduce", "results", "resume", "run", "tune"]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,11 +21,13 @@ from clplat.machine import check_room
 from clplat.plan import check_data, check_plan
 from clplat.study import Study, carry_out, lay_out_runs, run_study, settled
 from clplat.study_file import check_unchanged, expand, load_study, run_folders, set_key
+from clplat.tuning.options import TUNE_FILE
 
 if TYPE_CHECKING:
     import pandas
 
     from clplat.architectures.base import Architecture
+    from clplat.tuning.tune import Tuned
 
 Config = str | Path | Mapping[str, Any]
 
@@ -44,22 +46,40 @@ def run(config: Config, overrides: Mapping[str, Any] | None = None, *, quiet: bo
     return study
 
 
-def resume(target: str | Path, overrides: Sequence[tuple[str, str]] = (), console: Console | None = None) -> Study:
-    """Continue a run or a study from its last checkpoints.
+def tune(config: Config, overrides: Mapping[str, Any] | None = None, *, quiet: bool = False) -> Tuned:
+    """Search the `space` of a configuration, and run default and best settings on what the search has not seen.
+
+    Returns trials, best settings and gain, with the folder of all of them. Raises `ConfigError` before the first trial,
+    and `StudyFailedError` when no trial came to its end.
+    """
+    from clplat.tuning.tune import run_tune
+
+    pairs = [(key, json.dumps(value)) for key, value in (overrides or {}).items()]
+    return run_tune(load_study(config, pairs), Console(quiet=quiet, highlight=False))
+
+
+def resume(
+    target: str | Path, overrides: Sequence[tuple[str, str]] = (), console: Console | None = None
+) -> Study | Tuned:
+    """Continue a run, a study or a tune from its last checkpoints.
 
     `overrides` may change what results do not depend on (devices, workers, tracking); anything else is refused.
     """
-    from clplat.journal import last_status
+    from clplat.journal import ENDED, last_status
 
     console = console or Console(highlight=False)
-    folder = folder_of(target)
+    folder = Path(target) if (Path(target) / TUNE_FILE).is_file() else folder_of(target)
+    if (folder / TUNE_FILE).is_file():
+        from clplat.tuning.tune import resume_tune
+
+        return resume_tune(folder, overrides, console)
     if (folder / "study.yaml").is_file():
         check_plan(folder, load_study(folder / "study.yaml"))
         _change_runs(folder, overrides)
         study = settled(load_study(folder / "study.yaml", overrides))
         for sentence in lay_out_runs(folder, expand(study)):
             console.print(sentence, soft_wrap=True)
-        if any(last_status(run) != "FINISHED" for run in run_folders(folder)):
+        if any(last_status(run) not in ENDED for run in run_folders(folder)):
             check_data(folder)
         save(study, folder / "study.yaml")
         return carry_out(folder, study, console)

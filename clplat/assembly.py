@@ -19,6 +19,7 @@ from clplat.objective import Objective
 from clplat.observing import check_probes
 from clplat.precision import keep_weights, read_rows
 from clplat.randomness import generator, seed_global
+from clplat.reading import check_learning
 from clplat.strategies.base import Context
 from clplat.strategies.world import World
 from clplat.streams.base import Data, Stream
@@ -55,6 +56,7 @@ def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> P
     hooks.setup(context)
     _refuse_unbegun_memories(hooks, architecture)
     check_probes(hooks.controllers, stream.tasks)
+    check_learning(architecture, hooks, stream.tasks)
     if config.training.accumulate > 1 and hooks.step_owner is not None:
         raise ConfigError("training.accumulate: a strategy of this run owns the step, which rules out accumulation")
     fresh = [name for name, strategy in hooks.strategies.items() if strategy.restarts]
@@ -115,7 +117,7 @@ def _shapes(architecture: Architecture) -> dict[str, torch.Size]:
 
 
 def prepared_stream(config: RunConfig) -> Stream:
-    """The stream with its data read, every task checked not to be empty."""
+    """The stream with its data read, cut to its first tasks where asked for, every task checked not to be empty."""
     stream: Stream = build(config.stream, "stream", "stream", {"seed": config.seed})
     try:
         stream.prepare()
@@ -123,6 +125,10 @@ def prepared_stream(config: RunConfig) -> Stream:
         raise ConfigError(f"stream: {error}") from error
     if not stream.tasks:
         raise ConfigError(f"stream: {type(stream).__name__} has no tasks")
+    if config.tasks is not None:
+        if config.tasks > len(stream.tasks):
+            raise ConfigError(f"tasks: the first {config.tasks} were asked for, and the stream has {len(stream.tasks)}")
+        stream.tasks = stream.tasks[: config.tasks]
     for task in stream.tasks:
         for name, data in (("training", task.train), ("test", task.test.data)):
             if len(data) == 0:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from clplat.study import Study
+    from clplat.tuning.tune import Tuned
+
 DESCRIPTION = """Continual-learning experiments: train on a sequence of tasks, measure what is forgotten,
 compare strategies in MLflow."""
 
@@ -25,7 +28,10 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped study (`clplat list studies`)")
     run.add_argument("--best", action="store_true", help="CONFIG is a name of known-good settings; alone: list them")
     run.add_argument("--dry-run", action="store_true", help="two batches a task; estimate time and memory")
-    resume = commands.add_parser("resume", help="continue a run or a study where it was stopped")
+    tune = commands.add_parser("tune", help="search the `space:` of a study, and report what the best has gained")
+    tune.add_argument("config", help="a YAML file with a space, or the name of a shipped one (docs/tuning.md)")
+    tune.add_argument("--on-test-sequence", action="store_true", help="tune on the very sequence that is reported")
+    resume = commands.add_parser("resume", help="continue a run, a study or a tune where it was stopped")
     resume.add_argument("target", metavar="RUN_OR_FOLDER", help="a run folder, a study folder, or an MLflow run id")
     compare = commands.add_parser("compare", help="print the comparison of a study's variants")
     report = commands.add_parser("report", help="write report.html and figures for a study")
@@ -59,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("list", help="list streams, architectures, strategies, optimizers, studies")
     listing.add_argument("what", nargs="?", help="one of these words; all of them by default")
     commands.add_parser("doctor", help="versions, devices, Triton, caches")
-    for command in (run, show):
+    for command in (run, tune, show):
         command.epilog = "Any key of the configuration can be set: --training.batch_size 64"
     resume.epilog = "Keys that results do not depend on can be set: --training.workers 2, --tracking.uri …"
     return root
@@ -79,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     if options.command == "run" and options.config is None and not options.best:
         root.error("run: which CONFIG? `clplat list studies` names those that are shipped")
-    overrides = dotted(rest, root, allowed=options.command in ("run", "resume", "show"))
+    overrides = dotted(rest, root, allowed=options.command in ("run", "tune", "resume", "show"))
     from clplat.errors import ClplatError, Interrupted
     from clplat.interruption import exit_code, stopping_at_once
 
@@ -126,11 +132,16 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
     match options.command:
         case "run":
             return _run(options, overrides, console)
+        case "tune":
+            from clplat.study_file import load_study
+            from clplat.tuning.tune import run_tune
+
+            asked = [("tune.on_test_sequence", "true")] if options.on_test_sequence else []
+            return _conclude(run_tune(load_study(options.config, overrides + asked), console), console)
         case "resume":
             from clplat.api import resume
 
-            study = resume(options.target, overrides, console)
-            return _conclude(study, console)
+            return _conclude(resume(options.target, overrides, console), console)
         case "compare":
             from clplat import report
             from clplat.study_results import load_study_results
@@ -220,13 +231,17 @@ def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console:
     return _conclude(run_study(study, console), console)
 
 
-def _conclude(study: object, console: Console) -> int:
-    """The end of a study: the table, the report, and how to look at it in MLflow."""
+def _conclude(ended: Study | Tuned, console: Console) -> int:
+    """The end of a study: the table, the report, and how to look at it in MLflow; of a tune: the front and the gain."""
     from clplat.study import Study, conclude
 
-    assert isinstance(study, Study)
-    conclude(study, console)
-    return study.code
+    if isinstance(ended, Study):
+        conclude(ended, console)
+    else:
+        from clplat.tuning.tune import show
+
+        show(ended, console)
+    return ended.code
 
 
 def _serve(options: argparse.Namespace) -> int:

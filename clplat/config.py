@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from clplat.components import Component
 from clplat.errors import ConfigError, nearest
 from clplat.known_good import KnownGood
 from clplat.streams.budget import Budget
+from clplat.tuning.options import TuneConfig
 from clplat.yaml_text import BOOLEAN, parse_yaml
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
@@ -110,6 +112,8 @@ class Experiment:
     """What a study and each of its runs are made of."""
 
     stream: Component
+    tasks: int | None = None
+    """The first so many tasks of the stream alone; all of them if not given."""
     architecture: Component
     strategies: dict[str, Component] = field(default_factory=dict)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -142,6 +146,9 @@ class StudyConfig(Experiment):
     """Where run folders are made."""
     known_good: dict[str, KnownGood] = field(default_factory=dict)
     """What `clplat run --best NAME` runs, by name."""
+    space: dict[str, Any] = field(default_factory=dict)
+    """What `clplat tune` varies: by dotted key a range or choices (docs/tuning.md)."""
+    tune: TuneConfig = field(default_factory=TuneConfig)
 
 
 _WANTED = {
@@ -157,13 +164,21 @@ _WANTED = {
 
 def parse(cls: type, data: Mapping[str, Any]) -> Any:
     """An instance of a configuration class from plain data; errors name the key, and what was expected."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     _check_keys(cls, data, "")
     try:
-        return TypeAdapter(cls).validate_python(data)
+        return _adapter(cls).validate_python(data)
     except ValidationError as error:
         raise ConfigError(_said(error.errors())) from error
+
+
+@cache
+def _adapter(cls: type) -> Any:
+    """What validates a class; making one takes as long as reading a file."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
 
 
 def _said(errors: list[Any]) -> str:
@@ -193,7 +208,7 @@ def _check_keys(cls: type, data: Any, path: str) -> None:
         kind = str(known[key].type)
         if isinstance(value, bool) and ("int" in kind or "float" in kind):
             raise ConfigError(f"{path}{key}: should be a number, got {str(value).lower()}")
-        nested = _NESTED.get(kind)
+        nested = _NESTED.get(kind.removesuffix(" | None"))
         if nested is not None and value is not None:
             _check_keys(nested, value, f"{path}{key}.")
         elif key in _NAMED and isinstance(value, Mapping):
@@ -207,7 +222,16 @@ def _check_keys(cls: type, data: Any, path: str) -> None:
 
 _NESTED = {
     cls.__name__: cls
-    for cls in (Component, Budget, TrainingConfig, EvaluationConfig, CheckpointConfig, TrackingConfig, LauncherConfig)
+    for cls in (
+        Component,
+        Budget,
+        TrainingConfig,
+        EvaluationConfig,
+        CheckpointConfig,
+        TrackingConfig,
+        LauncherConfig,
+        TuneConfig,
+    )
 }
 
 _NAMED = {"strategies": Component, "known_good": KnownGood}
@@ -260,7 +284,9 @@ def difference(old: RunConfig, new: RunConfig) -> list[str]:
 
 def save(config: RunConfig | StudyConfig, path: Path) -> None:
     """Write a configuration as YAML that `load_run` or `load_study` reads back."""
-    path.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    part = path.with_suffix(".part")  # whole or not at all: a search writes its study again for every trial
+    part.write_text(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    part.replace(path)
 
 
 def load_run(path: Path) -> RunConfig:

@@ -40,6 +40,10 @@ class StorageError(ClplatError):
     """The run folder cannot be written (full disk, permissions)."""
 
 
+class Pruned(ClplatError):
+    """A run of a search was ended at a boundary, since others had done better by then; the message says which."""
+
+
 class Interrupted(BaseException):
     """Somebody asked the run to stop; its state is saved. Not an `Exception`, so nothing swallows it."""
 

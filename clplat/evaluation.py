@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from clplat.loaders import resident
 from clplat.objective import Objective
 from clplat.precision import autocast
 from clplat.randomness import preserved
+from clplat.reading import RowReader, learns, reading
 from clplat.result_table import Cell
 from clplat.strategies.world import World
 from clplat.streams.base import Data, EvalSet, Task, spread_rows
@@ -62,6 +63,9 @@ class View:
 
     def device(self) -> torch.device:
         return device_of(self.architecture)
+
+    def reading(self, rows: int) -> AbstractContextManager[RowReader]:
+        return reading(self, rows)
 
     def fork(self) -> View:
         """A copy whose architecture may change: for adaptive scorers."""
@@ -175,8 +179,9 @@ class Evaluator:
         rows = torch.arange(len(test.data))
         if not test.scorer.whole:
             rows = spread_rows(len(test.data), limit or self.max_rows)[self.world.rank :: self.world.size]
-        answerer = view.fork() if test.scorer.adaptive else view
-        sums = test.scorer.score(answerer, self._held(test), rows, self.batch_size)
+        scorer = test.scorer.learning() if learns(self.architecture) else test.scorer
+        answerer = view.fork() if scorer.adaptive else view
+        sums = scorer.score(answerer, self._held(test), rows, self.batch_size)
         table = torch.stack([sums[name] for name in test.scorer.metrics]).double().to(view.device())
         totals = (table if test.scorer.whole else self.world.sum(table)).cpu().tolist()
         return {

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from clplat.config import RunConfig, load_run
-from clplat.errors import ClplatError, Interrupted, RunBusyError
+from clplat.errors import ClplatError, Interrupted, Pruned, RunBusyError, StorageError
 from clplat.interruption import EXIT_INTERRUPT, EXIT_REQUEUE, Interruption, exit_code
 from clplat.journal import Journal, read, record_lost
 from clplat.progress import Progress, Silent
@@ -23,12 +24,14 @@ from clplat.progress import Progress, Silent
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended: FINISHED, FAILED or KILLED, and why; BUSY when another process has it in hand."""
+    """How a run ended: FINISHED, FAILED, KILLED or PRUNED, and why; BUSY when another process has it in hand."""
 
     folder: Path
     status: str
     reason: str = ""
     code: int = 0
+    cause: Literal["", "process", "storage"] = ""
+    """What failed where it was not the run itself, which can go on from its checkpoint: its process, or the disk."""
 
 
 def execute(folder: Path, progress: Progress | None = None) -> Outcome:
@@ -85,13 +88,21 @@ def _attempt(
             folder=folder, status="KILLED", code=exit_code(stop.signal_name),
             reason=f"stopped by {stop.signal_name}; `clplat resume {folder}` goes on from here",
         )  # fmt: skip
+    except Pruned as end:
+        return Outcome(folder=folder, status="PRUNED", reason=str(end))
     except ClplatError as error:
-        return Outcome(folder=folder, status="FAILED", reason=str(error), code=1)
+        return failed(folder, error)
     except Exception as error:  # noqa: BLE001 - whatever a user's component raises ends this run alone
         (folder / "error.txt").write_text(traceback.format_exc())
         reason = f"{type(error).__name__}: {error} (traceback in {folder / 'error.txt'})"
         return Outcome(folder=folder, status="FAILED", reason=reason, code=1)
     return Outcome(folder=folder, status="FINISHED")
+
+
+def failed(folder: Path, error: ClplatError) -> Outcome:
+    """The outcome of a run that ended in an error which explains itself."""
+    cause: Literal["", "storage"] = "storage" if isinstance(error, StorageError) else ""
+    return Outcome(folder=folder, status="FAILED", reason=str(error), code=1, cause=cause)
 
 
 def _write_last_words(journal: Journal, folder: Path, outcome: Outcome) -> None:

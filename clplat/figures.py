@@ -112,23 +112,41 @@ def forgetting_curves(lines: Mapping[str, Sequence[tuple[Scores, Scores]]]) -> F
 
 
 def name_above(figure: Figure) -> None:
-    """The legend above the panels, where it covers nothing."""
-    figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+    """The legend above the panels, where it covers nothing; none where nothing could be drawn."""
+    if any(axis.get_legend_handles_labels()[0] for axis in figure.axes):
+        figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=8)
 
 
 def score_and_cost(points: Mapping[str, tuple[Interval, Interval]], cost: str) -> Figure:
-    """Final score against a cost, one point a variant with its intervals."""
-    limits = possible([score for score, _ in points.values()])
+    """Final score against a cost."""
     figure, (axis,) = new_figure(5.4, 3.4)
-    for number, (variant, (score, price)) in enumerate(points.items()):
-        axis.errorbar(
-            price.mean, score.mean, yerr=arms(score, limits), xerr=arms(price, (0.0, np.inf)),
-            color=PALETTE[number % 8], capsize=2,
-        )  # fmt: skip
-        axis.plot(price.mean, score.mean, **look(number) | {"linestyle": "none"}, label=variant)
+    _place(axis, points, across=(0.0, np.inf), up=possible([score for score, _ in points.values()]))
     axis.set(xlabel=cost, ylabel="final score (higher is better)")
     name_above(figure)
     return figure
+
+
+def learned_and_lost(points: Mapping[str, tuple[Interval, Interval]]) -> Figure:
+    """Final forgetting against the learning score: who keeps by not learning stands low and far left."""
+    figure, (axis,) = new_figure(5.4, 3.4)
+    _place(axis, points, across=possible([learned for _, learned in points.values()]), up=(-np.inf, np.inf))
+    axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
+    axis.set(xlabel="learning score (higher is better)", ylabel="final forgetting (lower is better)")
+    name_above(figure)
+    return figure
+
+
+def _place(
+    axis: Axes, points: Mapping[str, tuple[Interval, Interval]], *, across: tuple[float, float], up: tuple[float, float]
+) -> None:  # fmt: skip
+    """One point a variant, (height, place), with its intervals cut at what values can be."""
+    for number, (variant, (height, place)) in enumerate(points.items()):
+        if np.isfinite(height.mean) and np.isfinite(place.mean):
+            axis.errorbar(
+                place.mean, height.mean, yerr=arms(height, up), xerr=arms(place, across), color=PALETTE[number % 8],
+                capsize=2,
+            )  # fmt: skip
+            axis.plot(place.mean, height.mean, **look(number) | {"linestyle": "none"}, label=variant)
 
 
 def possible(scores: Sequence[Interval]) -> tuple[float, float]:

@@ -56,7 +56,7 @@ class Journal:
         )  # fmt: skip
 
     def status(self, status: str, reason: str = "") -> None:
-        """RUNNING, FINISHED, FAILED or KILLED from now on."""
+        """RUNNING, FINISHED, FAILED, KILLED or PRUNED from now on."""
         self._append({"kind": "status", "status": status, "reason": reason})
 
     def params(self, values: Mapping[str, Any]) -> None:
@@ -167,8 +167,12 @@ def curve_table(folder: Path) -> ResultTable:
     return found
 
 
+ENDED = ("FINISHED", "PRUNED")
+"""With these a run is over, and is not begun or resumed again."""
+
+
 def last_status(folder: Path) -> str:
-    """How the run stands: WAITING before its first start, else RUNNING, FINISHED, FAILED or KILLED."""
+    """How the run stands: WAITING before its first start, else RUNNING, FINISHED, FAILED, KILLED or PRUNED."""
     found = [entry["status"] for entry in read(folder) if entry["kind"] == "status"]
     return found[-1] if found else "WAITING"
 

@@ -17,42 +17,54 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from clplat.errors import ClplatError, RunBusyError
-from clplat.execution import Outcome, execute
+from clplat.execution import Outcome, execute, failed
 from clplat.interruption import EXIT_REQUEUE, Interruption, exit_code
-from clplat.progress import Board, Progress, RunBar
+from clplat.progress import Asking, Board, Progress, RunBar
+from clplat.supply import Listed, Supply
 
 
 def launch(folders: Sequence[Path], *, workers: int, threads: int, console: Console) -> list[Outcome]:
     """Carry out run folders with `workers` processes; outcomes in the order of the folders."""
-    with Board(console, len(folders)) as board:
+    listed = Listed(folders)
+    code = serve(listed, runs=len(folders), workers=min(workers, len(folders)), threads=threads, console=console)
+    return listed.outcomes(code)
+
+
+def serve(supply: Supply, *, runs: int, workers: int, threads: int, console: Console) -> int:
+    """Carry out what a supply gives with `workers` processes; `runs` is how many a person is told to expect.
+
+    Returns the exit code of the stop that was asked for, 0 when nobody did.
+    """
+    with Board(console, runs) as board:
         if workers <= 1:
-            return _one_by_one(folders, board)
-        return _Pool(folders, workers, threads, board).run()
+            return _one_by_one(supply, board)
+        return _Pool(supply, workers, threads, board).run()
 
 
 def announce(board: Board, outcome: Outcome) -> None:
     """One line for a run that did not finish."""
-    if outcome.status != "FINISHED":
+    if outcome.status not in ("FINISHED", "PRUNED"):
         board.say(f"{outcome.folder.name}: {outcome.status}. {outcome.reason}")
 
 
-def _one_by_one(folders: Sequence[Path], board: Board) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    for folder in folders:
-        if outcomes and outcomes[-1].status == "KILLED":
-            outcomes.append(Outcome(folder=folder, status="KILLED", reason="not started", code=outcomes[-1].code))
-            continue
+def _one_by_one(supply: Supply, board: Board) -> int:
+    while (folder := supply.take()) is not None:
         bar = board.opened(folder.name)
-        outcomes.append(execute_safely(folder, bar))
-        board.closed(bar, outcomes[-1].status)
-        announce(board, outcomes[-1])
-    return outcomes
+        progress = Asking(bar, partial(supply.boundary, folder)) if supply.asks else bar
+        outcome = execute_safely(folder, progress)
+        board.closed(bar, outcome.status)
+        announce(board, outcome)
+        supply.ended(outcome)
+        if outcome.status == "KILLED":
+            return outcome.code
+    return 0
 
 
 @dataclass(kw_only=True)
@@ -67,33 +79,31 @@ class _Worker:
 
 
 class _Pool:
-    """Hands out folders and listens to workers until every folder has an outcome."""
+    """Hands out folders and listens to workers until there is nothing more to hand out."""
 
-    def __init__(self, folders: Sequence[Path], workers: int, threads: int, board: Board) -> None:
-        self._waiting = list(folders)
-        self._folders, self._threads, self._board = folders, threads, board
-        self._outcomes: dict[Path, Outcome] = {}
+    def __init__(self, supply: Supply, workers: int, threads: int, board: Board) -> None:
+        self._supply, self._workers, self._threads, self._board = supply, workers, threads, board
         self._selector = selectors.DefaultSelector()
-        self._count = min(workers, len(folders))
         self._stop: int | None = None
 
-    def run(self) -> list[Outcome]:
+    def run(self) -> int:
         with self._signals():
-            for slot in range(self._count):
-                if self._stop is None:
-                    self._start(slot)
+            for slot in range(self._workers):
+                self._start(slot)
             while self._selector.get_map():
                 for key, _ in self._selector.select(timeout=0.2):
                     self._hear(key.data)
-        code = self._stop_code()
-        missing = {f: Outcome(folder=f, status="KILLED", reason="not started", code=code) for f in self._waiting}
-        return [(self._outcomes | missing)[folder] for folder in self._folders]
+        return self._stop_code()
 
     def _stop_code(self) -> int:
         """The exit code of what was asked for; 0 while nobody asked to stop."""
         return 0 if self._stop is None else exit_code(signal.Signals(self._stop).name)
 
     def _start(self, slot: int) -> None:
+        """A worker for the next folder, if there is one to be had."""
+        folder = None if self._stop is not None else self._supply.take()
+        if folder is None:
+            return
         ours, theirs = socket.socketpair()
         # Ctrl-C, which a terminal sends to all, waits at the worker's door until it knows what to do about it.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -108,18 +118,19 @@ class _Pool:
         theirs.close()
         worker = _Worker(process=process, link=ours, slot=slot)
         self._selector.register(ours, selectors.EVENT_READ, worker)
-        self._give(worker)
+        # A stop that came while the process was being made has not met it.
+        self._give(worker, folder if self._stop is None else None)
 
-    def _give(self, worker: _Worker) -> None:
+    def _give(self, worker: _Worker, folder: Path | None) -> None:
         """The next folder for an idle worker, or leave to go."""
-        if self._stop is not None or not self._waiting:
+        if folder is None:
             self._selector.unregister(worker.link)
             worker.link.close()
             worker.process.wait()
             return
-        worker.folder = self._waiting.pop(0)
-        worker.bar = self._board.opened(worker.folder.name)
-        worker.link.sendall(f"{worker.folder}\n".encode())
+        worker.folder = folder
+        worker.bar = self._board.opened(folder.name)
+        worker.link.sendall(_line([str(folder), self._supply.asks]))
 
     def _hear(self, worker: _Worker) -> None:
         try:
@@ -135,15 +146,20 @@ class _Pool:
                 worker.ready = True
             elif kind == "ended":
                 self._ended(worker, Outcome(**content | {"folder": worker.folder}))
-                self._give(worker)
+                self._give(worker, None if self._stop is not None else self._supply.take())
+            elif kind == "asks":
+                assert worker.folder is not None
+                # Who asks and dies before the answer is met as lost at the next turn.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    worker.link.sendall(_line(self._supply.boundary(worker.folder, content)))
             elif worker.bar is not None:
                 getattr(worker.bar, kind)(*content)
 
     def _ended(self, worker: _Worker, outcome: Outcome) -> None:
         assert worker.folder is not None and worker.bar is not None
-        self._outcomes[worker.folder] = outcome
         self._board.closed(worker.bar, outcome.status)
         announce(self._board, outcome)
+        self._supply.ended(outcome)
 
     def _lost(self, worker: _Worker) -> None:
         """A worker died with a run in its hands: it failed, unless it was stopped; another goes on with the rest."""
@@ -156,10 +172,11 @@ class _Pool:
         why = f"its process died (exit code {code})" if self._stop is None else "stopped"
         reason = f"{why}; `clplat resume {worker.folder}` goes on from what was saved"
         record_lost(worker.folder, status, reason)
-        outcome = Outcome(folder=worker.folder, status=status, reason=reason, code=self._stop_code() or 1)
+        outcome = Outcome(
+            folder=worker.folder, status=status, reason=reason, code=self._stop_code() or 1, cause="process"
+        )  # fmt: skip
         self._ended(worker, outcome)
-        if self._waiting and self._stop is None:
-            self._start(worker.slot)
+        self._start(worker.slot)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -195,6 +212,10 @@ def _gpu_of(slot: int) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": names[slot % len(names)]}
 
 
+def _line(content: Any) -> bytes:
+    return (json.dumps(content) + "\n").encode()
+
+
 class _Link:
     """A worker's side: progress and outcomes as JSON lines, progress at most five times a second."""
 
@@ -204,7 +225,7 @@ class _Link:
     def send(self, kind: str, content: Any) -> None:
         # A launcher that is gone (a closed terminal, a kill) is no reason to lose a healthy run.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self._link.sendall((json.dumps([kind, content]) + "\n").encode())
+            self._link.sendall(_line([kind, content]))
 
     def step(self, task: str, done: int, total: int, loss: float | None) -> None:
         import time
@@ -225,12 +246,20 @@ def work(descriptor: int) -> None:
     link = socket.socket(fileno=descriptor)
     messages = _Link(link)
     with stop.listening(), link.makefile() as lines:
+
+        def ask(row: int) -> str:
+            messages.send("asks", row)
+            # Nobody there to answer is no reason to end.
+            return json.loads(lines.readline() or '""')
+
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         messages.send("ready", None)
         for line in lines:
-            folder = Path(line.strip())
-            outcome = stopped(folder, stop) if stop.requested else execute_safely(folder, messages)
-            messages.send("ended", {"status": outcome.status, "reason": outcome.reason, "code": outcome.code})
+            name, asks = json.loads(line)
+            folder, progress = Path(name), Asking(messages, ask) if asks else messages
+            outcome = stopped(folder, stop) if stop.requested else execute_safely(folder, progress)
+            said = {"status": outcome.status, "reason": outcome.reason, "code": outcome.code, "cause": outcome.cause}
+            messages.send("ended", said)
 
 
 def stopped(folder: Path, stop: Interruption) -> Outcome:
@@ -245,7 +274,7 @@ def execute_safely(folder: Path, progress: Progress) -> Outcome:
     except RunBusyError as error:
         return Outcome(folder=folder, status="BUSY", reason=str(error), code=EXIT_REQUEUE)
     except ClplatError as error:
-        return Outcome(folder=folder, status="FAILED", reason=str(error), code=1)
+        return failed(folder, error)
 
 
 if __name__ == "__main__":

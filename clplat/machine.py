@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from clplat.config import TrainingConfig
 from clplat.errors import ConfigError
@@ -32,3 +35,16 @@ def check_room(training: TrainingConfig) -> None:
         raise ConfigError(
             f"training.devices: is {training.devices}, and this machine has {room} {what}; set it to {room} or less"
         )
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Without Python's garbage collector: MLflow's import and a thousand runs make hundreds of thousands of objects
+    that stay, and walking them again and again takes as long as all the rest."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

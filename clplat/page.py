@@ -106,7 +106,7 @@ def _tag(study: StudyResults, name: str) -> str:
     return html.escape(" or ".join(study.tag_values(name)))
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -122,14 +122,14 @@ def _scores(study: StudyResults, baseline: str | None) -> str:
         row = [_name(study, variant), str(len(study.of(variant)))]
         row += [str(study.interval(variant, metric)) for metric in SCORES]
         rows.append(row + ([difference(study, variant, baseline)] if baseline else []))
-    return _table(["variant", "n", *SCORES.values(), *([f"final − {baseline}"] if baseline else [])], rows)
+    return table(["variant", "n", *SCORES.values(), *([f"final − {baseline}"] if baseline else [])], rows)
 
 
 def _shown(study: StudyResults, heads: Mapping[str, str]) -> str:
     """A table of those metrics that any run has; empty without one."""
     shown = {m: head for m, head in heads.items() if any(study.by_seed(v, m) for v in study.variants())}
     rows = [[_name(study, v), *(str(study.interval(v, metric)) for metric in shown)] for v in study.variants()]
-    return _table(["variant", *shown.values()], rows) if shown else ""
+    return table(["variant", *shown.values()], rows) if shown else ""
 
 
 def _views(study: StudyResults) -> list[str]:
@@ -149,7 +149,7 @@ def _views(study: StudyResults) -> list[str]:
         "weights, by other answers. The tables above have the default view; the last column is paired over seeds.</p>"
     )
     heads = [SCORES[metric] for metric in VIEWED]
-    return ["<h2>Other views</h2>", note, _table(["variant", "view", "n", *heads, "final − default"], rows)]
+    return ["<h2>Other views</h2>", note, table(["variant", "view", "n", *heads, "final − default"], rows)]
 
 
 def _measured(study: StudyResults) -> list[str]:
@@ -160,19 +160,19 @@ def _measured(study: StudyResults) -> list[str]:
         return []
     rows = [[name.removeprefix(MEASURED), *(str(study.interval(v, name)) for v in finished)] for name in names]
     note = '<p class="small">The last value of each run, mean ± 95 % Student t interval over seeds.</p>'
-    return ["<h2>What strategies measured</h2>", note, _table(["", *(_name(study, v) for v in finished)], rows)]
+    return ["<h2>What strategies measured</h2>", note, table(["", *(_name(study, v) for v in finished)], rows)]
 
 
 def _ability(study: StudyResults) -> list[str]:
-    table = _shown(study, ABILITY)
-    if not table:
+    shown = _shown(study, ABILITY)
+    if not shown:
         return []
     note = (
         '<p class="small">Written answers by each task\'s own metric, and multiple choice after training minus before '
         "(below zero: ability was lost). BWT divided by the tasks that could be forgotten, and as TRACE writes it by "
         "all tasks trained.</p>"
     )
-    return ["<h2>Answers and general ability</h2>", note, table]
+    return ["<h2>Answers and general ability</h2>", note, shown]
 
 
 def _costs(study: StudyResults) -> str:
@@ -182,7 +182,7 @@ def _costs(study: StudyResults) -> str:
         means = [(study.interval(variant, name).mean, show) for name, (_, show) in shown.items()]
         costs = ["–" if np.isnan(mean) else show(mean) for mean, show in means]
         rows.append([_name(study, variant), *costs, words[variant]])
-    return _table(["variant", *(head for head, _ in shown.values()), "fidelity"], rows)
+    return table(["variant", *(head for head, _ in shown.values()), "fidelity"], rows)
 
 
 def _figures(study: StudyResults, folder: Path) -> list[str]:
@@ -200,11 +200,14 @@ def _figures(study: StudyResults, folder: Path) -> list[str]:
     }
     if several:
         # All variants are passed, so that each has one colour throughout the page.
+        lost = {v: (study.interval(v, "final_forgetting"), study.interval(v, "learning_score")) for v in finished}
+        if any(np.isfinite(forgetting.mean + learned.mean) for forgetting, learned in lost.values()):
+            drawn["Learned and forgotten"] = ("learned_and_lost", figures.learned_and_lost(lost))
         drawn["Forgetting"] = ("forgetting", figures.forgetting_curves({v: study.forgetting(v) for v in finished}))
     parts = []
     for title, (name, figure) in drawn.items():
         figure.savefig(folder / f"{name}.png", dpi=150)
-        parts.append(f"<div><h2>{title}</h2>{_inline(figure, folder / f'{name}.svg')}</div>")
+        parts.append(f"<div><h2>{title}</h2>{inline(figure, folder / f'{name}.svg')}</div>")
     return [parts[0], '<div class="figures">', *parts[1:], "</div>", *_few_points(study, several)]
 
 
@@ -220,7 +223,7 @@ def _few_points(study: StudyResults, several: Sequence[str]) -> list[str]:
     return [f'<p class="note">{why}</p>']
 
 
-def _inline(figure: Figure, path: Path) -> str:
+def inline(figure: Figure, path: Path) -> str:
     """The figure as SVG text; text stays text, so that the page can be searched."""
     import matplotlib
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+
+from clplat.errors import Pruned
 
 
 class Progress(Protocol):
@@ -28,6 +30,22 @@ class Silent:
 
     def boundary(self, row: int, summary: Mapping[str, float]) -> None:
         pass
+
+
+class Asking:
+    """Passes on what it is told, and asks after every boundary whether the run should go on: it ends there if not."""
+
+    def __init__(self, inner: Progress, ask: Callable[[int], str]) -> None:
+        """`ask(row)` gives the reason to end the run after this row of its result table, empty to go on."""
+        self._inner, self._ask = inner, ask
+
+    def step(self, task: str, done: int, total: int, loss: float | None) -> None:
+        self._inner.step(task, done, total, loss)
+
+    def boundary(self, row: int, summary: Mapping[str, float]) -> None:
+        self._inner.boundary(row, summary)
+        if reason := self._ask(row):
+            raise Pruned(reason)
 
 
 class Board:

@@ -16,6 +16,7 @@ def check_numbers(config: Experiment) -> None:
             _check_finite(key, number)
     training, evaluation = config.training, config.evaluation
     for key, number, least in (
+        ("tasks", config.tasks, 1),
         ("training.batch_size", training.batch_size, 1),
         ("training.accumulate", training.accumulate, 1),
         ("training.threads", training.threads, 1),

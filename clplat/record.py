@@ -17,7 +17,7 @@ from clplat.journal import Journal, curve_table, read, table
 
 PACKAGES = (
     "clplat", "torch", "triton", "lightning", "mlflow", "torchvision", "avalanche-lib", "datasets",
-    "transformers", "peft", "numpy",
+    "transformers", "peft", "optuna", "numpy",
 )  # fmt: skip
 
 

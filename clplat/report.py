@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 
 from clplat.errors import ConfigError, nearest
+from clplat.journal import ENDED
 from clplat.metrics import paired, verdict
 from clplat.result_table import Scores
 from clplat.study_results import StudyResults
@@ -120,6 +121,8 @@ def difference(study: StudyResults, variant: str, base: str, metric: str = "fina
 def notes(study: StudyResults, baseline: str | None = None) -> list[str]:
     """Missing and failed runs, a baseline that is not there, and budgets that are not equal between compared arms."""
     found = _unfinished(study)
+    if pruned := [run for run in study.runs if run.status == "PRUNED"]:
+        found.append(f"{len(pruned)} runs were pruned, at a boundary where others were better; they count nowhere")
     base = baseline_of(study, baseline)
     if base and not study.by_seed(base, "final_score"):
         found.append(f"the baseline {base} has no finished run, so that nothing is compared with it")
@@ -137,10 +140,10 @@ def notes(study: StudyResults, baseline: str | None = None) -> list[str]:
 
 
 def _unfinished(study: StudyResults) -> list[str]:
-    """A line for the runs of each variant that stand alike; what resumes one then names the study, which resumes all."""
+    """A line for runs of a variant that stand alike; what resumes one then names the study, which resumes all."""
     alike: dict[tuple[str, str], list[int]] = {}
     for run in study.runs:
-        if run.status != "FINISHED":
+        if run.status not in ENDED:
             reason = run.tags.get("status_reason", "")
             says = f"{run.status} {reason.replace(f'/{run.variant}-s{run.seed}`', '`')}".strip()
             alike.setdefault((run.variant, says), []).append(run.seed)

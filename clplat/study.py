@@ -17,6 +17,7 @@ from rich.console import Console
 from clplat.config import RunConfig, StudyConfig, load_run, plain, save
 from clplat.errors import ConfigError, Interrupted
 from clplat.execution import Outcome
+from clplat.journal import ENDED, last_status
 from clplat.launch import launch
 from clplat.machine import check_room, cores
 from clplat.plan import first_seed, read_tasks, write_plan
@@ -41,8 +42,8 @@ class Study:
 
     @property
     def status(self) -> str:
-        """FINISHED when every run did, else how the first other one ended: FAILED, KILLED or BUSY."""
-        return next((outcome.status for outcome in self.outcomes if outcome.status != "FINISHED"), "FINISHED")
+        """FINISHED when every run did or was pruned, else how the first other one ended: FAILED, KILLED or BUSY."""
+        return next((outcome.status for outcome in self.outcomes if outcome.status not in ENDED), "FINISHED")
 
     @property
     def code(self) -> int:
@@ -158,11 +159,10 @@ def settled(config: AnyConfig) -> AnyConfig:
 
 def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
     """Run what has not finished yet among a study's runs, with the record of the whole study above them."""
-    from clplat.journal import last_status
     from clplat.study_record import send_unsent, settle_study, start_study
 
     folders = run_folders(folder)
-    open_runs = [run for run in folders if last_status(run) != "FINISHED"]
+    open_runs = [run for run in folders if last_status(run) not in ENDED]
     for run in open_runs:
         check_room(load_run(run / "config.yaml").training)
     check_unchanged(folder, open_runs)

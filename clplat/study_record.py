@@ -14,7 +14,7 @@ import yaml
 
 from clplat.config import RunConfig, load_run, parse
 from clplat.errors import ClplatError, ConfigError, RunBusyError
-from clplat.journal import NAME, last_status
+from clplat.journal import ENDED, NAME, last_status
 from clplat.mlflow_view import add_view
 from clplat.result_table import ResultTable
 from clplat.study_file import load_study, run_folders
@@ -55,11 +55,12 @@ def _start(folder: Path) -> None:
 
 
 def finish_study(folder: Path, statuses: list[str]) -> None:
-    """Give the parent run its status: FINISHED when all runs are, KILLED when some can be resumed, else FAILED."""
+    """Give the parent run its status: FINISHED when all runs are or were pruned, KILLED when some can be resumed, else
+    FAILED."""
     state = read_json(folder / STUDY_STATE) or {}
     if "run_id" in state:
-        found = set(statuses)
-        status = "FINISHED" if found == {"FINISHED"} else "FAILED" if found <= {"FINISHED", "FAILED"} else "KILLED"
+        found = set(statuses) - set(ENDED)
+        status = "FINISHED" if not found else "FAILED" if found == {"FAILED"} else "KILLED"
         # A server that is gone by now gets the status with `clplat sync`.
         with contextlib.suppress(Exception):
             client(state["uri"]).set_terminated(state["run_id"], status=status)

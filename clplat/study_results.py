@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,6 +17,7 @@ import numpy as np
 from clplat import journal
 from clplat.config import load_run
 from clplat.errors import ClplatError, ConfigError, nearest
+from clplat.machine import no_collector
 from clplat.metrics import Interval, forgetting_over_time, interval, through_view, whole_curve
 from clplat.points import Translator
 from clplat.result_table import Curve, ResultTable, Scores
@@ -176,7 +175,7 @@ def load_study_results(study: str, uri: str | None = None) -> StudyResults:
     known = json.loads(state.read_text()) if state.is_file() else {}
     uri = uri or known.get("uri") or default_uri()
     try:
-        with _no_collector():
+        with no_collector():
             connection = client(uri)
             parent = connection.get_run(known["run_id"]) if known else _find(connection, study, uri)
             runs = [_record(connection, run) for run in _newest(_children(connection, parent))]
@@ -191,7 +190,9 @@ def load_study_results(study: str, uri: str | None = None) -> StudyResults:
     order = {pair: number for number, pair in enumerate(planned)}
     return StudyResults(
         name=tags["study"], run_id=parent.info.run_id, uri=uri, baseline=tags["baseline"] or None,
-        folder=tags["folder"], planned=planned, runs=sorted(runs, key=lambda run: order[run.variant, run.seed]),
+        folder=tags["folder"], planned=planned,
+        # A search that is under way has runs that its parent does not name yet.
+        runs=sorted(runs, key=lambda run: order.get((run.variant, run.seed), len(order))),
     )  # fmt: skip
 
 
@@ -203,19 +204,6 @@ def _find(connection: Any, study: str, uri: str) -> Any:
             return run
     names = {run.info.run_name for run in studies} | {run.data.tags["study"] for run in studies}
     raise ConfigError(f"study {study!r}: MLflow at {uri} has none of this name or id{nearest(study, names)}")
-
-
-@contextmanager
-def _no_collector() -> Iterator[None]:
-    """Without Python's garbage collector: MLflow's import and a thousand runs make hundreds of thousands of objects
-    that stay, and walking them again and again takes as long as all the rest."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _children(connection: Any, parent: Any) -> list[Any]:
@@ -240,7 +228,8 @@ def _newest(runs: list[Any]) -> list[Any]:
 def _record(connection: Any, run: Any) -> RunRecord:
     tags = run.data.tags
     return RunRecord(
-        run_id=run.info.run_id, variant=tags["variant"], seed=int(tags["seed"]), status=run.info.status,
+        run_id=run.info.run_id, variant=tags["variant"], seed=int(tags["seed"]),
+        status="PRUNED" if tags.get("pruned") == "true" and run.info.status == "KILLED" else run.info.status,
         tags=dict(tags), metrics=dict(run.data.metrics), read_tables=partial(_read_tables, connection, run.info.run_id),
     )  # fmt: skip
 
@@ -265,6 +254,12 @@ def journal_results(folder: Path) -> StudyResults:
         planned=list(itertools.product(study.variants or [study.name], study.seeds)),
         runs=[_record_of_folder(run) for run in run_folders(folder) if (run / journal.NAME).is_file()],
     )  # fmt: skip
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """The last value of every metric of a run, out of its own folder and as far as it has come."""
+    translator = Translator()
+    return {key: value for entry in journal.read(folder) for key, value, *_ in translator.points(entry)}
 
 
 def _record_of_folder(folder: Path) -> RunRecord:

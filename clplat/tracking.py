@@ -262,6 +262,10 @@ class Feed:
         if (self.folder / "artifacts").is_dir():
             self._client.log_artifacts(self._state["run_id"], str(self.folder / "artifacts"))
         self._client.set_tag(self._state["run_id"], NOTE, run_note(self.folder, self._state["run_id"]))
+        if status == "PRUNED":
+            # MLflow has no such status: there the run was ended before its end, and a tag says why.
+            self._client.set_tag(self._state["run_id"], "pruned", "true")
+            status = "KILLED"
         # The time of the last entry, so that a record sent later does not stretch the run.
         self._client.set_terminated(self._state["run_id"], status=status, end_time=self._last_time or None)
 

@@ -102,6 +102,11 @@ class Together(Scorer):
     def __init__(self, *scorers: Scorer) -> None:
         self.scorers = scorers
         self.metrics = {name: metric for scorer in scorers for name, metric in scorer.metrics.items()}
+        self.adaptive = any(scorer.adaptive for scorer in scorers)
+
+    def learning(self) -> Scorer:
+        changed = [scorer.learning() for scorer in self.scorers]
+        return self if all(a is b for a, b in zip(changed, self.scorers, strict=True)) else Together(*changed)
 
     def score(self, model: Answerer, data: Data, rows: Tensor, batch_size: int) -> Sums:
         found: Sums = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -39,6 +40,26 @@ class Answerer(Protocol):
 
     def device(self) -> torch.device: ...
 
+    def reading(self, rows: int) -> AbstractContextManager[Reader]:
+        """Within it the learner reads so many rows and learns from what has been scored of them; for models whose
+        levels learn the next token, and in a fork."""
+        ...
+
+
+class Reader(Protocol):
+    """Rows of text that a learner reads from their beginnings; what it learns from a row it knows there alone."""
+
+    chunk: int
+    """Tokens that are scored before anything is learned from them."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """(B, T, V) for all tokens of the rows so far, with gradients."""
+        ...
+
+    def learn(self, nats: Tensor, tokens: int) -> None:
+        """Learn from the sum of the losses of what was scored last; `tokens` of each row have been scored by now."""
+        ...
+
 
 Sums = dict[str, Tensor]
 """Per metric a float64 tensor (2,): the sum and the count."""
@@ -66,6 +87,10 @@ class Scorer:
     def batch_sums(self, model: Answerer, batch: Batch) -> Sums:
         """Sum and count of every metric over one batch."""
         raise TypeError(f"{type(self).__name__} must define batch_sums or score")
+
+    def learning(self) -> Scorer:
+        """The same scores of a model that learns from tokens once they are scored; itself where there is no such."""
+        return self
 
 
 class Classify(Scorer):
@@ -106,7 +131,13 @@ class Likelihood(Scorer):
         self.metrics = metrics
 
     def batch_sums(self, model: Answerer, batch: Batch) -> Sums:
-        logits = model.logits(batch)
+        return self.sums(model.logits(batch), batch)
+
+    def learning(self) -> Scorer:
+        return NextToken(self)
+
+    def sums(self, logits: Tensor, batch: Batch) -> Sums:
+        """Sum and count of every metric for answers (B, T, V)."""
         nats = (
             F.cross_entropy(
                 logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="none", ignore_index=IGNORE
@@ -127,3 +158,44 @@ class Likelihood(Scorer):
             kept = batch.answer & counted
             sums["answer_loss"] = torch.stack([(nats * kept).sum(), kept.sum().double()])
         return sums
+
+
+class NextToken(Scorer):
+    """What a `Likelihood` says of a model that learns while it is scored: a chunk is scored, and only then learned, by
+    the cross-entropy of its targets (dynamic evaluation: Krause et al. 2018, arXiv:1709.07432; here of each row alone).
+
+    A row is read anew from its beginning for every chunk, since all of it is answered by the weights of now: n chunks
+    cost about n / 2 times as much as one reading, and as many backward passes.
+    """
+
+    adaptive = True
+
+    def __init__(self, scorer: Likelihood) -> None:
+        self.scorer, self.metrics = scorer, scorer.metrics
+
+    def batch_sums(self, model: Answerer, batch: Batch) -> Sums:
+        total = {name: torch.zeros(2, dtype=torch.float64, device=batch.targets.device) for name in self.metrics}
+        length = batch.targets.shape[1]
+        with model.reading(len(batch)) as reader:
+            for start in range(0, length, reader.chunk):
+                stop = min(start + reader.chunk, length)
+                logits, part = reader.logits(columns(batch, 0, stop))[:, start:], columns(batch, start, stop)
+                for name, pair in self.scorer.sums(logits.detach(), part).items():
+                    total[name] += pair
+                if stop < length:
+                    flat = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+                    nats = F.cross_entropy(flat, part.targets.flatten(), reduction="sum", ignore_index=IGNORE)
+                    reader.learn(nats, stop)
+        return total
+
+
+def columns(batch: Batch, start: int, stop: int) -> Batch:
+    """The tokens start..stop of all rows, without what a stream added to them."""
+
+    def cut(part: Tensor | None) -> Tensor | None:
+        return None if part is None else part[:, start:stop]
+
+    return batch.replaced(
+        inputs=batch.inputs[:, start:stop], targets=batch.targets[:, start:stop], segment_ids=cut(batch.segment_ids),
+        answer=cut(batch.answer), extra={},
+    )  # fmt: skip

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from clplat.architectures.associative_memory.network import Applied, Network, applied
+from clplat.architectures.associative_memory.omega_window import Pairs, moved_on, pairs_of, weights_of
 from clplat.architectures.associative_memory.orthogonal import orthogonal_step
 from clplat.architectures.associative_memory.spans import (
     Spans,
@@ -34,7 +35,6 @@ from clplat.architectures.associative_memory.spans import (
     products,
 )
 from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens, chosen, either
-from clplat.architectures.associative_memory.window import Pairs, moved_on, pairs_of, weights_of
 
 Mixed = Callable[[int, int, Tensor, Tensor], Tensor]
 """From a chunk's first token, a layer's number, what queries gave it (B, H, L, I) and what it answers (B, H, L, O) to

@@ -16,11 +16,11 @@ from clplat.architectures.associative_memory.chunked import Mixed, chunked, one_
 from clplat.architectures.associative_memory.features import FeatureMap
 from clplat.architectures.associative_memory.layout import Documents, bounds, continued, separated
 from clplat.architectures.associative_memory.network import Network
+from clplat.architectures.associative_memory.omega_window import empty_window
 from clplat.architectures.associative_memory.operations import by_name, operation_for
 from clplat.architectures.associative_memory.rule import MemoryRule
 from clplat.architectures.associative_memory.state import LOWEST_GATE, Layers, MemoryState, Tokens, repeated
 from clplat.architectures.associative_memory.token_loop import token_loop
-from clplat.architectures.associative_memory.window import empty_window
 
 
 class AssociativeMemory(nn.Module):

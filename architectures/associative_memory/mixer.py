@@ -19,6 +19,7 @@ from clplat.architectures.associative_memory.layout import Documents
 from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.rule import MemoryRule, check_rate
 from clplat.architectures.associative_memory.state import Tokens
+from clplat.architectures.associative_memory.telemetry import Written
 from clplat.architectures.option_checks import check_at_least, check_choices, check_finite
 
 
@@ -96,6 +97,14 @@ class MemoryMixer(CarryingMixer):
         if self.gates is not None:
             self.gates.bias.copy_(torch.cat(list(self.starts.values())))
         self.memory.reset_start()
+
+    def written(self, x_BTC: Tensor) -> dict[str, Written]:
+        """What the memory does with a row (1, T, C); see `telemetry.py`."""
+        backend, tokens = self.memory.backend, self._tokens(x_BTC, self.qkv(x_BTC), None, None)
+        _, end = self.memory(tokens)
+        self.memory.backend = backend
+        first = self.memory.empty_state(1).weights
+        return {"": Written(self.memory, (self.memory.prepared(tokens),), first, end.weights)}
 
     def mixing_flops(self, tokens: int) -> float:
         """Operations of the memory beyond 2 for each weight that it begins with; see `costs.py`."""

@@ -94,7 +94,7 @@ class Network:
 
     def read_by(self, layer: Applied, x_BHTD: Tensor) -> Tensor:
         """The answers (B, H, T, E) of layers that may be others for each token."""
-        *_, last = self._through(layer, x_BHTD)
+        *_, last = self.through(layer, x_BHTD)
         return self.answer(x_BHTD, last)
 
     def weights(self, state: Layers) -> Layers:
@@ -106,18 +106,27 @@ class Network:
         return self.rule.map.settled(state, self.norms)
 
     def answer(self, x_BHTD: Tensor, last_BHTE: Tensor) -> Tensor:
-        """From what the last layer gives: normalised, and added to what was asked."""
+        """From what the last layer gives: normalised, and added to what was asked, by several memories' heads where
+        there are more of these."""
         if self.scale is not None and self.shift is not None:
             last_BHTE = self.scale * _standardised(last_BHTE)[0] + self.shift
-        return x_BHTD + last_BHTE if self.rule.memory.residual else last_BHTE
+        return matched(x_BHTD, last_BHTE) + last_BHTE if self.rule.memory.residual else last_BHTE
 
     def gradients(
         self, weights: Sequence[Tensor], k_BHTD: Tensor, v_BHTE: Tensor, threshold: Tensor | None
     ) -> tuple[Layers, Layers]:
         """What each layer read, (B, H, T, I), and the slope of the loss at its output, (B, H, T, O): a token's gradient
         of that layer is their outer product."""
-        inputs, before, last = self._through(applied(weights), k_BHTD)
+        inputs, before, last = self.through(applied(weights), k_BHTD)
         target = self.read(weights, v_BHTE) if self.rule.target == "self" else v_BHTE
+        return tuple(inputs), self.slopes(weights, inputs, before, last, target, threshold)
+
+    def slopes(
+        self, weights: Sequence[Tensor], inputs: Sequence[Tensor], before: Sequence[Tensor], last: Tensor,
+        target: Tensor, threshold: Tensor | None,
+    ) -> Layers:  # fmt: skip
+        """Those of `gradients`, of what `through` found for keys; the first of several layers' weights is not read."""
+        k_BHTD = inputs[0]
         # With `single` the erasing takes the old answer off, and the gradient is that of a layer that gave nothing.
         given = torch.zeros_like(last) if self.rule.delta == "single" else last
         slope = loss_slope(self.answer(k_BHTD, given), target, self.rule.bias, threshold)
@@ -125,22 +134,23 @@ class Network:
             slope = _slope_below_norm(last, self.scale * slope)
         if self.rule.memory.kind == "swiglu":
             (gate, up), back, kind = before, slope @ weights[2].mT, self.rule.memory.activation
-            return tuple(inputs), (back * up * activation_slope(gate, kind), back * activated(gate, kind), slope)
+            return back * up * activation_slope(gate, kind), back * activated(gate, kind), slope
         slopes = [slope]
         for weight, x in zip(reversed(weights[1:]), reversed(before)):
             slopes.append((slopes[-1] @ weight.mT) * activation_slope(x, self.rule.memory.activation))
         slopes.reverse()
         if self.rule.max_gradient is not None:
             slopes = [self._shortened(x, slope) for x, slope in zip(inputs, slopes, strict=True)]
-        return tuple(inputs), tuple(slopes)
+        return tuple(slopes)
 
     def _shortened(self, x: Tensor, slope: Tensor) -> Tensor:
         """The slope with which a token's gradient, their outer product, is no longer than `max_gradient`."""
         assert self.rule.max_gradient is not None
-        length = (x.square().sum(-1, keepdim=True) * slope.square().sum(-1, keepdim=True)).clamp(min=1e-30).sqrt()
+        size = matched(x.square().sum(-1, keepdim=True), slope)
+        length = (size * slope.square().sum(-1, keepdim=True)).clamp(min=1e-30).sqrt()
         return slope / (length / self.rule.max_gradient).clamp(min=1.0)
 
-    def _through(self, layer: Applied, x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def through(self, layer: Applied, x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Inputs of all layers, inner layers before their activation, and what the last one gives."""
         if self.rule.memory.kind == "swiglu":
             before = [layer(0, x), layer(1, x)]
@@ -151,6 +161,12 @@ class Network:
             before.append(layer(number, inputs[-1]))
             inputs.append(activated(before[-1], self.rule.memory.activation))
         return inputs, before, layer(self.rule.memory.depth - 1, inputs[-1])
+
+
+def matched(part_BH: Tensor, heads_BN: Tensor) -> Tensor:
+    """What is known of a head for each of its memories: further heads, memory after memory."""
+    count = heads_BN.shape[1] // part_BH.shape[1]
+    return part_BH.repeat(1, count, 1, 1) if count > 1 else part_BH
 
 
 def applied(weights: Sequence[Tensor]) -> Applied:

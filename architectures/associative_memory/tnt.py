@@ -27,8 +27,9 @@ from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.mixer import MemoryMixer
 from clplat.architectures.associative_memory.presets import LayerKind, MemoryLayer, TitansLMM
 from clplat.architectures.associative_memory.rule import MemoryRule
-from clplat.architectures.associative_memory.segments import Segments, counted, cut, run
+from clplat.architectures.associative_memory.segments import Segments, counted, cut, folded, run
 from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens, chosen, either
+from clplat.architectures.associative_memory.telemetry import Written
 
 
 class TNTState(NamedTuple):
@@ -84,6 +85,20 @@ class TNTMixer(MemoryMixer):
         if hasattr(self, "near"):
             for memory in self._near():
                 memory.reset_start()
+
+    def written(self, x_BTC: Tensor) -> dict[str, Written]:
+        """What the global memory and each local one do with a row (1, T, C), local ones in every shard anew."""
+        found = super().written(x_BTC)
+        segments = cut(x_BTC, self.shard, None, None)
+        placed = segments.placed(self.memory.prepared(self._tokens(x_BTC, self.qkv(x_BTC), None, None)))
+        for number, local in enumerate(self._near()):
+            own, backend = placed._replace(rate=placed.rate * self._faster(local.rule)), local.backend
+            ends = run(local, own, segments, None, warm=False).ends.weights
+            local.backend = backend
+            first = local.empty_state(segments.touched).weights
+            end = tuple(part.flatten(0, 1) for part in ends)
+            found[f"local{number}"] = Written(local, (folded(own, segments),), first, end)
+        return found
 
     def mixing_flops(self, tokens: int) -> float:
         """As of a layer for each memory, without products inside of the global one's chunks."""

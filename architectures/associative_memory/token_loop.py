@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clplat.architectures.associative_memory.network import Network
+from clplat.architectures.associative_memory.omega_window import moved_on, pairs_of
 from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens, chosen, either
-from clplat.architectures.associative_memory.window import moved_on, pairs_of
 from clplat.kernels.newton_schulz import newton_schulz
 
 

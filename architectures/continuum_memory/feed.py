@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, P pending tokens, C hidden size.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 
 from clplat.architectures.associative_memory.layout import Documents
 from clplat.architectures.associative_memory.reading import Reading
+from clplat.architectures.base import LevelPeriod
 from clplat.architectures.continuum_memory.levels import LevelSize, StepLevel, TokenLevel
+from clplat.architectures.continuum_memory.nested import NestedLevel
+from clplat.architectures.continuum_memory.next_token import NextTokenLevel
 from clplat.architectures.decoder import ReadingFeed
 from clplat.architectures.layers import SwiGLU
 
@@ -32,8 +36,7 @@ class ContinuumFeed(ReadingFeed):
     def __init__(self, *, levels: Sequence[LevelSize], independent: bool, residual: bool) -> None:
         super().__init__()
         self.independent = independent
-        made = {size.name: StepLevel(size) if size.clock == "step" else TokenLevel(size) for size in levels}
-        self.levels = nn.ModuleDict(made)
+        self.levels = nn.ModuleDict({size.name: _level(size) for size in levels})
         # A single level, and a bare chain, have nothing to be weighed against.
         several = len(levels) > 1 and residual
         start = 1 / len(levels) if independent else 1.0
@@ -66,9 +69,38 @@ class ContinuumFeed(ReadingFeed):
         return sum(level.mixing_flops(tokens) for level in self._each() if isinstance(level, TokenLevel))
 
     def facts(self) -> dict[str, str]:
-        """Clock, period and loss of each level, in words."""
-        words = {"step": "training steps, the run's loss", "token": "tokens, local loss"}
-        return {f"level.{level.size.name}": f"{level.size.period} {words[level.size.clock]}" for level in self._each()}
+        """Clock, period and loss of each level, in words, and in which it is nested."""
+        words = {"local": "tokens, local loss", "next_token": "tokens, the next token's loss while scored"}
+        found = {}
+        for size in (level.size for level in self._each()):
+            inside = f", in {size.within}" if size.within else ""
+            told = "training steps, the run's loss" if size.clock == "step" else words[size.loss]
+            found[f"level.{size.name}"] = f"{size.period} {told}{inside}"
+        return found
+
+    def periods(self, place: str) -> dict[str, LevelPeriod]:
+        """The levels of the step clock, with the names of their parameters behind `place`. Where a nested token level
+        begins belongs to the fastest of them: rows lie inside of its period."""
+        found = {}
+        for level in self._each():
+            if isinstance(level, StepLevel) and level.size.clock == "step":
+                size = level.size
+                found[size.name] = LevelPeriod(
+                    parameters=tuple(f"{place}.levels.{size.name}.{own}" for own, _ in level.named_parameters()),
+                    period=size.period, lr=size.lr, reduction=size.reduction, within=size.within,
+                    start_rate=size.start_rate,
+                )  # fmt: skip
+        if not found:
+            return found
+        fastest = min(found, key=lambda name: found[name].period)
+        starts = tuple(
+            f"{place}.levels.{level.size.name}.fast.first.{n}"
+            for level in self._each()
+            if isinstance(level, TokenLevel) and level.size.within
+            for n in range(len(level.fast.first))
+        )
+        own = found[fastest]
+        return found | {fastest: dataclasses.replace(own, parameters=own.parameters + starts)}
 
     @torch.no_grad()
     def begin_as(self, mlp: SwiGLU) -> None:
@@ -113,3 +145,11 @@ class ContinuumFeed(ReadingFeed):
             read = x_BTC if self.independent else x_BTC + added
         assert added is not None
         return added, after
+
+
+def _level(size: LevelSize) -> StepLevel | TokenLevel:
+    if size.clock == "step":
+        return StepLevel(size)
+    if size.loss == "next_token":
+        return NextTokenLevel(size)
+    return TokenLevel(size) if size.context is None else NestedLevel(size)

@@ -20,11 +20,16 @@ from clplat.architectures.layers import SwiGLU
 
 Clock = Literal["step", "token"]
 Reduction = Literal["sum", "mean"]
+Loss = Literal["local", "next_token"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LevelSize:
-    """A level with nothing left open; `lr` None is the optimizer's."""
+    """A level with nothing left open; `lr` None is the optimizer's.
+
+    `loss`: of the token clock; the step clock has the run's.
+    `within`: the next slower level, where the levels are nested. `context`: that one's period, for levels of one clock.
+    """
 
     name: str
     period: int
@@ -33,6 +38,10 @@ class LevelSize:
     reduction: Reduction
     hidden_size: int
     inner_size: int
+    loss: Loss = "local"
+    within: str | None = None
+    context: int | None = None
+    start_rate: float = 1.0
 
 
 class StepLevel(nn.Module):

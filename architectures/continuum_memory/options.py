@@ -11,17 +11,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import nn
 
 from clplat.architectures.continuum_memory.feed import ContinuumFeed
-from clplat.architectures.continuum_memory.levels import Clock, LevelSize, Reduction
+from clplat.architectures.continuum_memory.levels import Clock, LevelSize, Loss, Reduction
 from clplat.architectures.layers import SwiGLU
 from clplat.architectures.option_checks import check_at_least, check_choices, check_finite
 
-Carry = Literal["sequential", "independent"]
+Carry = Literal["sequential", "nested", "independent"]
 
 
 class FeedForwardKind(ABC):
@@ -48,11 +48,13 @@ class CMSLevel:
     """One level of a continuum memory: a SwiGLU that changes at every `period`-th beat of its clock alone.
 
     `clock`: step, the training steps of the run, where the level learns by the run's own loss under `LevelClock`; or
-    token, the tokens of a sequence, where each row has weights of its own that begin at the trained ones and learn from
-    a local loss, ½ mean (F(x) − W_v x)², while they read. `lr`: of the level's updates. At the step clock None leaves
-    it to the optimizer, and it changes the rate of this level alone; at the token clock None is ½ a period: a unit
-    input that fills a period is then halfway learned. 0 is a level that stands still. `reduction` of a period's
-    gradients: added up, as printed, or averaged. `expand`: inner over hidden size, rounded up to a multiple of 32.
+    token, the tokens of a sequence, where each row has weights of its own that begin at the trained ones and learn
+    while they read. `loss` of the token clock: local (None), ½ mean (F(x) − W_v x)²; or next_token, the text's own,
+    which scorers of a text's likelihood take and let the level learn by, and which changes nothing in training.
+    `lr`: of the level's updates. At the step clock None leaves it to the optimizer, and it changes the rate of this
+    level alone; at the token clock None is ½ a period: a unit input that fills a period is then halfway learned; with
+    next_token it is 0.1 a period. 0 is a level that stands still. `reduction` of a period's gradients: added up, as
+    printed, or averaged. `expand`: inner over hidden size, rounded up to a multiple of 32.
     `name` defaults to the clock and the period: step16, token64.
     """
 
@@ -60,6 +62,7 @@ class CMSLevel:
 
     period: int = 1
     clock: Clock = "step"
+    loss: Loss | None = None
     lr: float | None = None
     reduction: Reduction = "sum"
     expand: float = 8 / 3
@@ -68,8 +71,12 @@ class CMSLevel:
     def __post_init__(self) -> None:
         check_finite(self)
         check_choices(self, clock=Clock, reduction=Reduction)
+        if self.loss is not None:
+            check_choices(self, loss=Loss)
         check_at_least(self, 1, "period")
         check_at_least(self, 0, "lr")
+        if self.loss is not None and self.clock == "step":
+            raise ValueError("levels.loss: is for clock: token; levels of training steps learn by the run's loss")
         if self.expand <= 0:
             raise ValueError(f"levels.expand: must be above 0, got {self.expand}")
         if self.name is not None and not self.name.isidentifier():
@@ -84,11 +91,12 @@ class CMSLevel:
         """The same for a stream of that width, with nothing left open."""
         lr = self.lr
         if self.clock == "token" and lr is None:
-            lr = 0.5 / self.period if self.reduction == "sum" else 0.5
+            whole = 0.1 if self.loss == "next_token" else 0.5
+            lr = whole / self.period if self.reduction == "sum" else whole
         inner = 32 * math.ceil(self.expand * hidden_size / 32)
         return LevelSize(
             name=self.called, period=self.period, clock=self.clock, lr=lr, reduction=self.reduction,
-            hidden_size=hidden_size, inner_size=inner,
+            hidden_size=hidden_size, inner_size=inner, loss=self.loss or "local",
         )  # fmt: skip
 
 
@@ -99,11 +107,16 @@ class ContinuumMemory(FeedForwardKind):
     SwiGLU.
     """
 
-    def __init__(self, *, levels: Sequence[CMSLevel], carry: Carry = "sequential", residual: bool = True) -> None:
-        """`carry`: sequential, each level reads what the one before gives; or independent, all read the input and are
-        added up with trained weights. `residual`: levels one after another add to what they read, with a trained gain
-        each; False is the bare composition, as printed."""
-        self.levels, self.carry, self.residual = tuple(levels), carry, residual
+    def __init__(
+        self, *, levels: Sequence[CMSLevel], carry: Carry = "sequential", residual: bool = True,
+        start_rate: float = 0.5,
+    ) -> None:  # fmt: skip
+        """`carry`: sequential, each level reads what the one before gives; nested, the same, and a level begins anew
+        whenever the next slower one's period ends, with weights that the slower one has learned (`nested.py`); or
+        independent, all read the input and are added up with trained weights. `start_rate`: how much of what a nested
+        level has learned goes into its next beginning, from 0 to 1, which is sequential. `residual`: levels one after
+        another add to what they read, with a trained gain each; False is the bare composition, as printed."""
+        self.levels, self.carry, self.residual, self.start_rate = tuple(levels), carry, residual, start_rate
         check_choices(self, carry=Carry)
         if not self.levels:
             raise ValueError("ContinuumMemory.levels: must give at least one level")
@@ -111,9 +124,44 @@ class ContinuumMemory(FeedForwardKind):
         if twins := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"ContinuumMemory.levels: two are called {twins[0]!r}; give them a `name` each")
         if carry == "independent" and not residual:
-            raise ValueError("ContinuumMemory.residual: false is for carry: sequential")
+            raise ValueError("ContinuumMemory.residual: false is for carry: sequential and nested")
+        if not 0 <= start_rate <= 1:
+            raise ValueError(f"ContinuumMemory.start_rate: must lie between 0 and 1, got {start_rate}")
+        if carry == "nested":
+            _check_nesting(slowest_first(self.levels))
 
     def build(self, hidden_size: int) -> ContinuumFeed:
         """The layer."""
         sizes = [level.sized(hidden_size) for level in self.levels]
+        if self.carry == "nested":
+            slower = slowest_first(self.levels)
+            outer = {inner.called: level for level, inner in zip(slower, slower[1:])}
+            sizes = [self._nested(size, outer[size.name]) if size.name in outer else size for size in sizes]
         return ContinuumFeed(levels=sizes, independent=self.carry == "independent", residual=self.residual)
+
+    def _nested(self, size: LevelSize, outer: CMSLevel) -> LevelSize:
+        """A row is all that a token level knows of the training steps: there it begins anew with every row."""
+        context = outer.period if outer.clock == size.clock else None
+        return replace(size, within=outer.called, context=context, start_rate=self.start_rate)
+
+
+def slowest_first(levels: Sequence[CMSLevel]) -> list[CMSLevel]:
+    """Levels by their periods, those of training steps before those of tokens."""
+    return sorted(levels, key=lambda level: (level.clock == "token", -level.period))
+
+
+def _check_nesting(levels: Sequence[CMSLevel]) -> None:
+    """ValueError unless each level's period goes into that of the next slower one, several times."""
+    if len(levels) < 2:
+        raise ValueError("ContinuumMemory.carry: nested needs two levels, of which one is slower; use sequential")
+    if reading := [level.called for level in levels if level.loss == "next_token"]:
+        raise ValueError(
+            f"ContinuumMemory.carry: nested levels begin anew inside of the model, where {reading[0]} learns nothing; "
+            "use loss: local, or carry: sequential"
+        )
+    for outer, inner in zip(levels, levels[1:]):
+        if outer.clock == inner.clock and (outer.period == inner.period or outer.period % inner.period):
+            raise ValueError(
+                f"ContinuumMemory.levels: nested, the period of {outer.called} ({outer.period}) must be a multiple of "
+                f"that of {inner.called} ({inner.period}), which begins anew inside of it"
+            )

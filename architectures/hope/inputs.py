@@ -16,7 +16,7 @@ class HeadInputs(NamedTuple):
     """Tokens as the heads see them. What a memory makes is None here."""
 
     x: Tensor
-    """(B, H, T, D), of which the memories make the rest."""
+    """(B, H, T, D), of which the memories make the rest, or (B, H, T, G, D), for each of G that do its own."""
     query: Tensor | None
     """(B, H, T, D), and so are key and value."""
     key: Tensor | None
@@ -48,7 +48,38 @@ class HeadInputs(NamedTuple):
         """The same in another precision."""
         return self._each(lambda part, _: part if part.dtype == torch.bool else part.to(dtype))
 
+    def in_one_row(self) -> HeadInputs:
+        """The tokens of all rows, one row behind the other."""
+        return self._each(lambda part, axis: part.movedim(axis, 1).flatten(0, 1).unsqueeze(0).movedim(1, axis))
+
     def _each(self, change: Callable[[Tensor, int], Tensor]) -> HeadInputs:
         query, key, value, rate, decay, momentum = (None if part is None else change(part, 2) for part in self[1:7])
         counts = None if self.counts is None else change(self.counts, 1)
         return HeadInputs(change(self.x, 2), query, key, value, rate, decay, momentum, counts)
+
+
+class Lifted(NamedTuple):
+    """The same as far as it depends on no memory: what is given has unit length, or is squashed."""
+
+    x: Tensor
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    rate: Tensor | None
+    """(B, H, T), before its sigmoid, and so is decay."""
+    decay: Tensor | None
+    log_momentum: Tensor | None
+    """(B, H, T)."""
+    damping: Tensor | None
+    """(B, H, T), by which steps are multiplied; None where they are not."""
+    counts: Tensor | None
+
+    def chunks(self, size: int) -> list[Lifted]:
+        """The tokens of every so many places. Split at once, as many slices of one tensor would each send back a
+        gradient of its whole size."""
+        count = -(-self.x.shape[2] // size)
+        each = [
+            [None] * count if part is None else part.split(size, axis)
+            for part, axis in zip(self, (*[2] * 8, 1), strict=True)
+        ]  # fmt: skip
+        return [Lifted(*parts) for parts in zip(*each, strict=True)]  # type: ignore[arg-type]

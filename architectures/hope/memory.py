@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clplat.architectures.associative_memory.layout import Documents, continued, separated
+from clplat.architectures.associative_memory.layout import Documents, bounds, continued, separated
 from clplat.architectures.associative_memory.network import Network
 from clplat.architectures.associative_memory.state import LOWEST_GATE, MemoryState, Tokens
 from clplat.architectures.hope.bank import Bank
 from clplat.architectures.hope.forms import Group, by_chunks, one_by_one, one_more
-from clplat.architectures.hope.inputs import HeadInputs
+from clplat.architectures.hope.inputs import HeadInputs, Lifted
+from clplat.architectures.hope.operation import operation_for
 from clplat.architectures.hope.options import SelfModifyingOptions
 
 
@@ -45,7 +46,9 @@ class SelfModifyingMemory(nn.Module):
         self.biases = nn.ParameterDict({name: nn.Parameter(torch.empty(num_heads, 1)) for name in gates})
         self.writes = True
         """False: step sizes are 0 and nothing is forgotten, for a reading without memory."""
-        self.backend = "chunked PyTorch"
+        self.operation = operation_for(options)
+        self.backend = "chunked PyTorch" if self.operation is None else "none yet"
+        """What computed the last call, for the record."""
         self.reset_start()
 
     @torch.no_grad()
@@ -69,12 +72,14 @@ class SelfModifyingMemory(nn.Module):
         return MemoryState(weights, momentum, weights, torch.zeros(rows, dtype=torch.long, device=weights[0].device))
 
     def forward(self, tokens: HeadInputs, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
-        """Answers (B, H, T, D) in float32 or wider and the state behind the last token; `state` continues an earlier
-        call, at any token."""
+        """Answers (B, H, T, D), in float32 or wider or where kernels answer in the queries' precision, and the state
+        behind the last token; `state` continues an earlier call, at any token."""
         with torch.autocast(tokens.x.device.type, enabled=False):
+            if self._taken(tokens, even=state is None):
+                return self._operated(tokens, state)
             tokens = tokens.widened(self._wide())
             if state is None:
-                return by_chunks(self, tokens, self.empty_state(len(tokens.x)))
+                return by_chunks(self, tokens, self.empty_state(len(tokens.x)), fresh=True)
             if tokens.x.shape[2] == 1:
                 return one_more(self, tokens, state)
             layout = continued(state.offset, tokens.x.shape[2], self.period)
@@ -85,9 +90,35 @@ class SelfModifyingMemory(nn.Module):
         """Answers (B, H, T, D) to packed rows, where each document begins with the first state and a chunk."""
         rows, length = tokens.x.shape[0], tokens.x.shape[2]
         with torch.autocast(tokens.x.device.type, enabled=False):
+            if self._taken(tokens, even=False):
+                ends = bounds(documents, tokens.x.device)
+                answers, _ = self._operated(tokens.in_one_row(), None, ends)
+                return answers.unflatten(2, (rows, length)).squeeze(0).transpose(0, 1)
             layout = separated(documents, rows, length, self.period)
             moved = tokens.widened(self._wide()).taken(layout.source_BN)
-            return layout.back(by_chunks(self, moved, self.empty_state(rows), layout.begins_Bn)[0])
+            return layout.back(by_chunks(self, moved, self.empty_state(rows), layout.begins_Bn, fresh=True)[0])
+
+    def _taken(self, tokens: HeadInputs, *, even: bool) -> bool:
+        """Whether the operation computes these tokens, `even` where every row begins a chunk and none has documents:
+        else its PyTorch form would take one sequence after another, and only its kernels are asked."""
+        self.backend = "chunked PyTorch"
+        if self.operation is None or tokens.counts is not None or not self.writes:
+            return False
+        form = self.operation.form(tokens)
+        if form == "torch" and not even:
+            return False
+        self.backend = f"{self.operation.name} {form}"
+        return True
+
+    def _operated(
+        self, tokens: HeadInputs, state: MemoryState | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, MemoryState]:
+        """By the operation."""
+        assert self.operation is not None
+        rows = len(tokens.x) if cu_seqlens is None else len(cu_seqlens) - 1
+        begun = self.empty_state(rows) if state is None else state
+        gates = dict(self.readouts), dict(self.biases)
+        return self.operation(tokens, *gates, begun, fresh=state is None, cu_seqlens=cu_seqlens)
 
     def by_definition(
         self, tokens: HeadInputs, state: MemoryState | None = None, documents: Documents | None = None
@@ -102,27 +133,44 @@ class SelfModifyingMemory(nn.Module):
         """Tokens after which chunks of all memories begin together."""
         return max(group.chunk for group in self.groups)
 
-    def generated(self, inputs: HeadInputs, anchor: tuple[Tensor, ...]) -> Tokens:
-        """What the memories read of tokens: made by those of the first group as they are in `anchor`, or given."""
-        count = len(self.options.generators) * self.num_heads
-        made = dict[str, Tensor]()
-        if count:
-            answers = self.generators.answers(tuple(part[:, :count] for part in anchor), inputs.x)
-            made = dict(zip(self.options.generators, answers, strict=True))
-        q, k, v = (made[name] if name in made else getattr(inputs, name) for name in ("query", "key", "value"))
-        rate = erase = self.options.largest_rate * self._gate("rate", inputs.rate, made).sigmoid()
-        log_momentum = None
+    def lifted(self, inputs: HeadInputs) -> Lifted:
+        """What of tokens depends on no memory."""
+        log_momentum = damping = None
         if inputs.momentum is not None:
             log_momentum = F.logsigmoid(inputs.momentum)
-            rate = rate * -log_momentum.expm1() if self.options.damped else rate
+            damping = -log_momentum.expm1() if self.options.damped else None
             log_momentum = log_momentum.clamp(min=LOWEST_GATE)
+            if inputs.counts is not None:
+                log_momentum = log_momentum.masked_fill(~inputs.counts.unsqueeze(1), 0.0)
+        query, key = (None if part is None else _unit(part) for part in (inputs.query, inputs.key))
+        value = inputs.value
+        if value is not None and self.options.unit_values:
+            value = _unit(value)
+        return Lifted(inputs.x, query, key, value, inputs.rate, inputs.decay, log_momentum, damping, inputs.counts)
+
+    def generated(self, inputs: HeadInputs, anchor: tuple[Tensor, ...]) -> Tokens:
+        """What the memories read of tokens: made by those of the first group as they are in `anchor`, or given."""
+        return self.made(self.lifted(inputs), self.groups[0].bank.stacked(anchor[: len(self.first)]))
+
+    def made(self, inputs: Lifted, anchor: tuple[Tensor, ...]) -> Tokens:
+        """The same by the first group's memories, stacked as in `bank.py`."""
+        made: dict[str, Tensor] = {}
+        if self.options.generators:
+            answers = self.generators.answers(anchor, inputs.x)
+            made = dict(zip(self.options.generators, answers, strict=True))
+        q, k = (_unit(made[name]) if name in made else getattr(inputs, name) for name in ("query", "key"))
+        v = inputs.value
+        if "value" in made:
+            v = _unit(made["value"]) if self.options.unit_values else made["value"]
+        assert q is not None and k is not None and v is not None
+        rate = erase = self.options.largest_rate * self._gate("rate", inputs.rate, made).sigmoid()
+        if inputs.damping is not None:
+            rate = rate * inputs.damping
         log_decay: tuple[Tensor, ...] = ()
         if self.options.decay:
             gate = F.logsigmoid(self._gate("decay", inputs.decay, made)).clamp(min=LOWEST_GATE)
             log_decay = (gate.unsqueeze(-1),) * len(self.first)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        v = F.normalize(v, dim=-1) if self.options.unit_values else v
-        tokens = Tokens(q, k, v, rate, log_decay, log_momentum, None, inputs.counts, erase)
+        tokens = Tokens(q, k, v, rate, log_decay, inputs.log_momentum, None, inputs.counts, erase)
         return tokens.silenced() if self.writes else tokens.resting()
 
     def _gate(self, name: str, given: Tensor | None, made: dict[str, Tensor]) -> Tensor:
@@ -140,3 +188,7 @@ class SelfModifyingMemory(nn.Module):
 
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self.first[0].dtype, torch.float32)
+
+
+def _unit(part: Tensor) -> Tensor:
+    return F.normalize(part, dim=-1)

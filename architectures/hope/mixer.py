@@ -21,7 +21,9 @@ class SelfModifyingMixer(CarryingMixer):
     short convolution and passed through SiLU first, as queries and what else is not made are."""
 
     def __init__(self, *, hidden_size: int, num_heads: int, options: SelfModifyingOptions) -> None:
-        self.projected = ["x", *(name for name in ("query", "key", "value") if name not in options.generated)]
+        own = [f"x of {name}" for name in options.generators] if options.inputs == "own" else []
+        self.inputs = own or ["x"]
+        self.projected = [*self.inputs, *(name for name in ("query", "key", "value") if name not in options.generated)]
         super().__init__(
             hidden_size=hidden_size, num_heads=num_heads, channels=len(self.projected) * hidden_size,
             conv_width=options.conv_width, output_gate=options.output_gate,
@@ -48,14 +50,16 @@ class SelfModifyingMixer(CarryingMixer):
     def mixing_flops(self, tokens: int) -> float:
         """Operations of the memories beyond 2 for each weight that they begin with. For every number of a layer: 2 to
         ask it with the key, 2 with the value for a target, behind the first layer 2 for the error's way back, 2 to
-        write it and 2 for momentum; to erase, 2 to ask it and its momentum each and 2 to write; 2 to ask those that
-        make something and the one that answers. Inside chunks: products of inputs with each other and with steps."""
+        write it and 2 for momentum; to erase, 2 to ask its momentum, 2 to ask it where that is not known of its
+        gradient, and behind the first layer 2 to write; 2 to ask those that make something and the one that answers.
+        Inside chunks: products of inputs with each other and with steps."""
         options, total, count = self.options, 0.0, len(self.memory.names)
         chunk, momentum = min(group.chunk for group in self.memory.groups), options.momentum
+        apart = len(self.memory.groups) > 1
         for layer, (heads, inputs, outputs) in enumerate(self.memory.shapes):
             erases = self.memory.rule.erases(layer)
             passes = 4.0 + 2.0 * (options.target == "self") + 2.0 * bool(layer) + 2.0 * momentum
-            passes += erases * (4.0 + 2.0 * momentum) + 2.0 + 2.0 * momentum / count
+            passes += erases * 2.0 * (bool(layer) + momentum + apart) + 2.0 + 2.0 * momentum / count
             # The memories' first layers share their keys; one memory is read.
             sharing = 1.0 if layer else 1.0 / count
             inside = erases * (2 * inputs * sharing + outputs) + (1 + erases) * (inputs + outputs) / count
@@ -76,7 +80,8 @@ class SelfModifyingMixer(CarryingMixer):
             wide = torch.promote_types(heads.dtype, torch.float32)
             raw = (F.linear(x_BTC, self.gates.weight).to(wide) + self.gates.bias.to(wide)).mT
             gates = dict(zip(self.gated, raw.split(self.num_heads, dim=1), strict=True))
+        x = named["x"] if "x" in named else heads[: len(self.inputs)].permute(1, 2, 3, 0, 4)
         return HeadInputs(
-            named["x"], named.get("query"), named.get("key"), named.get("value"), gates.get("rate"),
+            x, named.get("query"), named.get("key"), named.get("value"), gates.get("rate"),
             gates.get("decay"), gates.get("momentum"), counts_BT,
         )  # fmt: skip

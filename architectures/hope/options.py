@@ -20,6 +20,7 @@ from clplat.architectures.option_checks import check_at_least, check_choices, ch
 
 Generated = Literal["query", "key", "value", "rate", "decay"]
 Read = Literal["before", "after", "chunk_start"]
+Source = Literal["own", "shared"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +28,24 @@ class SelfModifyingOptions:
     """What each head's memories are, and which of their inputs they make themselves.
 
     `network` of every memory. `generated`: what memories of their own make of a token while the row is read; all else
-    is a trained projection (key, value, query) or gate (rate, decay). `delta`, `delta_on`, `bias`, `target`,
-    `max_gradient` as in `MemoryRule`. `unit_values`: values have unit length, as queries and keys do.
+    is a trained projection (key, value, query) or gate (rate, decay). `inputs`: what each of these memories makes it
+    of, a projection of its `own` or one that those of a head have `shared` (INFERRED; docs/hope.md: what it costs).
+    `delta`, `delta_on`, `bias`, `target`, `max_gradient` as in `MemoryRule`. `unit_values`: values have unit length, as
+    queries and keys do.
 
     `chunk` of the memory that answers and `generator_chunk` of the others: tokens that share what was known when their
     chunk began; the longer is a multiple of the shorter. `read`: by the memory before the token's own write, behind it,
     or as the chunk began. `max_rate` bounds the step sizes: 1 where memories erase, else 1 / chunk. Steps with momentum
     are multiplied by 1 − momentum if `damped`; what is erased is not. `rate_start`, a share of `max_rate`, and the
-    other starts are what gates begin with.
+    other starts are what gates begin with. `compiled`: what has no kernel computes a chunk as one graph of
+    torch.compile, which changes speed, bytes and rounding alone.
     """
 
     group: ClassVar[str] = "options"
 
     network: NetworkOptions = field(default_factory=lambda: NetworkOptions(depth=2, expand=4, residual=True))
     generated: Sequence[Generated] = ("key", "value", "rate", "decay")
+    inputs: Source = "own"
     delta: Delta = "double"
     delta_on: DeltaOn = "every"
     bias: BiasOptions = field(default_factory=BiasOptions)
@@ -54,6 +59,7 @@ class SelfModifyingOptions:
     read: Read = "before"
     max_rate: float | None = None
     damped: bool = True
+    compiled: bool = False
     conv_width: int = 4
     output_gate: OutputGate = "silu"
     rate_start: float = 0.5
@@ -62,7 +68,7 @@ class SelfModifyingOptions:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        check_choices(self, read=Read, output_gate=OutputGate)
+        check_choices(self, read=Read, inputs=Source, output_gate=OutputGate)
         check_at_least(self, 1, "chunk", "generator_chunk", "conv_width")
         if unknown := sorted(set(self.generated) - {"query", "key", "value", "rate", "decay"}):
             raise ValueError(f"options.generated: must be of query, key, value, rate, decay, got {unknown[0]!r}")

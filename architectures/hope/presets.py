@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from clplat.architectures.associative_memory.presets import LayerKind
-from clplat.architectures.associative_memory.rule import Delta, NetworkOptions
+from clplat.architectures.associative_memory.rule import Delta, NetworkOptions, Target
 from clplat.architectures.hope.mixer import SelfModifyingMixer
-from clplat.architectures.hope.options import Generated, Read, SelfModifyingOptions
+from clplat.architectures.hope.options import Generated, Read, SelfModifyingOptions, Source
 
 
 class SelfModifyingLayer(LayerKind):
@@ -35,14 +35,14 @@ class SelfModifyingTitans(SelfModifyingLayer):
         self, *, num_heads: int = 4, conv_width: int = 4, chunk: int = 16, generator_chunk: int = 16, depth: int = 2,
         expand: int = 4, delta: Delta = "double", momentum: bool = True, decay: bool = True,
         generated: Sequence[Generated] = ("key", "value", "rate", "decay"), read: Read = "before",
-        max_rate: float | None = None,
+        max_rate: float | None = None, target: Target = "self", inputs: Source = "own", compiled: bool = False,
     ) -> None:  # fmt: skip
         """`depth` of every memory, 1 for matrices (which have no residual). The rest as in `SelfModifyingOptions`."""
         super().__init__(
             options=SelfModifyingOptions(
                 network=NetworkOptions(depth=depth, expand=expand, residual=depth > 1), generated=generated,
                 delta=delta, momentum=momentum, decay=decay, chunk=chunk, generator_chunk=generator_chunk, read=read,
-                max_rate=max_rate, conv_width=conv_width,
+                max_rate=max_rate, target=target, inputs=inputs, compiled=compiled, conv_width=conv_width,
             ),
             num_heads=num_heads,
         )  # fmt: skip

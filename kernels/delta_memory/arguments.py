@@ -40,13 +40,16 @@ def check_inputs(inputs: Inputs) -> None:
 
 
 def check_packing(inputs: Inputs, cu_seqlens: Tensor | None) -> None:
+    check_packed(cu_seqlens, *inputs.q.shape[:2])
+
+
+def check_packed(cu_seqlens: Tensor | None, rows: int, tokens: int) -> None:
     if cu_seqlens is None:
         return
     integers = isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype in (torch.int32, torch.int64)
     if not integers or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
         kind = f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}" if isinstance(cu_seqlens, Tensor) else cu_seqlens
         raise ValueError(f"cu_seqlens: must be a tensor (sequences + 1,) of integers, got {kind}")
-    rows, tokens = inputs.q.shape[:2]
     if rows != 1:
         raise ValueError(f"cu_seqlens: packed sequences come as one row, B = 1, got B = {rows}")
     if readable(cu_seqlens):

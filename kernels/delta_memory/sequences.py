@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from clplat.kernels.delta_memory.reference import LOWEST_GATE, Inputs
+from clplat.kernels.delta_memory.reference import LOWEST_GATE
 
 State = TypeVar("State", bound=tuple[Any, ...])
 """A NamedTuple of tensors and None, a row of each for every sequence, with an `offset`."""
@@ -28,19 +28,20 @@ def apart(end: State, given: State) -> State:
 def one_by_one(
     function: Callable[..., tuple[Tensor, State]],
     joined: Callable[[Sequence[State]], State],
-    inputs: Inputs,
+    inputs: Any,
     state: State,
     offset: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, State]:
     """Sequences of their own lengths or offsets, one call for each; waits for the device to read them. `joined` makes
-    one state of theirs. Without a sequence the values, of which there are none, and the state come back."""
+    one state of theirs. `inputs` is a NamedTuple of token-wise tensors, which its `tokens` slices. Without a sequence
+    its values, of which there are none, and the state come back."""
     count = len(state[0])
     bounds = [0] * (count + 1) if cu_seqlens is None else cu_seqlens.tolist()
     offsets = [0] * count if offset is None else offset.tolist()
     outputs, states = [], []
     for n in range(count):
-        own = Inputs(*(None if part is None else part[n : n + 1] for part in inputs)) if cu_seqlens is None else inputs
+        own = inputs if cu_seqlens is not None else type(inputs)(*(None if x is None else x[n : n + 1] for x in inputs))
         tokens = own if cu_seqlens is None else own.tokens(bounds[n], bounds[n + 1])
         row = type(state)(*(None if part is None else part[n : n + 1] for part in state))  # type: ignore[arg-type]
         o, after = function(tokens, state=row, offset=offsets[n])

@@ -18,8 +18,9 @@ class ReplayLaw:
     ratio = clip(`base_ratio` + `ratio_slope` u, 0, `max_ratio`), a share of the current rows that makes whole rows;
     long_share = clip(0.5 + 0.5 (F̄_long − F̄_ring) / (F̄_long + F̄_ring), 0.1, 0.9). I stands still while an
     output that u sets is at its limit in the direction of e. `base_weight` 0.25 and `ratio_slope` 0, which leaves the
-    number of replayed rows alone, are what kept most in docs/replay_controller.md; the reconstruction had 0 and 0.25. At
-    `base_weight` 0 and F below the target the weight goes to its least. With signal `buffer` the least weight is 0.1 where `min_weight` is not given, and the least ratio one
+    number of replayed rows alone, are what kept most in docs/replay_controller.md; the reconstruction had 0 and 0.25.
+    At `base_weight` 0 and F below the target the weight goes to its least. With signal `buffer` the least weight is 0.1
+    where `min_weight` is not given, and the least ratio one
     row: what is not replayed is not measured either, and replay would never come back. All of it is inferred.
     """
 

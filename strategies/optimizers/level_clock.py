@@ -27,7 +27,8 @@ class Level:
     """Parameters that step together, once in `period` steps.
 
     `match` are patterns of their names (`*` for anything, dots included). `lr` replaces their optimizer's rate,
-    `optimizer` the optimizer that all levels share, and `reduction` that of all levels.
+    `optimizer` the optimizer that all levels share, and `reduction` that of all levels. `within` names a slower level
+    at whose periods' ends this one begins anew, `start_rate` of the way from where it began to where it has come.
     """
 
     match: list[str] = field(default_factory=lambda: ["*"])
@@ -35,6 +36,8 @@ class Level:
     lr: float | None = None
     optimizer: OptimizerFactory | None = None
     reduction: Reduction | None = None
+    within: str | None = None
+    start_rate: float = 0.5
 
 
 class LevelClock(Joined):
@@ -43,6 +46,9 @@ class LevelClock(Joined):
     Nested Learning's continuum memory system with the clock of training steps (Behrouz et al. 2025, arXiv:2512.24695,
     Eq. 70-71): θ ← θ − f(Σ of the gradients of the last `period` steps), f the level's optimizer, if the step is a
     multiple of `period`; unchanged otherwise. With all periods 1 it is the optimizers alone, bit for bit.
+
+    A level `within` another is nested (ibid., §7.1): when the slower one's period ends, θ₀ ← θ₀ + start_rate (θ − θ₀)
+    and θ ← θ₀, and the level's optimizer forgets what it has of these weights. θ₀ is kept beside them in its state.
     """
 
     paper = "Behrouz et al. 2025, arXiv:2512.24695, Eq. 70-71"
@@ -65,6 +71,7 @@ class LevelClock(Joined):
         named = NamedWeights.given(params)
         self.levels = levels_of(named.module) if levels is None else dict(levels)
         self.reduction, self.unfinished = reduction, unfinished
+        _check_nesting(self.levels)
         parts = _parts(named, self.levels)
         children = []
         for name, level in self.levels.items():
@@ -81,18 +88,45 @@ class LevelClock(Joined):
         super().__init__(named, children)
 
     def _step_children(self) -> None:
+        nested = {n: _weights(child) for n, child in self._by_name().items() if self.levels[n].within}
+        # Taken out before the child looks: optimizers of torch take a parameter whose state is empty for a new one.
+        starts = {p: self._start(p) for weights in nested.values() for p in weights}
         for child, level in zip(self.children, self.levels.values(), strict=True):
-            if level.period == 1:
-                child.step()
-                continue
-            groups = child.param_groups
-            weights = [p for group in groups for p in group["params"]]
-            self._gather(weights)
-            clock = groups[0]["clock"] + 1
-            if clock == level.period:
-                self._release(child, weights, level)
-            for group in groups:
-                group["clock"] = clock % level.period
+            self._step_child(child, level)
+        for name, weights in nested.items():
+            level = self.levels[name]
+            assert level.within is not None
+            if self._by_name()[level.within].param_groups[0]["clock"] == 0:
+                self._begin_anew(weights, [starts[p] for p in weights], level.start_rate)
+        for p, start in starts.items():
+            self.state[p]["start"] = start
+
+    def _step_child(self, child: torch.optim.Optimizer, level: Level) -> None:
+        if level.period == 1:
+            child.step()
+            return
+        groups = child.param_groups
+        weights = _weights(child)
+        self._gather(weights)
+        clock = groups[0]["clock"] + 1
+        if clock == level.period:
+            self._release(child, weights, level)
+        for group in groups:
+            group["clock"] = clock % level.period
+
+    def _by_name(self) -> dict[str, torch.optim.Optimizer]:
+        return dict(zip(self.levels, self.children, strict=True))
+
+    def _start(self, weight: Tensor) -> Tensor:
+        """Where a weight of a nested level began; before the first step, where it is."""
+        start = self.state.get(weight, {}).pop("start", None)
+        return weight.detach().clone() if start is None else start
+
+    def _begin_anew(self, weights: list[Tensor], starts: list[Tensor], rate: float) -> None:
+        torch._foreach_lerp_(starts, [p.detach() for p in weights], rate)
+        torch._foreach_copy_(weights, starts)
+        for p in weights:
+            self.state.pop(p, None)
 
     def _gather(self, weights: list[Tensor]) -> None:
         """Add the gradients of this step to those of the period."""
@@ -108,7 +142,7 @@ class LevelClock(Joined):
     def _release(self, child: torch.optim.Optimizer, weights: list[Tensor], level: Level) -> None:
         """Let the child step with what was gathered; the gradients of this step stay what they were."""
         own = [p.grad for p in weights]
-        # Taken out before the child looks: optimizers of torch take a parameter whose state is empty for a new one.
+        # Taken out for the same reason as starts.
         gathered = [self.state[p].pop("pending") if "pending" in self.state.get(p, ()) else None for p in weights]
         mean = (level.reduction or self.reduction) == "mean"
         if mean and (some := [one for one in gathered if one is not None]):
@@ -136,7 +170,14 @@ def levels_of(module: nn.Module | None) -> dict[str, Level]:
             "{slow: {match: ['blocks.0.*'], period: 8}, rest: {}}, or give the model a ContinuumMemory"
         )
     found = {
-        name: Level(match=list(level.parameters), period=level.period, lr=level.lr, reduction=level.reduction)
+        name: Level(
+            match=list(level.parameters),
+            period=level.period,
+            lr=level.lr,
+            reduction=level.reduction,
+            within=level.within,
+            start_rate=level.start_rate,
+        )
         for name, level in own.items()
     }
     assert module is not None
@@ -170,3 +211,24 @@ def _parts(named: NamedWeights, levels: Mapping[str, Level]) -> dict[str, NamedW
             "to be trained"
         )
     return {level: named.where(lambda name, _, level=level: owner[name] == level) for level in levels}  # type: ignore[misc]
+
+
+def _weights(child: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in child.param_groups for p in group["params"]]
+
+
+def _check_nesting(levels: Mapping[str, Level]) -> None:
+    """ValueError unless each nested level's period goes into that of the level around it, several times."""
+    for name, level in levels.items():
+        if not 0 <= level.start_rate <= 1:
+            raise ValueError(f"levels.{name}.start_rate: must lie between 0 and 1, got {level.start_rate}")
+        if level.within is None:
+            continue
+        if level.within not in levels:
+            raise ValueError(f"levels.{name}.within: there is no level {level.within!r}, only {', '.join(levels)}")
+        outer = levels[level.within].period
+        if outer <= level.period or outer % level.period:
+            raise ValueError(
+                f"levels.{name}.within: the period of {level.within} ({outer}) must be a multiple of {name}'s "
+                f"({level.period}), which begins anew inside of it"
+            )

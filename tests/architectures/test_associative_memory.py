@@ -78,7 +78,7 @@ def by_autograd(made: AssociativeMemory, given: Tokens) -> torch.Tensor:
                 rate = given.rate[b, h, t]
                 S = [momentum * s - (1.0 if rule.orthogonal else rate) * slope for s, slope in zip(S, slopes)]
                 if rule.delta != "none":
-                    read = own._through(lambda n, x, source=source: x @ source[n], given.k[b, h, t])[0]
+                    read = own.through(lambda n, x, source=source: x @ source[n], given.k[b, h, t])[0]
                     erased = [torch.outer(x, x @ old) / (x @ x) for x, old in zip(read, W)]
                     kept = [old - rate * part * rule.erases(n) for n, (old, part) in enumerate(zip(kept, erased))]
                 W = [old if rule.orthogonal else old + s for old, s in zip(kept, S)]

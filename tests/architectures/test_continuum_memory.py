@@ -132,7 +132,7 @@ def test_evaluation_and_inference_mode_learn_what_training_learns() -> None:
 
 
 @pytest.mark.parametrize("clock", ["step", "token"])
-@pytest.mark.parametrize("carry", ["sequential", "independent"])
+@pytest.mark.parametrize("carry", ["sequential", "nested", "independent"])
 def test_levels_that_stand_still_are_the_model_whose_layers_they_copied_bit_for_bit(
     clock: str, carry: str, tmp_path: Path
 ) -> None:

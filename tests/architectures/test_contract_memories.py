@@ -23,7 +23,7 @@ from clplat.architectures.associative_memory.presets import (
     TTTLinear,
 )
 from clplat.architectures.associative_memory.rule import BiasOptions, MemoryRule, NetworkOptions
-from clplat.architectures.associative_memory.titans_kinds import TitansMAC, TitansMAG, TitansMAL
+from clplat.architectures.associative_memory.titans_presets import TitansMAC, TitansMAG, TitansMAL
 from clplat.architectures.associative_memory.tnt import TNT
 from clplat.architectures.continuum_memory.options import CMSLevel, ContinuumMemory
 from clplat.architectures.contract import CHECKS
@@ -81,6 +81,9 @@ CONTINUA: dict[str, ContinuumMemory] = {
     "sequential": ContinuumMemory(levels=[CMSLevel(), CMSLevel(period=5, clock="token")]),
     "independent": ContinuumMemory(
         levels=[CMSLevel(period=3, clock="token", reduction="mean"), CMSLevel(period=4)], carry="independent"
+    ),
+    "nested": ContinuumMemory(
+        levels=[CMSLevel(), CMSLevel(period=6, clock="token"), CMSLevel(period=2, clock="token")], carry="nested"
     ),
 }
 

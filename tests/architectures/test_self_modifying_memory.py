@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from associative_memories import assert_same, packed
-from self_modifying import HEADS, OPTIONS, ROWS, WIDTH, inputs, memory, solution
+from self_modifying import HEADS, MATRIX, OPTIONS, ROWS, WIDTH, inputs, memory, solution
 
 from clplat.architectures.associative_memory.rule import NetworkOptions
 from clplat.architectures.associative_memory.state import MemoryState
+from clplat.architectures.hope import forms, operation
 from clplat.architectures.hope.inputs import HeadInputs
 from clplat.architectures.hope.options import SelfModifyingOptions
+from clplat.kernels.backends import interpreting
 
 every_option = pytest.mark.parametrize("name", OPTIONS)
 
@@ -101,9 +106,10 @@ def test_it_is_the_papers_rule_written_out_by_hand() -> None:
             M = [made.first[0][n * HEADS + h].T.detach() for n in range(5)]
             for t in range(6):
                 x = given.x[b, h, t].detach()
-                k, v = F.normalize(M[0] @ x, dim=0), M[1] @ x
-                rate = torch.sigmoid(made.readouts["rate"][h, 0] @ (M[2] @ x) + made.biases["rate"][h, 0]).detach()
-                alpha = torch.sigmoid(made.readouts["decay"][h, 0] @ (M[3] @ x) + made.biases["decay"][h, 0]).detach()
+                k, v = F.normalize(M[0] @ x[0], dim=0), M[1] @ x[1]
+                rate = torch.sigmoid(made.readouts["rate"][h, 0] @ (M[2] @ x[2]) + made.biases["rate"][h, 0]).detach()
+                alpha = made.readouts["decay"][h, 0] @ (M[3] @ x[3]) + made.biases["decay"][h, 0]
+                alpha = torch.sigmoid(alpha).detach()
                 expected = M[4] @ F.normalize(given.query[b, h, t].detach(), dim=0)
                 torch.testing.assert_close(answers[b, h, t], expected, rtol=0, atol=1e-12)
                 erase = alpha * torch.eye(WIDTH, dtype=x.dtype) - rate * torch.outer(k, k)
@@ -145,3 +151,52 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         SelfModifyingOptions(network=NetworkOptions(norm=True))
     with pytest.raises(ValueError, match="options.rate_start: must lie between 0 and 1"):
         SelfModifyingOptions(rate_start=1.0)
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the operation can compute goes to its kernels, interpreted."""
+    call = operation.kernel.self_modifying
+    monkeypatch.setattr(operation.SelfModifyingOperation, "form", lambda self, given: "triton")
+    monkeypatch.setattr(operation.kernel, "self_modifying", partial(call, backend="triton"))
+
+
+@pytest.mark.skipif(not interpreting(), reason="with a GPU, see tests/gpu")
+@pytest.mark.usefixtures("kernels")
+def test_the_kernels_are_the_token_loop_for_resumed_rows_and_packed_documents() -> None:
+    options = SelfModifyingOptions(network=MATRIX, chunk=16, generator_chunk=16)
+    made, given, documents = memory(options), inputs(options, 5), packed()
+    counts = torch.arange(13) < torch.tensor([13, 0, 11]).unsqueeze(1)
+    with torch.no_grad():
+        start = made.by_definition(inputs(options, 13, seed=1)._replace(counts=counts))[1]
+    start = MemoryState(*(tuple(w.clone().requires_grad_() for w in layers) for layers in start[:3]), start.offset)
+    expected = solution(made, given, lambda: made.by_definition(given, start), start)
+    assert_same(solution(made, given, lambda: made(given, start), start), expected)
+    assert made.backend == "self_modifying triton"
+    given = inputs(options, 11)
+    with torch.no_grad():
+        expected = made.by_definition(given, documents=documents)[0]
+        torch.testing.assert_close(made.read_documents(given, documents), expected, rtol=0, atol=1e-12)
+
+
+def test_only_what_the_operation_knows_goes_there() -> None:
+    for name, options in OPTIONS.items():
+        made = memory(options)
+        made(inputs(options, 3))
+        taken = name in ("matrix", "matrix, token by token", "matrix, shared inputs", "matrix, values as targets")
+        assert made.backend == ("self_modifying torch" if taken else "chunked PyTorch"), name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+def test_compiled_a_chunk_is_one_graph_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    options, calls = replace(OPTIONS["hope"], compiled=True), []
+    made, given = memory(options), inputs(options, 8)
+
+    def taken() -> object:
+        calls.append("asked")
+        return torch.compile(forms._stepped, fullgraph=True, dynamic=False, backend="eager")
+
+    expected = memory(OPTIONS["hope"])(given)[0]
+    monkeypatch.setattr(forms, "_compiled", taken)
+    found = made(given)[0]
+    assert calls and torch.equal(found, expected)

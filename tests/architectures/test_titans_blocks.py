@@ -10,7 +10,7 @@ from torch import nn
 
 from clplat.architectures.associative_memory.presets import LayerKind, LinearAttention, TitansLMM
 from clplat.architectures.associative_memory.reading import Reading
-from clplat.architectures.associative_memory.titans_kinds import TitansMAC, TitansMAG, TitansMAL
+from clplat.architectures.associative_memory.titans_presets import TitansMAC, TitansMAG, TitansMAL
 from clplat.architectures.associative_memory.token_loop import token_loop
 
 HIDDEN, ROWS, LENGTH = 8, 2, 11

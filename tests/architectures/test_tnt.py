@@ -16,9 +16,10 @@ from clplat.architectures.associative_memory.rule import MemoryRule
 from clplat.architectures.associative_memory.state import each_part
 from clplat.architectures.associative_memory.tnt import TNT, TNTMixer
 from clplat.architectures.associative_memory.token_loop import token_loop
+from clplat.architectures.base import as_in_task
 from clplat.architectures.memory_transformer import MemoryTransformer
 from clplat.architectures.probing import Contract
-from clplat.streams.base import Spec
+from clplat.streams.base import Spec, Task
 from clplat.streams.batch import Batch
 
 HIDDEN, ROWS, LENGTH = 8, 2, 13
@@ -138,6 +139,23 @@ def test_the_next_stage_has_other_chunks_and_the_same_weights() -> None:
     twin.restructure(made.structure())
     twin.load_state_dict(made.state_dict())
     assert torch.equal(twin(batch).logits, made(batch).logits)
+
+
+class Growing(MemoryTransformer):
+    """A model of somebody else's that grows."""
+
+    def task_start(self, task: Task) -> None:
+        super().task_start(task)
+        self.register_parameter(f"of_task_{task.index}", torch.nn.Parameter(torch.zeros(1)))
+
+
+def test_stages_need_no_copy_of_the_model_to_know_that_it_does_not_grow_and_a_subclass_that_grows_gets_one() -> None:
+    kind = TNT(layer=TITANS, global_chunk=8, local_chunks=[4], shard=8, later={1: [1]})
+    staged, growing = (made(spec=TEXT, hidden_size=16, layers=[kind]) for made in (MemoryTransformer, Growing))
+    tasks = [Contract(factory=MemoryTransformer, spec=TEXT).task(index) for index in range(2)]
+    assert as_in_task(staged, tasks) is staged and staged.blocks[0].attention.chunks == [4]
+    later = as_in_task(growing, tasks)
+    assert later is not growing and not hasattr(growing, "of_task_1") and hasattr(later, "of_task_1")
 
 
 def test_what_does_not_fit_is_refused_by_name() -> None:

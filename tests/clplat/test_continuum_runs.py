@@ -21,8 +21,8 @@ STREAM = {"class_path": "MQAR", "init_args": {"pairs": [2, 3], "lengths": [12], 
                                              "val_rows": 8, "test_rows": 8, "multiples": []}}  # fmt: skip
 
 
-def continuum(**options: Any) -> dict[str, Any]:
-    memory = {"class_path": "ContinuumMemory", "init_args": {"levels": LEVELS}}
+def continuum(*, carry: str = "sequential", **options: Any) -> dict[str, Any]:
+    memory = {"class_path": "ContinuumMemory", "init_args": {"levels": LEVELS, "carry": carry}}
     attention = {"class_path": "AttentionLayer", "init_args": {"num_heads": 2}}
     layers = {"hidden_size": 16, "layers": [attention, "TitansLMM"], "feed_forward": memory}
     optimizer = {"class_path": "LevelClock", "init_args": {"optimizer": {"class_path": "AdamW", "init_args": {}}}}
@@ -40,6 +40,17 @@ def test_a_run_stopped_inside_a_period_goes_on_as_if_it_had_not_been(tmp_path: P
     assert clocks == {"step1": 0, "step5": 14 % 5, "rest": 0}
     told = [entry["values"] for entry in read(tmp_path / "whole" / "run") if entry["kind"] == "tags"]
     assert any(tags.get("architecture.level.token4") == "4 tokens, local loss" for tags in told)
+
+
+def test_a_nested_run_stopped_inside_the_slow_period_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    assert_resumes_as_if_never_stopped(continuum(carry="nested"), step=8, folder=tmp_path)
+    state = Checkpoints(tmp_path / "whole" / "run", every_seconds=0).load()
+    assert state is not None
+    groups = {group["level"]: group["params"] for group in state["optimizer"]["param_groups"]}
+    # The last of 14 steps lies inside a period of 5: what is carried on has moved from where it began.
+    assert {level for level, own in groups.items() if any("start" in state["optimizer"]["state"][n] for n in own)} == {
+        "step1"
+    }
 
 
 def test_a_run_may_begin_with_the_checkpoint_of_another(tmp_path: Path) -> None:

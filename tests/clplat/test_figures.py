@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from records import cells
 
-from clplat.figures import draw_run, final_scores, forgetting_curves, heat_maps, limits_of, look, score_and_cost
+from clplat.figures import (
+    draw_run,
+    final_scores,
+    forgetting_curves,
+    heat_maps,
+    learned_and_lost,
+    limits_of,
+    look,
+    score_and_cost,
+)
 from clplat.metrics import Interval
 from clplat.result_table import ResultTable
 
@@ -47,6 +56,18 @@ def test_a_point_of_one_seed_has_no_interval_and_still_stands() -> None:
     point = Interval(mean=0.5, half=float("nan"), n=1)
     (axis,) = score_and_cost({"naive": (point, point)}, "seconds").axes
     assert axis.lines[-1].get_xdata() == [0.5]
+
+
+def test_who_learned_nothing_stands_left_of_who_learned_and_arms_without_either_score_are_left_out() -> None:
+    def point(lost: float, learned: float) -> tuple[Interval, Interval]:
+        return tuple(Interval(mean=mean, half=0.01, n=3) for mean in (lost, learned))
+
+    nothing = point(float("nan"), float("nan"))
+    figure = learned_and_lost({"frozen": point(0.0, 0.2), "joint": nothing, "naive": point(0.6, 0.9)})
+    (axis,) = figure.axes
+    found = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0], line.get_color()) for line in axis.lines
+             if not line.get_label().startswith("_")}  # fmt: skip
+    assert found == {"frozen": (0.2, 0.0, look(0)["color"]), "naive": (0.9, 0.6, look(2)["color"])}
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 60])

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from studies import study
+from rich.console import Console
+from studies import run_folder, study
 
 from clplat.journal import last_status
+from clplat.launch import launch
 from clplat.study import lay_out
 from clplat.study_file import expand, load_study
 
@@ -57,3 +60,19 @@ def children(pid: int) -> list[str]:
 
 def trains(run: Path) -> bool:
     return (run / "journal.jsonl").is_file() and "train/loss" in (run / "journal.jsonl").read_text()
+
+
+def test_a_stop_that_comes_while_a_worker_is_being_made_gives_it_no_run(tmp_path: Path, monkeypatch) -> None:
+    """The handler cannot know a process that has just been made: nobody would ever stop its run."""
+    data = study(seeds=[0, 1], training__budget={"steps": 100_000})
+    runs = [run_folder(tmp_path, data, name) for name in ("one", "two")]
+    made = subprocess.Popen
+
+    def popen(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return made(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    outcomes = launch(runs, workers=2, threads=1, console=Console(quiet=True))
+    assert [(outcome.folder, outcome.status, outcome.code) for outcome in outcomes] == [(r, "KILLED", 75) for r in runs]
+    assert not any((run / "journal.jsonl").exists() for run in runs)

@@ -1,23 +1,21 @@
-"""`mlp_memory`'s kernels as the GPU's compilers make them: rounding, miscompiled products, waits and replays.
+"""`mlp_memory`'s kernels as the GPU's compilers make them: rounding of bf16 and miscompiled products.
 
     pytest tests/gpu/test_mlp_memory_gpu.py -x
 
-What needs no GPU is tested in tests/kernels. Every kind of case costs some ten seconds for its kernels to compile, so
-there are few, the most telling first.
+What both memories owe is in test_memory_operations_gpu.py, what needs no GPU in tests/kernels. Every kind of case costs
+some ten seconds for its kernels to compile, so there are few, the most telling first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from delta_memories import TOKENWISE, Tensors
-from mlp_memories import STATES, Case, assert_close, by, definition, problem, read, solved, state_of
-from torch import Tensor
+from memory_problems import Tensors
+from mlp_memories import Case, assert_close, by, definition, problem
 
-from clplat.kernels.mlp_memory import MLPState, launch, mlp_memory
+from clplat.kernels.mlp_memory import launch
 from clplat.kernels.mlp_memory.reference import chunked
 
 DEVICE = torch.device("cuda")
@@ -27,8 +25,6 @@ PACKED = SIZES | {"batch": 1, "lengths": (130, 0, 7, 163)}
 # Of a Frobenius norm: bf16 rounds the inputs of every product to 4e-3 at most, and a gradient goes through some ten. An
 # end state holds what the last tokens wrote, of two rounded factors: plain PyTorch is the measure of it.
 BF16 = {"forward": 8e-3, "backward": 2e-2, "gates": 3e-2}
-# Products of fp32 are three of tf32, which leaves 1e-6 or so of each.
-FP32 = {"forward": 2e-5, "backward": 1e-4}
 
 HALF_CASES = [
     Case(**SIZES | {"chunk": 16}),
@@ -41,7 +37,6 @@ HALF_CASES = [
     # Several groups of chunks.
     Case(**SIZES | {"tokens": 1100, "chunk": 16}),
 ]
-FULL_CASES = [Case(**SIZES | {"chunk": 16}), Case(**SIZES | {"chunk": 32, "activation": "gelu"})]
 
 
 def given_for(case: Case, dtype: torch.dtype = torch.bfloat16) -> Tensors:
@@ -61,12 +56,6 @@ def test_in_bf16_everything_is_rounding_away_from_fp64(case: Case) -> None:
     given = given_for(case)
     expected, bounds = references(case, given)
     assert_close(by(case, given, "triton"), expected, **bounds)
-
-
-@pytest.mark.parametrize("case", FULL_CASES, ids=str)
-def test_in_fp32_everything_is_fp32_rounding_away_from_fp64(case: Case) -> None:
-    given = given_for(case, torch.float32)
-    assert_close(by(case, given, "triton"), definition(case, given, chunked), **FP32)
 
 
 @pytest.mark.parametrize("apart", [True, False])
@@ -97,69 +86,3 @@ def test_every_block_of_inner_features_and_number_of_warps_computes_the_same(
 
         monkeypatch.setattr(launch, "options", chosen)
         assert_close(by(case, given, "triton"), expected, **bounds)
-
-
-def test_every_run_gives_the_same_bits() -> None:
-    case = Case(**SIZES | {"tokens": 1100, "chunk": 16})
-    given = given_for(case)
-    first = by(case, given, "triton")
-    for _ in range(5):
-        again = by(case, given, "triton")
-        assert not [name for name in first if not torch.equal(first[name], again[name])]
-
-
-@pytest.fixture
-def waiting_fails() -> Iterator[Any]:
-    """Switches on that the host may not wait for the GPU."""
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
-
-
-def test_the_host_waits_for_nothing(waiting_fails: Any) -> None:
-    case = Case(offsets=(3, 63, 0, 40), **PACKED)
-    given, arguments = given_for(case), case.arguments(DEVICE)
-    leaves = {name: given[name].requires_grad_() for name in (*TOKENWISE, *STATES)}
-    tokens: Any = [leaves[name] for name in TOKENWISE]
-    state = state_of(case, leaves)
-
-    def both() -> tuple[Tensor, ...]:
-        o, end = mlp_memory(*tokens, state=state, backend="triton", **arguments)
-        return torch.autograd.grad([o, end.W1], list(leaves.values()), [given["do"], given["dW1"]])
-
-    expected = both()
-    torch.cuda.synchronize()
-    waiting_fails()
-    found = both()
-    torch.cuda.set_sync_debug_mode("default")
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
-def test_a_replayed_graph_computes_what_a_call_does() -> None:
-    case = Case(**SIZES)
-    given = given_for(case)
-    read(case, given, "triton")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        read(case, given, "triton")
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        o = read(case, given, "triton")
-    for name in ("v", "W1"):
-        given[name].mul_(-0.5)
-    graph.replay()
-    assert torch.equal(o, read(case, given, "triton"))
-
-
-def test_compiled_it_is_one_graph_and_computes_the_same() -> None:
-    case = Case(**SIZES)
-    given, arguments = given_for(case), case.arguments(DEVICE)
-
-    @torch.compile(fullgraph=True)
-    def compiled(inputs: Any, state: MLPState) -> tuple[Tensor, MLPState]:
-        # Something for the compiler to fuse around the operator.
-        o, end = mlp_memory(*inputs, state=state, backend="triton", **arguments)
-        return o * 1.0, end
-
-    assert_close(solved(case, given, compiled), by(case, given, "triton"), forward=1e-5, backward=1e-5)

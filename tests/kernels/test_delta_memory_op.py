@@ -7,26 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from delta_memories import STATES, TOKENWISE, Case, Tensors, assert_close, by, offsets_of, problem, solved
+from delta_memories import STATES, Case, called, problem, state_of
+from memory_problems import TOKENWISE, Tensors
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import clplat.kernels.delta_memory.op  # noqa: F401  registers the operators
 from clplat.kernels.backends import interpreting
-from clplat.kernels.delta_memory import MemoryState, delta_memory, which_backend
+from clplat.kernels.delta_memory import which_backend
 from clplat.kernels.delta_memory.reference import MODES
 
 BACKENDS = ("torch", "triton") if interpreting() else ("torch",)
 
 every_mode = pytest.mark.parametrize("mode", MODES)
 interpreted = pytest.mark.skipif(not interpreting(), reason="here Triton compiles for a GPU: see tests/gpu")
-
-
-def called(case: Case, given: Tensors, **named: Any) -> tuple[Tensor, MemoryState]:
-    """`delta_memory` of a problem."""
-    state = MemoryState(*(given.get(name) for name in STATES), offsets_of(case))  # type: ignore[arg-type]
-    tokens: Any = [given.get(name) for name in TOKENWISE]
-    return delta_memory(*tokens, **case.arguments() | {"state": state} | named)
 
 
 OP_CASES = [
@@ -66,64 +60,7 @@ def operands(case: Case, *, gradients: bool) -> tuple[Any, ...]:
     """The arguments of the forward operator."""
     given, arguments = problem(case), case.arguments()
     leaves = [given[name].requires_grad_(gradients) if name in given else None for name in (*TOKENWISE, *STATES)]
-    return (*leaves, offsets_of(case), arguments["cu_seqlens"], MODES.index(case.mode), case.chunk, True)
-
-
-@interpreted
-@every_mode
-def test_the_operators_gradients_are_its_numerical_derivatives(mode: Any) -> None:
-    case = Case(mode=mode, tokens=40)
-    given = {name: part for name, part in problem(case, torch.float64).items() if name in (*TOKENWISE, *STATES)}
-    sizes = [part.numel() for part in given.values()]
-
-    def flat(numbers: Tensor) -> Tensor:
-        parts = zip(given.items(), numbers.split(sizes))
-        o, end = called(case, {name: part.view_as(own) for (name, own), part in parts}, backend="triton")
-        return torch.cat([part.flatten() for part in (o, *end[:3]) if part is not None])
-
-    start = torch.cat([part.flatten() for part in given.values()]).requires_grad_()
-    assert torch.autograd.gradcheck(flat, start, fast_mode=True)
-
-
-@interpreted
-@pytest.mark.parametrize("case", [Case(mode="frozen", group=2), Case(mode="gdn", lengths=(9, 4))], ids=str)
-def test_compiled_it_is_one_graph_and_computes_the_same(case: Case) -> None:
-    given = problem(case)
-    arguments = case.arguments()
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def compiled(inputs: Any, state: MemoryState) -> tuple[Tensor, MemoryState]:
-        o, end = delta_memory(*inputs, state=state, backend="triton", **arguments)
-        return o, end
-
-    assert_close(solved(case, given, compiled), by(case, given, "triton"), forward=1e-6, backward=1e-6)
-
-
-@every_mode
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_without_gradients_the_outputs_are_the_same(mode: Any, backend: str) -> None:
-    case = Case(mode=mode)
-    given = problem(case)
-    leaves = {name: part.clone().requires_grad_() for name, part in given.items()}
-    expected, end = called(case, leaves, backend=backend)
-    for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
-            o, after = called(case, leaves, backend=backend)
-        assert not o.requires_grad and torch.equal(o, expected) and torch.equal(after.W, end.W)
-
-
-@pytest.mark.parametrize("mode", ["frozen", "exact"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_narrows_tokens_and_keeps_states_and_gates(mode: Any, backend: str) -> None:
-    case = Case(mode=mode)
-    given = {name: part.requires_grad_() for name, part in problem(case).items()}
-    with torch.autocast("cpu", torch.bfloat16):
-        o, end = called(case, given, backend=backend)
-    assert o.dtype == torch.bfloat16 and end.W.dtype == torch.float32
-    narrowed = {name: part.bfloat16() if name in ("q", "k", "v") else part for name, part in given.items()}
-    assert torch.equal(o, called(case, narrowed, backend=backend)[0])
-    o.float().sum().backward()
-    assert all(given[name].grad.dtype == torch.float32 for name in TOKENWISE)
+    return (*leaves, state_of(case, given).offset, arguments["cu_seqlens"], MODES.index(case.mode), case.chunk, True)
 
 
 # Operations of one chunk and value head with D = E, in C D², C² D and C³. C D²: q W and kᵀ E, k W but in hebb, and of
@@ -163,12 +100,6 @@ def test_auto_is_pytorch_on_the_cpu_and_never_the_interpreter() -> None:
 def test_triton_is_triton_when_asked_for_and_interpreted() -> None:
     given = problem(Case(mode="gdn"))
     assert which_backend(given["q"], given["k"], given["v"], backend="triton") == "triton"
-
-
-def test_triton_on_the_cpu_is_refused_unless_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="backend: triton is asked for, but the tensors are on cpu.*need a GPU"):
-        called(Case(mode="gdn"), problem(Case(mode="gdn")), backend="triton")
 
 
 def eighth(tensor: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from delta_memories import TOKENWISE, Tensors
-from mlp_memories import Case, assert_close, by, problem, solved, state_of
+from memory_problems import TOKENWISE
+from mlp_memories import Case, called, problem, state_of
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,12 +31,6 @@ OP_CASES = [
     Case(tokens=5, activation="gelu", bias="dot"),
     Case(lengths=(3, 0, 2), offsets=(1, 3, 14)),
 ]
-
-
-def called(case: Case, given: Tensors, **named: Any) -> tuple[Tensor, MLPState]:
-    """`mlp_memory` of a problem."""
-    tokens: Any = [given.get(name) for name in TOKENWISE]
-    return mlp_memory(*tokens, **case.arguments() | {"state": state_of(case, given)} | named)
 
 
 def operands(case: Case, *, gradients: bool) -> tuple[Any, ...]:
@@ -68,19 +62,6 @@ def test_the_backward_operator_is_what_it_is_registered_as(case: Case) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("case", [Case(tokens=20), Case(lengths=(9, 4), momentum=False)], ids=str)
-def test_compiled_it_is_one_graph_and_computes_the_same(case: Case) -> None:
-    given, arguments = problem(case), case.arguments()
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def compiled(inputs: Any, state: MLPState) -> tuple[Tensor, MLPState]:
-        o, end = mlp_memory(*inputs, state=state, backend="triton", **arguments)
-        return o, end
-
-    assert_close(solved(case, given, compiled), by(case, given, "triton"), forward=1e-6, backward=1e-6)
-
-
-@interpreted
 def test_a_second_pass_back_through_one_call_finds_the_same() -> None:
     case = Case(tokens=20)
     given = problem(case)
@@ -88,30 +69,6 @@ def test_a_second_pass_back_through_one_call_finds_the_same() -> None:
     o, end = called(case, given, backend="triton")
     passes = [torch.autograd.grad([o, end.W2], given["k"], [given["do"], given["dW2"]], retain_graph=True)] * 2
     assert torch.equal(passes[0][0], passes[1][0])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_without_gradients_the_outputs_are_the_same(backend: str) -> None:
-    case = Case()
-    leaves = {name: part.clone().requires_grad_() for name, part in problem(case).items()}
-    expected, end = called(case, leaves, backend=backend)
-    for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
-            o, after = called(case, leaves, backend=backend)
-        assert not o.requires_grad and torch.equal(o, expected) and torch.equal(after.W2, end.W2)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_autocast_narrows_tokens_and_keeps_states_and_gates(backend: str) -> None:
-    case = Case()
-    given = {name: part.requires_grad_() for name, part in problem(case).items()}
-    with torch.autocast("cpu", torch.bfloat16):
-        o, end = called(case, given, backend=backend)
-    assert o.dtype == torch.bfloat16 and end.W1.dtype == torch.float32
-    narrowed = {name: part.bfloat16() if name in ("q", "k", "v") else part for name, part in given.items()}
-    assert torch.equal(o, called(case, narrowed, backend=backend)[0])
-    o.float().sum().backward()
-    assert all(given[name].grad.dtype == torch.float32 for name in TOKENWISE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -145,12 +102,6 @@ def test_auto_is_pytorch_on_the_cpu_and_never_the_interpreter() -> None:
     assert [which_backend(*tensors, inner=32, backend=name) for name in ("torch", "recurrent")] == [  # type: ignore[arg-type]
         "torch", "recurrent",
     ]  # fmt: skip
-
-
-def test_triton_on_the_cpu_is_refused_unless_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="backend: triton is asked for, but the tensors are on cpu.*need a GPU"):
-        called(Case(), problem(Case()), backend="triton")
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")

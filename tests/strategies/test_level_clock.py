@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -152,6 +154,12 @@ def test_a_schedule_that_changes_the_rates_of_all_groups_reaches_every_level_and
         ({"levels": {"a": Level(match=["layers.*"])}}, r"levels.a.match: .* they are called 0.weight, 0.bias"),
         ({"levels": {"a": Level(period=0)}}, "levels.a.period: must be at least 1 step, got 0"),
         ({"levels": {"a": Level(lr=-1.0)}}, "levels.a.lr: must not be negative"),
+        ({"levels": {"a": Level(within="b")}}, "levels.a.within: there is no level 'b', only a"),
+        (
+            {"levels": {"a": Level(match=["0.*"], period=2, within="b"), "b": Level(period=3)}},
+            r"levels.a.within: the period of b \(3\) must be a multiple of a's \(2\)",
+        ),
+        ({"levels": {"a": Level(start_rate=2.0)}}, "levels.a.start_rate: must lie between 0 and 1, got 2"),
         ({"levels": {"a": Level()}, "optimizer": None}, "levels.a.optimizer: give the level an optimizer"),
         ({"levels": {"a": Level()}, "optimizer": adam(-1.0)}, "optimizer: Invalid learning rate: -1"),
         (
@@ -170,9 +178,77 @@ def test_groups_of_ones_own_are_refused() -> None:
         NamedWeights.given([{"params": [nn.Parameter(torch.ones(1))]}])
 
 
-def decoder(*levels: CMSLevel) -> MemoryTransformer:
+NESTED = {
+    "fast": Level(match=["4.*"], within="middle", start_rate=0.25),
+    "middle": Level(match=["2.*"], period=2, within="slow", start_rate=0.5, optimizer=momentum()),
+    "slow": Level(period=6, optimizer=momentum()),
+}
+
+
+def test_a_nested_level_begins_anew_at_the_end_of_the_slower_ones_period_with_the_start_that_has_moved() -> None:
+    model, other = network(), network()
+    optimizer = clock(model, levels=NESTED)
+    layers = {"fast": (other[4], 1, adam()), "middle": (other[2], 2, momentum()), "slow": (other[0], 6, momentum())}
+    children = {name: make(layer.parameters()) for name, (layer, _, make) in layers.items()}
+    starts = {name: [p.detach().clone() for p in layer.parameters()] for name, (layer, *_) in layers.items()}
+    gathered: dict[nn.Parameter, Tensor] = {}
+    for step in range(1, 15):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        backward(other, step)
+        for name, (layer, period, _) in layers.items():
+            for p in layer.parameters():
+                assert p.grad is not None
+                gathered[p] = gathered.get(p, torch.zeros_like(p)) + p.grad
+                p.grad = gathered.pop(p) if step % period == 0 else None
+            children[name].step()
+            children[name].zero_grad()
+        for name, (ends, rate) in {"fast": (2, 0.25), "middle": (6, 0.5)}.items():
+            if step % ends == 0:
+                layer, _, make = layers[name]
+                for p, start in zip(layer.parameters(), starts[name], strict=True):
+                    start += rate * (p.detach() - start)
+                    p.data.copy_(start)
+                children[name] = make(layer.parameters())  # momenta of what is undone are forgotten
+        for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13)
+
+
+def test_nested_levels_that_were_saved_inside_of_all_periods_go_on_bit_for_bit() -> None:
+    model, other = network(), network()
+    optimizer, resumed = clock(model, levels=NESTED), clock(other, levels=NESTED)
+    for step in range(1, 14):
+        if step == 10:
+            other.load_state_dict(model.state_dict())
+            resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for one, clocked in ((model, optimizer), (other, resumed)):
+            backward(one, step)
+            clocked.step()
+            clocked.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("start_rate", [0.0, 1.0])
+def test_a_nested_level_is_set_back_whole_or_not_at_all_at_the_ends_of_its_rate(start_rate: float) -> None:
+    model, other = network(), network()
+    levels = {"fast": Level(match=["4.*"], within="slow", start_rate=start_rate), "slow": Level(period=3)}
+    plain = {"fast": Level(match=["4.*"]), "slow": Level(period=3)}
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    ours, theirs = clock(model, levels=levels, optimizer=sgd), clock(other, levels=plain, optimizer=sgd)
+    first = model[4].weight.detach().clone()
+    for step in range(3):
+        for one, clocked in ((model, ours), (other, theirs)):
+            backward(one, step)
+            clocked.step()
+            clocked.zero_grad()
+    assert torch.equal(model[4].weight, first) == (start_rate == 0)
+    assert torch.equal(model[4].weight, other[4].weight) == (start_rate == 1)
+
+
+def decoder(*levels: CMSLevel, carry: Any = "sequential") -> MemoryTransformer:
     torch.manual_seed(0)
-    memory = ContinuumMemory(levels=levels) if levels else None
+    memory = ContinuumMemory(levels=levels, carry=carry) if levels else None
     spec = Spec(kind="language", input_shape=(6,), num_outputs=11)
     return MemoryTransformer(
         spec=spec, hidden_size=8, layers=[AttentionLayer(num_heads=2)] * 2, feed_forward=memory
@@ -213,8 +289,9 @@ def test_without_levels_of_its_own_the_clock_takes_the_models_and_each_changes_a
             gathered[name].zero_()
 
 
-def test_levels_whose_rate_is_zero_stay_what_they_were() -> None:
-    model = decoder(CMSLevel(lr=0.0), CMSLevel(period=2, lr=0.0))
+@pytest.mark.parametrize("carry", ["sequential", "nested"])
+def test_levels_whose_rate_is_zero_stay_what_they_were(carry: str) -> None:
+    model = decoder(CMSLevel(lr=0.0), CMSLevel(period=2, lr=0.0), carry=carry)
     optimizer = LevelClock.for_module(model, optimizer=adam())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for step in range(4):

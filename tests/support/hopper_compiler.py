@@ -4,6 +4,7 @@
     python tests/support/hopper_compiler.py topk_memory
     python tests/support/hopper_compiler.py mlp_memory
     python tests/support/hopper_compiler.py selective_scan
+    python tests/support/hopper_compiler.py self_modifying
 
 Run as a program of its own: Triton decides at import whether it compiles or interprets.
 """
@@ -24,6 +25,11 @@ from clplat.kernels.mlp_memory import launch as mlp
 from clplat.kernels.mlp_memory.layout import Layout
 from clplat.kernels.mlp_memory.reference import Rule
 from clplat.kernels.selective_scan import launch as scan
+from clplat.kernels.self_modifying import Inputs as SelfModifyingInputs
+from clplat.kernels.self_modifying import Readouts, SelfModifyingState
+from clplat.kernels.self_modifying import Rule as SelfModifyingRule
+from clplat.kernels.self_modifying import launch as modifying
+from clplat.kernels.self_modifying.layout import Layout as SelfModifyingLayout
 from clplat.kernels.topk_memory import launch as topk
 from clplat.kernels.topk_memory.routing import counted
 from clplat.kernels.topk_memory.tuning import ALTERNATIVES, plan_for
@@ -117,10 +123,38 @@ def compile_selective_scan() -> None:
             scan.backward(x, x, first[0], b, b, keep, first.repeat(2, 1, 1, 1), x, first, 32)
 
 
+def compile_modifying(*, chunk: int, momentum: bool, packed: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Matrices of 64, with whatever else a call can have."""
+    tokens = 512 + 8 * packed
+    bounds = torch.tensor([0, tokens], dtype=torch.int32) if packed else None
+    rows, gates = torch.zeros(1, tokens, 2, 64, dtype=dtype), torch.zeros(1, tokens, 2)
+    own = torch.zeros(1, tokens, 2, 4, 64, dtype=dtype)
+    inputs = SelfModifyingInputs(own, rows, *(gates, gates) if momentum else (None, None))
+    read, bias, W = torch.zeros(2, 64), torch.zeros(2), torch.zeros(1, 5, 2, 64, 64)
+    S, anchor, offset = W if momentum else None, W if packed else None, torch.zeros(1, dtype=torch.int32)
+    state = SelfModifyingState(W, S, anchor, offset if packed else None)
+    layout = SelfModifyingLayout.of(
+        own, rows, W, SelfModifyingRule(), chunk, momentum=momentum, packed=packed, offsets=packed
+    )  # fmt: skip
+    readouts = Readouts(read, bias, read, bias)
+    starts = modifying.forward(inputs, readouts, state, bounds, layout, keep=True)[2]
+    assert starts is not None
+    modifying.backward(
+        inputs, readouts, state, bounds, layout, starts, rows, SelfModifyingState(W, S, anchor)
+    )  # fmt: skip
+
+
+def compile_self_modifying() -> None:
+    compile_modifying(chunk=64, momentum=True, packed=True)
+    compile_modifying(chunk=32, momentum=True, packed=False, dtype=torch.float32)
+    compile_modifying(chunk=16, momentum=False, packed=False)
+
+
 if __name__ == "__main__":
     JITFunction.run = compiled_instead
     known = {
         "delta_memory": compile_delta_memory, "mlp_memory": compile_mlp_memory,
-        "selective_scan": compile_selective_scan, "topk_memory": compile_topk_memory,
+        "selective_scan": compile_selective_scan, "self_modifying": compile_self_modifying,
+        "topk_memory": compile_topk_memory,
     }  # fmt: skip
     known[(sys.argv[1:] or ["delta_memory"])[0]]()

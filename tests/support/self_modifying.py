@@ -18,11 +18,14 @@ MLP = NetworkOptions(depth=2, expand=2, residual=True)
 
 OPTIONS = {
     "hope": SelfModifyingOptions(network=MLP, chunk=4, generator_chunk=4),
+    "shared inputs": SelfModifyingOptions(network=MLP, inputs="shared", chunk=4, generator_chunk=2),
+    "matrix, shared inputs": SelfModifyingOptions(network=MATRIX, inputs="shared", chunk=4, generator_chunk=4),
     "two chunks": SelfModifyingOptions(network=MLP, chunk=2, generator_chunk=4),
     "two chunks, the other way": SelfModifyingOptions(network=MLP, chunk=4, generator_chunk=2, momentum=False),
     "matrix": SelfModifyingOptions(
         network=MATRIX, momentum=False, chunk=4, generator_chunk=4, unit_values=False, max_gradient=0.3
     ),
+    "matrix, values as targets": SelfModifyingOptions(network=MATRIX, target="value", chunk=4, generator_chunk=4),
     "matrix, token by token": SelfModifyingOptions(network=MATRIX, chunk=1, generator_chunk=1, delta="single"),
     "single": SelfModifyingOptions(network=MLP, delta="single", chunk=4, generator_chunk=4, read="after"),
     "dot": SelfModifyingOptions(network=MATRIX, bias=BiasOptions(kind="dot"), chunk=4, generator_chunk=2),
@@ -66,7 +69,7 @@ def inputs(options: SelfModifyingOptions, length: int, *, seed: int = 0) -> Head
 
     made = options.generators
     return HeadInputs(
-        x=normal(WIDTH),
+        x=normal(WIDTH) if options.inputs == "shared" or not made else normal(len(made), WIDTH),
         query=None if "query" in made else normal(WIDTH),
         key=None if "key" in made else normal(WIDTH),
         value=None if "value" in made else normal(WIDTH),

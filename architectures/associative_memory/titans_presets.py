@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from clplat.architectures.associative_memory.caching import check_weights, check_whole
+from clplat.architectures.associative_memory.context_memory import ContextMemory
 from clplat.architectures.associative_memory.presets import LayerKind, MemoryLayer, TitansLMM
-from clplat.architectures.associative_memory.titans import ContextMemory, GatingMemory, LayeredMemory
+from clplat.architectures.associative_memory.windowed_memory import GatingMemory, LayeredMemory
 from clplat.architectures.option_checks import check_at_least
 
 

@@ -1,0 +1,120 @@
+"""What a search leaves: front.csv, best.yaml, figures and tuning.html in its folder, and the same in MLflow."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clplat.config import StudyConfig, plain
+from clplat.study_file import expand
+from clplat.study_record import start_study
+from clplat.tracking import STUDY_STATE, client, read_json, short, write_json
+from clplat.tuning import front
+from clplat.tuning.front import Row
+from clplat.tuning.gain import Gain
+from clplat.tuning.protocol import Protocol
+from clplat.tuning.search import writing
+from clplat.tuning.trials import Trials
+
+TAG_LENGTH = 5000
+"""What MLflow keeps of a tag."""
+
+
+def write_front(folder: Path, protocol: Protocol, rows: Sequence[Row], objectives: Mapping[str, int]) -> None:
+    """Write front.csv (every trial, the front marked), best.yaml, and front/tNNNN.yaml for each trial of the front."""
+    best = front.best(rows, objectives)
+    with writing(folder):
+        front.write_csv(rows, list(objectives), list(protocol.space.dimensions), folder / "front.csv")
+        (folder / "front").mkdir(exist_ok=True)
+        for old in (folder / "front").glob("*.yaml"):
+            old.unlink()
+        for row in rows:
+            if row.on_front:
+                _write_settings(folder / "front" / f"{row.name}.yaml", f"{row.name}", protocol, row)
+        if best is not None:
+            _write_settings(folder / "best.yaml", "best", protocol, best)
+
+
+def _write_settings(path: Path, name: str, protocol: Protocol, row: Row) -> None:
+    """A trial's settings as a study of the full stream, with the report's seeds, ready for `clplat run`."""
+    changed = dataclasses.replace(protocol.report, variants={"tuned": protocol.space.changes(row.settings)})
+    run = plain(expand(changed)[0])
+    kept = {key: value for key, value in plain(protocol.report).items() if key not in ("space", "tune", "known_good")}
+    data = kept | {key: run[key] for key in kept if key in run} | {"name": f"{protocol.report.name}_{name}"}
+    reached = ", ".join(f"{key} {value:.4g}" for key, value in row.objectives.items())
+    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    path.write_text(f"# Trial {row.name} of a search on {protocol.tuned_on}: {reached} there\n{text}", encoding="utf-8")
+
+
+def start_record(folder: Path, study: StudyConfig, protocol: Protocol, trials: Trials) -> None:
+    """The search's parent run in MLflow: made, taken up again, or shared with other tunes of one storage and server."""
+    shared = trials.study.user_attrs.get("mlflow", {})
+    if shared.get("uri") == study.tracking.uri and not (folder / STUDY_STATE).is_file():
+        write_json(folder / STUDY_STATE, shared)
+    start_study(folder)
+    state = read_json(folder / STUDY_STATE)
+    if state is None:
+        return
+    if shared != state:
+        trials.study.set_user_attr("mlflow", state)
+    tags = protocol.tags() | {
+        "tune": "true",
+        "sampler": study.tune.sampler,
+        "objectives": ", ".join(study.tune.objectives),
+    }
+    with contextlib.suppress(Exception):  # a server that is away now is told at the end
+        _tag(client(state["uri"]), state["run_id"], tags)
+
+
+def send_record(
+    folder: Path, report: Path, protocol: Protocol, rows: Sequence[Row], gains: Sequence[Gain], text: str
+) -> str:
+    """Tell the parent run its trials, the gain and what it means, and attach the files.
+
+    What MLflow has not got, in a sentence; empty when it has it all.
+    """
+    state = read_json(folder / STUDY_STATE)
+    if state is None:
+        return "MLflow has not got the search"
+    names: list[str] = []
+    for row in rows:
+        if row.settings and len(json.dumps([*names, row.name])) <= TAG_LENGTH:
+            names.append(row.name)
+    tags = protocol.tags() | {"variants": json.dumps(names), "mlflow.note.content": text}
+    numbers = {f"gain/{g.metric}": g.difference.mean for g in gains}
+    numbers |= {f"gain/{g.metric}_half_width": g.difference.half for g in gains}
+    try:
+        connection, run_id = client(state["uri"]), state["run_id"]
+        for key, number in numbers.items():
+            if math.isfinite(number):
+                connection.log_metric(run_id, key, number)
+        _attach(connection, run_id, folder)
+        _tag(connection, run_id, tags)
+        if reported := read_json(report / STUDY_STATE):
+            _tag(connection, reported["run_id"], protocol.tags() | {"tune_run": run_id})
+        # A trial that failed is a result of a search that did not.
+        connection.set_terminated(run_id, status="FINISHED")
+    except Exception as error:  # noqa: BLE001 - a server can fail in any way; what was found is on disk
+        return f"MLflow at {state['uri']} has not got all of the search ({short(error)})"
+    return ""
+
+
+def _tag(connection: Any, run_id: str, tags: Mapping[str, str]) -> None:
+    for key, value in tags.items():
+        connection.set_tag(run_id, key, value)
+
+
+def _attach(connection: Any, run_id: str, folder: Path) -> None:
+    for name in ("tune.yaml", "study.yaml", "front.csv", "best.yaml", "tuning.html"):
+        if (folder / name).is_file():
+            connection.log_artifact(run_id, str(folder / name))
+    for name in ("figures", "front"):
+        if (folder / name).is_dir():
+            connection.log_artifacts(run_id, str(folder / name), name)

@@ -1,0 +1,221 @@
+"""A tune from its configuration to its gain: everything checked, the search, the report; and taken up again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from clplat.config import StudyConfig, flat, plain, save, scientific
+from clplat.errors import ConfigError, StorageError, StudyFailedError
+from clplat.execution import lock
+from clplat.launch import serve
+from clplat.study import Study, conclude, settled, worker_count
+from clplat.study_file import load_study, run_folders
+from clplat.study_record import send_unsent, settle_study
+from clplat.tuning import front, gain, outcome
+from clplat.tuning.front import Row
+from clplat.tuning.gain import Gain
+from clplat.tuning.options import TUNE_FILE
+from clplat.tuning.page import write_page
+from clplat.tuning.protocol import OBJECTIVES, TRIALS, Protocol, prepare
+from clplat.tuning.search import Search, enter_trials, writing
+from clplat.tuning.trials import Trials, storage_errors
+
+FRONT, SETTINGS, PAGE = "front.csv", "best.yaml", "tuning.html"
+"""What a tune leaves beside it."""
+CHANGEABLE = ("tune.trials", "tune.timeout", "launcher.workers")
+"""What a resumed tune may change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """How a tune stands: `status` FINISHED, KILLED (it can be resumed) or FAILED, its trials, the best and its gain."""
+
+    folder: Path
+    status: str
+    code: int
+    rows: list[Row] = field(default_factory=list)
+    best: Row | None = None
+    gains: list[Gain] = field(default_factory=list)
+    report: Study | None = None
+    text: str = ""
+    """What was gained, or why nothing can be said yet."""
+    unsent: str = ""
+    """What MLflow has not got, in a sentence; empty when it has all."""
+
+
+def run_tune(study: StudyConfig, console: Console) -> Tuned:
+    """Check, lay out and carry out a tune. Nothing is written before everything has been checked."""
+    study = settled(study)
+    protocol = prepare(study)
+    folder = Path(study.folder) / f"{study.name}-tune-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"folder: {folder} cannot be made ({error.strerror}); name one that can be written"
+        ) from error
+    with writing(folder):
+        save(study, folder / TUNE_FILE)
+    return _carry_on(folder, study, protocol, console)
+
+
+def resume_tune(folder: Path, overrides: Sequence[tuple[str, str]], console: Console) -> Tuned:
+    """Go on with a tune: unfinished runs from their checkpoints, finished trials never again."""
+    for key, _ in overrides:
+        if key not in CHANGEABLE:
+            raise ConfigError(f"--{key}: a resumed tune stays the same search; {', '.join(CHANGEABLE)} may change")
+    study = settled(load_study(folder / TUNE_FILE, overrides))
+    if study.tune.sampler == "grid" and any(key == "tune.trials" for key, _ in overrides):
+        raise ConfigError("--tune.trials: the points of a grid were chosen when it was begun; start a new tune")
+    protocol = prepare(study)
+    with writing(folder):
+        save(study, folder / TUNE_FILE)
+    return _carry_on(folder, study, protocol, console)
+
+
+def _carry_on(folder: Path, study: StudyConfig, protocol: Protocol, console: Console) -> Tuned:
+    objectives = {name: OBJECTIVES[name] for name in study.tune.objectives}
+    console.print(f"{folder}: tuning on {protocol.tuned_on}", soft_wrap=True)
+    with lock(folder):
+        if not (folder / "study.yaml").is_file():
+            with writing(folder):
+                enter_trials(folder, protocol, {})
+        url = study.tune.storage or f"sqlite:///{(folder / 'optuna.db').resolve()}"
+        points = _first_points(study, protocol)
+        limit = len(points) if study.tune.sampler == "grid" else study.tune.trials or TRIALS
+        trials = Trials(
+            url, study.name, str(folder.resolve()), directions=list(objectives.values()),
+            distributions=protocol.space.distributions(), sampler=study.tune.sampler, seed=study.tune.sampler_seed,
+            limit=limit,
+        )  # fmt: skip
+        with storage_errors(url), trials.beating():
+            trials.begin(_facts(study, protocol), points)
+            if study.tracking.enabled:
+                outcome.start_record(folder, study, protocol, trials)
+            search = Search(folder, study, protocol, trials, lambda text: console.print(text, soft_wrap=True))
+            code, unsent = _search(search, study, limit, console)
+            rows = front.table(trials.all(), protocol.space, objectives)
+            reporter = _reporter(trials, rows, code)
+        return _conclude_search(folder, study, protocol, rows, code, unsent, reporter, console)
+
+
+def _search(search: Search, study: StudyConfig, limit: int, console: Console) -> tuple[int, str]:
+    """The search itself: the code of the stop that was asked for, and what MLflow has not got. However it ends,
+    statuses are true."""
+    runs, unsent = limit * len(study.tune.seeds), ""
+    try:
+        search.resume()
+        workers = worker_count(study, runs)
+        code = serve(search, runs=runs, workers=workers, threads=study.training.threads, console=console)
+    finally:
+        if study.tracking.enabled:
+            unsent = send_unsent(run_folders(search.folder))
+            settle_study(search.folder)
+    if search.trouble:
+        raise StorageError(f"{search.trouble} `clplat resume {search.folder}` goes on from there.")
+    return code, unsent
+
+
+def _reporter(trials: Trials, rows: Sequence[Row], code: int) -> str:
+    """The folder of the tune that makes the report: of several on one storage the first that finds no trial open."""
+    if not code and not any(row.state == "RUNNING" for row in rows) and "reporter" not in trials.study.user_attrs:
+        trials.study.set_user_attr("reporter", trials.folder)
+    return trials.study.user_attrs.get("reporter", "")
+
+
+def _conclude_search(
+    folder: Path,
+    study: StudyConfig,
+    protocol: Protocol,
+    rows: list[Row],
+    code: int,
+    unsent: str,
+    reporter: str,
+    console: Console,
+) -> Tuned:
+    """After the search: its files, then the report's runs, then the gain; or what is missing."""
+    objectives = {name: OBJECTIVES[name] for name in study.tune.objectives}
+    outcome.write_front(folder, protocol, rows, objectives)
+    best = front.best(rows, objectives)
+    known = Tuned(folder=folder, status="KILLED", code=code, rows=rows, best=best, unsent=unsent)
+    open_trials = sum(row.state == "RUNNING" for row in rows)
+    if code or open_trials:
+        text = f"{open_trials} trials have not ended; `clplat resume {folder}` goes on, and reports when all have."
+        return dataclasses.replace(known, text=text)
+    if reporter != str(folder.resolve()):
+        return dataclasses.replace(known, status="FINISHED", text=f"The report is made by the tune in {reporter}.")
+    if best is None:
+        said = next((row.reason for row in rows if row.reason), "nothing")
+        raise StudyFailedError(f"{folder}: no trial has finished; the first said: {said}")
+    return _report(dataclasses.replace(known, best=best), best, study, protocol, console)
+
+
+def _report(known: Tuned, best: Row, study: StudyConfig, protocol: Protocol, console: Console) -> Tuned:
+    """The runs of the report, the gain that they show, and the page."""
+    folder, rows, objectives = known.folder, known.rows, study.tune.objectives
+    console.print(f"{best.name} is best on {protocol.tuned_on}; default and best run on the full stream now")
+    report = gain.carry_out_report(folder, protocol, best, console)
+    known = dataclasses.replace(known, report=report, status=report.status, code=report.code)
+    if report.status in ("KILLED", "BUSY"):
+        return dataclasses.replace(known, text=f"The report's runs have not ended; `clplat resume {folder}` goes on.")
+    conclude(report, console)
+    found = gain.gains(report.folder, objectives, protocol.seen)
+    text = "The report's runs of default or best failed, so that no gain is known; their messages stand above."
+    if found or best.is_default:
+        text = gain.sentence(found, best, protocol)
+    with writing(folder):
+        directions = {name: OBJECTIVES[name] for name in objectives}
+        write_page(folder, protocol, rows, directions, found, text, report.folder.name)
+    unsent = known.unsent or report.unsent
+    if study.tracking.enabled:
+        unsent = outcome.send_record(folder, report.folder, protocol, rows, found, text) or unsent
+    return dataclasses.replace(known, gains=found, text=text, unsent=unsent)
+
+
+def show(tuned: Tuned, console: Console) -> None:
+    """The end of a tune: the front, the gain whichever its sign, and where everything lies."""
+    if tuned.best is not None:
+        console.print(front.front_table(tuned.rows))
+    console.print(tuned.text, soft_wrap=True)
+    for name, what in ((FRONT, "all trials"), (SETTINGS, "best settings: clplat run"), (PAGE, "page")):
+        if (tuned.folder / name).is_file():
+            console.print(f"{what} {tuned.folder / name}" if what[-3:] == "run" else f"{what}: {tuned.folder / name}",
+                          soft_wrap=True)  # fmt: skip
+    if tuned.unsent:
+        console.print(f"{tuned.unsent}; `clplat resume {tuned.folder}` sends it.", soft_wrap=True)
+
+
+def _first_points(study: StudyConfig, protocol: Protocol) -> list[dict[str, Any]]:
+    """The default settings, and after them the points of a grid in an order of the sampler's seed."""
+    import random
+
+    default = protocol.space.default(protocol.resolve)
+    if study.tune.sampler != "grid":
+        return [default]
+    grid = [point for point in protocol.space.grid() if point != default]
+    random.Random(study.tune.sampler_seed).shuffle(grid)
+    return [default, *grid][: study.tune.trials]
+
+
+def _facts(study: StudyConfig, protocol: Protocol) -> dict[str, Any]:
+    """What must be the same when a tune is resumed or joined, flat and plain."""
+    data = hashlib.sha256(json.dumps(list(protocol.streams), sort_keys=True).encode()).hexdigest()[:16]
+    fixed = {key: value for key, value in plain(study.tune).items() if key not in ("trials", "timeout", "storage")}
+    facts: Mapping[str, Any] = {
+        **scientific(protocol.resolve({})), **flat({"the report's stream": plain(protocol.report.stream)}),
+        **flat({"space": study.space, "tune": fixed}), "seeds": study.seeds,
+        "the data that are tuned on": data,
+    }  # fmt: skip
+    return json.loads(
+        json.dumps({key: value for key, value in facts.items() if key not in ("study", "variant", "seed")})
+    )
