@@ -224,7 +224,7 @@ def test_compare_report_results_and_reproduce_read_mlflow_alone(
     assert results.interval("er", "final_score").mean == pytest.approx(sum(finals) / 2)
     assert "direction" in report.finding(results)
     html = page.write_report(results, tmp_path / "out").read_text()
-    assert html.count("<svg") == 4 and "http://" not in html.replace("http://www.w3.org", "").replace(
+    assert html.count("<svg") == 5 and "http://" not in html.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "")
     assert {file.name for file in (tmp_path / "out" / "figures").iterdir()} >= {"heat_maps.png", "heat_maps.svg"}
