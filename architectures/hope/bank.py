@@ -91,8 +91,7 @@ class Bank:
         first = weights[0].split([wide, weights[0].shape[-1] - wide], -1)[0]
         layers = (first, *(part.split([heads, part.shape[1] - heads], 1)[0] for part in weights[1:]))
         if x_BHTD.ndim == 5:
-            apart = first.unflatten(3, (self.count, -1)).permute(0, 3, 1, 2, 4).flatten(1, 2)
-            read = self.network.read((apart, *layers[1:]), x_BHTD.permute(0, 3, 1, 2, 4).flatten(1, 2))
+            read = self.network.read(self.unstacked(layers), x_BHTD.permute(0, 3, 1, 2, 4).flatten(1, 2))
         else:
             read = self._read(layers, x_BHTD)
         return read.unflatten(1, (self.count, -1)).unbind(1)

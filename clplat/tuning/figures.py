@@ -36,13 +36,15 @@ def front_figure(rows: Sequence[Row], objectives: Mapping[str, int]) -> Figure:
             if row.on_front:
                 at = (row.objectives[other], row.objectives[names[0]])
                 axis.annotate(row.name, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
-        axis.set(xlabel=_with_direction(other, objectives), ylabel=_with_direction(names[0], objectives))
+        axis.set(
+            xlabel=_with_direction(other, objectives[other]), ylabel=_with_direction(names[0], objectives[names[0]])
+        )
     name_above(figure)
     return figure
 
 
-def _with_direction(name: str, objectives: Mapping[str, int]) -> str:
-    return f"{name} ({'higher' if objectives[name] > 0 else 'lower'} is better)"
+def _with_direction(name: str, direction: int) -> str:
+    return f"{name} ({'higher' if direction > 0 else 'lower'} is better)"
 
 
 def course_figure(rows: Sequence[Row], name: str, direction: int) -> Figure:
@@ -58,7 +60,7 @@ def course_figure(rows: Sequence[Row], name: str, direction: int) -> Figure:
                  label="default")  # fmt: skip
     _ticks_below(axis, rows, "PRUNED", PALETTE[2])
     _ticks_below(axis, rows, "FAILED", PALETTE[3])
-    axis.set(xlabel="trial", ylabel=f"{name} ({'higher' if direction > 0 else 'lower'} is better)")
+    axis.set(xlabel="trial", ylabel=_with_direction(name, direction))
     axis.xaxis.get_major_locator().set_params(integer=True)
     name_above(figure)
     return figure

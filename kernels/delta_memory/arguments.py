@@ -65,13 +65,20 @@ def _check_state(state: MemoryState, inputs: Inputs, chunk: int, sequences: int)
     for name, part in (("W", state.W), ("S", state.S), ("anchor", state.anchor)):
         if part is not None and part.shape != shape:
             raise ValueError(f"state.{name}: must be (sequences, V, D, E) = {shape}, got {tuple(part.shape)}")
-    if (state.S is None) != (inputs.log_momentum is None):
+    check_pairs(state.S, inputs.log_momentum, state.anchor, state.offset)
+    check_offset(state.offset, sequences, chunk)
+
+
+def check_pairs(
+    S: Tensor | None, log_momentum: Tensor | None, anchor: Tensor | None, offset: Tensor | None
+) -> None:  # fmt: skip
+    """What of a state goes together: momentum with its gate, the start of an open chunk with the tokens in it."""
+    if (S is None) != (log_momentum is None):
         raise ValueError(
             "state.S and log_momentum: give both or neither; to begin or end momentum here, set S to zeros or to None"
         )
-    if (state.anchor is None) != (state.offset is None):
+    if (anchor is None) != (offset is None):
         raise ValueError("state.anchor and state.offset: give both or neither")
-    check_offset(state.offset, sequences, chunk)
 
 
 def check_offset(offset: Tensor | None, sequences: int, chunk: int) -> None:

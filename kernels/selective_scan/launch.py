@@ -44,12 +44,7 @@ def backward(
     (rows, T, C), N = x.shape, len(rate)
     constants = _constants(N, C, keep)
     blocks = triton.cdiv(C, constants["BC"])
-    dx, dstep, dfirst, drate = (
-        torch.empty_like(x),
-        torch.empty_like(step),
-        torch.empty_like(carry),
-        torch.empty_like(carry),
-    )
+    dx, dstep, dfirst, drate = (torch.empty_like(part) for part in (x, step, carry, carry))
     db, dc = x.new_empty(blocks, *b.shape), x.new_empty(blocks, *c.shape)
     states = x.new_empty(rows, min(T, chunk), N, C)
     triton_scan.backward[(rows, blocks)](

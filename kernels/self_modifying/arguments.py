@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from clplat.kernels.delta_memory.arguments import check_offset, check_packed
+from clplat.kernels.delta_memory.arguments import check_offset, check_packed, check_pairs
 from clplat.kernels.self_modifying.reference import DELTAS, Inputs, Readouts, Rule, SelfModifyingState
 
 
@@ -69,10 +69,5 @@ def _check_state(
     for name, part in (("W", state.W), ("S", state.S), ("anchor", state.anchor)):
         if part is not None and part.shape != shape:
             raise ValueError(f"state.{name}: must be (sequences, M, H, D, D) = {shape}, got {tuple(part.shape)}")
-    if (state.S is None) != (inputs.log_momentum is None):
-        raise ValueError(
-            "state.S and log_momentum: give both or neither; to begin or end momentum here, set S to zeros or to None"
-        )
-    if (state.anchor is None) != (state.offset is None):
-        raise ValueError("state.anchor and state.offset: give both or neither")
+    check_pairs(state.S, inputs.log_momentum, state.anchor, state.offset)
     check_offset(state.offset, sequences, chunk)

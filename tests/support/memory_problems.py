@@ -64,7 +64,7 @@ class Sizes:
     @property
     def form(self) -> dict[str, Any]:
         """What the reference's forms are told beside sizes."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define form")
 
     @property
     def anchored(self) -> bool:
@@ -73,7 +73,7 @@ class Sizes:
 
     def arguments(self, device: str | torch.device = "cpu") -> dict[str, Any]:
         """The operation's arguments that are not tensors of a problem, but for the state's offset."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define arguments")
 
 
 class Draws:
