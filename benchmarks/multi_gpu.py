@@ -1,4 +1,4 @@
-"""One run on two GPUs beside one: tokens a second at an equal batch for each, and held-out losses at an equal whole one.
+"""One run on two GPUs beside one: tokens a second at an equal batch a GPU, held-out losses at an equal batch in all.
 
     python benchmarks/multi_gpu.py                             # 64M Transformer and TRC² (54M active), bf16, 2 GPUs
     python benchmarks/multi_gpu.py --compile --seconds 300     # both sides compiled
@@ -155,9 +155,8 @@ def losses(model: str, options: argparse.Namespace) -> None:
             runs = [next(scratch.glob(f"*/*-s{seed}")) for seed in options.seeds]
             found[devices] = [float(table(run).matrix("loss")[1, 0]) for run in runs]
         said = ", ".join(f"{loss:.5f}" for loss in found[devices])
-        say(
-            f"  {model:11} {devices} device(s), seeds {options.seeds}: {said} nats [{time.perf_counter() - start:.0f} s]"
-        )
+        spent = time.perf_counter() - start
+        say(f"  {model:11} {devices} device(s), seeds {options.seeds}: {said} nats [{spent:.0f} s]")
     differences = [two - one for one, two in zip(found[1], found[options.devices], strict=True)]
     spread = statistics.stdev(found[1]) if len(options.seeds) > 1 else float("nan")
     say(f"  {model:11} difference by seed: {', '.join(f'{each:+.5f}' for each in differences)}; "

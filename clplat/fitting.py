@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
@@ -83,6 +84,8 @@ def new_trainer(training: TrainingConfig, device: Any, processes: int) -> Traine
         devices=([device.index] if device.type == "cuda" and processes == 1 else processes),
         strategy=strategy,
         precision=of_trainer(training.precision),
+        # Our processes and their ranks exist already: inside a Slurm job Lightning would take the job's for them.
+        plugins=LightningEnvironment(),
         max_epochs=1,
         use_distributed_sampler=False,
         barebones=True,
