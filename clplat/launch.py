@@ -27,6 +27,7 @@ from clplat.errors import ClplatError, RunBusyError
 from clplat.execution import Outcome, execute, failed
 from clplat.interruption import EXIT_REQUEUE, Interruption, exit_code
 from clplat.progress import Asking, Board, Progress, RunBar
+from clplat.storage import full_disk
 from clplat.supply import Listed, Supply
 
 
@@ -171,7 +172,11 @@ class _Pool:
         status = "FAILED" if self._stop is None else "KILLED"
         why = f"its process died (exit code {code})" if self._stop is None else "stopped"
         reason = f"{why}; `clplat resume {worker.folder}` goes on from what was saved"
-        record_lost(worker.folder, status, reason)
+        try:
+            record_lost(worker.folder, status, reason)
+        except (ClplatError, OSError) as error:
+            # On a full disk the status cannot be written; the other runs go on all the same.
+            self._board.say(f"{worker.folder.name}: {error}")
         outcome = Outcome(
             folder=worker.folder, status=status, reason=reason, code=self._stop_code() or 1, cause="process"
         )  # fmt: skip
@@ -275,6 +280,8 @@ def execute_safely(folder: Path, progress: Progress) -> Outcome:
         return Outcome(folder=folder, status="BUSY", reason=str(error), code=EXIT_REQUEUE)
     except ClplatError as error:
         return failed(folder, error)
+    except OSError as error:
+        return failed(folder, full_disk(folder, error))
 
 
 if __name__ == "__main__":

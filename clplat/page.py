@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clplat.errors import ConfigError
+from clplat.errors import ClplatError, ConfigError
 from clplat.html_parts import contents, document, heading, small, table
 from clplat.metrics import interval, paired
 from clplat.page_figures import few_points, pictures
@@ -24,8 +24,9 @@ from clplat.report import (
     known_costs,
     notes,
 )  # fmt: skip
+from clplat.storage import writing
 from clplat.study_results import StudyResults
-from clplat.tracking import client
+from clplat.tracking import client, short
 
 MEASURED = "strategy/"
 """Names of what strategies measure begin so."""
@@ -34,15 +35,23 @@ MEASURED = "strategy/"
 def write_report(study: StudyResults, out: str | Path | None = None, baseline: str | None = None) -> Path:
     """Write report.html and its figures, and attach them to the study's run where MLflow has one."""
     folder = report_folder(Path(out) if out is not None else Path(study.folder if Path(study.folder).is_dir() else "."))
-    page = render(study, baseline_of(study, baseline), folder)
+    base = baseline_of(study, baseline)
+    with writing(folder, f"`clplat report {study.folder or study.name}` writes the report"):
+        page = render(study, base, folder)
     if not study.run_id:
         return page
     from clplat.study_note import write_note
 
     connection = client(study.uri)
-    connection.log_artifact(study.run_id, str(page))
-    connection.log_artifacts(study.run_id, str(folder / "figures"), "figures")
-    write_note(connection, study, baseline_of(study, baseline))
+    try:
+        connection.log_artifact(study.run_id, str(page))
+        connection.log_artifacts(study.run_id, str(folder / "figures"), "figures")
+        write_note(connection, study, base)
+    except Exception as error:
+        raise ClplatError(
+            f"{page} is written, and MLflow at {study.uri} has not got it ({short(error)}); `clplat report "
+            f"{study.folder or study.name}` sends it when that is mended"
+        ) from error
     return page
 
 

@@ -10,6 +10,7 @@ from clplat.html_parts import document, heading, picture, small, table
 from clplat.page import report_folder
 from clplat.page_figures import clear
 from clplat.side_by_side import SideBySide, difference_rows, score_rows, side_finding, side_notes
+from clplat.storage import writing
 
 
 def write_side_page(side: SideBySide, folder: Path) -> Path:
@@ -34,8 +35,10 @@ def write_side_page(side: SideBySide, folder: Path) -> Path:
             table(*difference_rows(side)),
         ]  # fmt: skip
     page = report_folder(folder) / "comparison.html"
-    clear(folder / "figures")
-    page.write_text(document(title, [*parts, '<div class="figures">', *_pictures(side, folder / "figures"), "</div>"]))
+    with writing(folder, "write the report again"):
+        clear(folder / "figures")
+        drawn = _pictures(side, folder / "figures")
+        page.write_text(document(title, [*parts, '<div class="figures">', *drawn, "</div>"]))
     return page
 
 

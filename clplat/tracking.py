@@ -41,8 +41,9 @@ def client(uri: str) -> Any:
         os.environ.setdefault(name, value)
     import mlflow
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # What the store raises is caught and said once; its own log would say it, with the traceback, at every attempt.
+    for name, level in {"mlflow": "ERROR", "alembic": "ERROR", "mlflow.store.db.utils": "CRITICAL"}.items():
+        logging.getLogger(name).setLevel(level)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
@@ -88,6 +89,7 @@ class Feed:
         self._translator = Translator()
         self._translated = self._last_time = 0
         self._inputs: list[Any] = []
+        self._reason = ""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._live, name="mlflow", daemon=True)
         self.trouble: str | None = None
@@ -180,7 +182,7 @@ class Feed:
             self._send_lines()
         except Exception:
             # What was translated but not sent has to be translated again, rows of the table included.
-            self._translator, self._translated, self._inputs = Translator(), 0, []
+            self._translator, self._translated, self._inputs, self._reason = Translator(), 0, [], ""
             raise
 
     def _send_lines(self) -> None:
@@ -196,6 +198,8 @@ class Feed:
                     if place > self._state["offset"]:
                         points += found
                         self._send_entry(entry)
+                    if entry["kind"] == "status":
+                        self._reason = entry["reason"]
                 if len(points) >= CHUNK:
                     self._send_points(points, place)
                     points = []
@@ -223,7 +227,8 @@ class Feed:
             case "tags":
                 tags = [RunTag(safe_key(key), str(value)[:5000]) for key, value in entry["values"].items()]
                 self._client.log_batch(run_id, tags=tags)
-            case "status" if entry["reason"]:
+            case "status" if entry["reason"] or self._reason:
+                # A reason of before is no reason of now: empty where the run goes on, or has finished.
                 self._client.set_tag(run_id, "status_reason", entry["reason"][:5000])
             case "dataset":
                 data = Dataset(
@@ -272,7 +277,7 @@ class Feed:
 
 def short(error: Exception) -> str:
     """An error on one line, cut to what fits into another message; of a dead connection only what the system said."""
-    text = " ".join(str(error).split())
+    text = re.sub(r" ?\(Background on this error at: \S+\)", "", " ".join(str(error).split()))
     system = re.search(r"\[Errno -?\d+\] ([^'\")]+)|(timed out)", text)
     return next(filter(None, system.groups())).lower() if system else text[:200] or type(error).__name__
 

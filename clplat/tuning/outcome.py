@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from clplat.config import StudyConfig, plain
+from clplat.storage import writing
 from clplat.study_file import expand
 from clplat.study_record import start_study
 from clplat.tracking import STUDY_STATE, client, read_json, short, write_json
@@ -20,7 +21,6 @@ from clplat.tuning import front
 from clplat.tuning.front import Row
 from clplat.tuning.gain import Gain
 from clplat.tuning.protocol import Protocol
-from clplat.tuning.search import writing
 from clplat.tuning.trials import Trials
 
 TAG_LENGTH = 5000
