@@ -30,8 +30,9 @@ import clplat
 from clplat.config import save
 from clplat.execution import execute
 from clplat.metrics import interval
+from clplat.storage import read_json
 from clplat.study_file import expand, load_study
-from clplat.tracking import RUN_STATE, client, read_json
+from clplat.tracking import RUN_STATE, client
 
 VARIANTS = 20
 KEYS = 40

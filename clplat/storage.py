@@ -1,12 +1,14 @@
-"""A full disk: said as what a person can do about it, and room kept for the last words of a run."""
+"""State files, and a full disk: said as what a person can do about it, with room kept for the last words of a run."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from clplat.errors import StorageError
 
@@ -43,3 +45,15 @@ class Reserve:
     def release(self) -> None:
         """Take the file away; there is nothing to do where it could not be made."""
         self._path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a small state file; None when it is not there."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a small state file, whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content))
+    part.replace(path)

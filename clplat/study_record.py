@@ -17,9 +17,9 @@ from clplat.errors import ClplatError, ConfigError, RunBusyError
 from clplat.journal import ENDED, NAME, last_status
 from clplat.mlflow_view import add_view
 from clplat.result_table import ResultTable
-from clplat.storage import writing
+from clplat.storage import read_json, write_json, writing
 from clplat.study_file import load_study, run_folders
-from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, absolute, client, experiment_id, read_json, short, write_json
+from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, absolute, client, experiment_id, short
 from clplat.yaml_text import parse_yaml
 
 

@@ -16,11 +16,10 @@ from clplat.execution import Outcome, is_busy
 from clplat.journal import ENDED, NAME, Journal, last_status, read
 from clplat.plan import NAME as PLAN
 from clplat.plan import read_plan
-from clplat.storage import writing
+from clplat.storage import write_json, writing
 from clplat.study import lay_out_runs
 from clplat.study_file import expand, load_study
 from clplat.study_results import measured
-from clplat.tracking import write_json
 from clplat.tuning.protocol import Protocol
 from clplat.tuning.pruning import FIRST_BOUNDARY, worse_than_most
 from clplat.tuning.trials import Trial, Trials, storage_errors
