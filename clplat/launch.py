@@ -165,6 +165,7 @@ class _Pool:
     def _lost(self, worker: _Worker) -> None:
         """A worker died with a run in its hands: it failed, unless it was stopped; another goes on with the rest."""
         self._selector.unregister(worker.link)
+        worker.link.close()
         code = worker.process.wait()
         assert worker.folder is not None
         from clplat.journal import record_lost

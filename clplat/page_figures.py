@@ -129,7 +129,7 @@ def _cost(study: StudyResults, finished: Sequence[str]) -> list[Drawn]:
     references = [v for v in finished if study.is_reference(v)]
     free = [v for v in finished if v not in references]
     fronts = "; ".join(f"by {cost}: {', '.join(on_front(scores, values, free))}" for cost, values in costs.items())
-    caption = f"The broken line is the front: by its means, who stands on it is beaten by nobody in both. {fronts}."
+    caption = f"The broken line is the front of who, by the means, is beaten by nobody in both. On it {fronts}."
     caption += " Hollow: reference arms, which are left out of it." if references else ""
     return [Drawn(title="Score and cost", name="cost", caption=caption, broad=len(costs) > 1,
                   figure=score_and_costs(scores, costs, references))]  # fmt: skip

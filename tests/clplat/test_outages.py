@@ -22,7 +22,7 @@ from studies import REPLAY, study
 
 import clplat
 from clplat.cli import main
-from clplat.journal import read, table
+from clplat.journal import last_status, read, table
 from clplat.study_results import load_study_results
 from clplat.tracking import client
 
@@ -172,3 +172,43 @@ def test_a_port_that_is_taken_is_refused_with_one_that_is_free(capsys: pytest.Ca
     with pytest.raises(SystemExit) as ended:
         main(["ui", "--port", "70000"])
     assert ended.value.code == 1 and "--port: 70000 cannot be had" in capsys.readouterr().err
+
+
+KILLED = """
+import os, pathlib, signal
+from clplat.strategies.base import Strategy
+class Killed(Strategy):
+    def task_end(self, task):
+        if task.index == 1 and not pathlib.Path("killed").exists():
+            pathlib.Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("tracked", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_worker_that_is_killed_takes_its_own_run_alone_which_goes_on_later_to_the_same_result(
+    tracked: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "killing.py").write_text(KILLED)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    data = study(
+        variants={"a": {"strategies": {"killed": {"class_path": "killing.Killed"}}}, "b": {}, "c": {}},
+        launcher={"workers": 2},
+        tracking={"enabled": tracked, "uri": uri, "log_every": 5, "system_metrics": False},
+    )  # fmt: skip
+    done = clplat.run(data, quiet=True)
+    first, *others = done.outcomes
+    assert [outcome.status for outcome in others] == ["FINISHED"] * 2
+    assert (first.status, first.cause) == ("FAILED", "process")
+    assert "its process died (exit code -9); `clplat resume" in first.reason
+    assert last_status(first.folder) == "FAILED"
+    if tracked:
+        held = {run.variant: run for run in load_study_results(str(done.folder)).runs}
+        assert {v: run.status for v, run in held.items()} == {"a": "FAILED", "b": "FINISHED", "c": "FINISHED"}
+        assert held["a"].tags["status_reason"] == first.reason
+    assert clplat.resume(done.folder).status == "FINISHED"
+    # b has the same configuration and seed but for the strategy that kills.
+    assert str(table(first.folder).to_rows()) == str(table(others[0].folder).to_rows())
+    if tracked:
+        held = {run.variant: run for run in load_study_results(str(done.folder)).runs}
+        assert {run.status for run in held.values()} == {"FINISHED"} and held["a"].tags["status_reason"] == ""
