@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
+from clplat.config import load_run
 from clplat.errors import ClplatError, RunBusyError
 from clplat.execution import Outcome, execute, failed
 from clplat.interruption import EXIT_REQUEUE, Interruption, exit_code
@@ -33,20 +34,29 @@ from clplat.supply import Listed, Supply
 
 def launch(folders: Sequence[Path], *, workers: int, threads: int, console: Console) -> list[Outcome]:
     """Carry out run folders with `workers` processes; outcomes in the order of the folders."""
-    listed = Listed(folders)
-    code = serve(listed, runs=len(folders), workers=min(workers, len(folders)), threads=threads, console=console)
+    listed, devices = Listed(folders), most_devices(folders)
+    code = serve(
+        listed, runs=len(folders), workers=min(workers, len(folders)), threads=threads, devices=devices,
+        console=console,
+    )  # fmt: skip
     return listed.outcomes(code)
 
 
-def serve(supply: Supply, *, runs: int, workers: int, threads: int, console: Console) -> int:
-    """Carry out what a supply gives with `workers` processes; `runs` is how many a person is told to expect.
+def most_devices(folders: Sequence[Path]) -> int:
+    """The devices of the run that takes most of them; variants may differ in it."""
+    return max((load_run(folder / "config.yaml").training.devices for folder in folders), default=1)
+
+
+def serve(supply: Supply, *, runs: int, workers: int, threads: int, devices: int = 1, console: Console) -> int:
+    """Carry out what a supply gives with `workers` processes; `runs` is how many a person is told to expect, `devices`
+    how many of the GPUs each worker sees.
 
     Returns the exit code of the stop that was asked for, 0 when nobody did.
     """
     with Board(console, runs) as board:
         if workers <= 1:
             return _one_by_one(supply, board)
-        return _Pool(supply, workers, threads, board).run()
+        return _Pool(supply, workers, threads, devices, board).run()
 
 
 def announce(board: Board, outcome: Outcome) -> None:
@@ -82,8 +92,9 @@ class _Worker:
 class _Pool:
     """Hands out folders and listens to workers until there is nothing more to hand out."""
 
-    def __init__(self, supply: Supply, workers: int, threads: int, board: Board) -> None:
+    def __init__(self, supply: Supply, workers: int, threads: int, devices: int, board: Board) -> None:
         self._supply, self._workers, self._threads, self._board = supply, workers, threads, board
+        self._devices = devices
         self._selector = selectors.DefaultSelector()
         self._stop: int | None = None
 
@@ -112,7 +123,7 @@ class _Pool:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "clplat.launch", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"OMP_NUM_THREADS": str(self._threads)} | _gpu_of(slot),
+                env=os.environ | {"OMP_NUM_THREADS": str(self._threads)} | _gpus_of(slot, self._devices),
             )
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -206,8 +217,8 @@ class _Pool:
                 signal.signal(number, handler)
 
 
-def _gpu_of(slot: int) -> dict[str, str]:
-    """Environment that gives a worker one of the visible GPUs, in turn."""
+def _gpus_of(slot: int, devices: int) -> dict[str, str]:
+    """Environment that gives a worker as many of the visible GPUs as its runs need, in turn."""
     import torch
 
     count = torch.cuda.device_count()
@@ -215,7 +226,8 @@ def _gpu_of(slot: int) -> dict[str, str]:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(count)]
-    return {"CUDA_VISIBLE_DEVICES": names[slot % len(names)]}
+    first = slot % max(1, len(names) // devices) * devices
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[first : first + devices])}
 
 
 def _line(content: Any) -> bytes:

@@ -19,7 +19,7 @@ from clplat.config import RunConfig, StudyConfig, load_run, plain, save
 from clplat.errors import ClplatError, ConfigError, Interrupted
 from clplat.execution import Outcome
 from clplat.journal import ENDED, last_status
-from clplat.launch import launch
+from clplat.launch import launch, most_devices
 from clplat.machine import check_room, cores
 from clplat.plan import first_seed, read_tasks, write_plan
 from clplat.study_file import check_unchanged, expand, load_study, run_folders
@@ -170,7 +170,7 @@ def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
     for run in open_runs:
         check_room(load_run(run / "config.yaml").training)
     check_unchanged(folder, open_runs)
-    workers, unsent = worker_count(study, len(open_runs)), ""
+    workers, unsent = worker_count(study, len(open_runs), most_devices(open_runs)), ""
     try:
         if study.tracking.enabled:
             start_study(folder)
@@ -187,15 +187,15 @@ def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
     return Study(name=folder.name, folder=folder, outcomes=outcomes, unsent=unsent)
 
 
-def worker_count(study: StudyConfig, runs: int) -> int:
-    """Runs side by side: as configured, or one per GPU, or as many as cores allow."""
+def worker_count(study: StudyConfig, runs: int, devices: int) -> int:
+    """Runs side by side: as configured, or as many as have `devices` GPUs each, or as cores allow."""
     if study.launcher.workers != "auto":
         return max(1, min(int(study.launcher.workers), runs))
     import torch
 
     on_gpu = study.training.accelerator != "cpu" and torch.cuda.is_available()
     room = torch.cuda.device_count() if on_gpu else cores() // study.training.threads
-    return max(1, min(room // study.training.devices, runs))
+    return max(1, min(room // devices, runs))
 
 
 def conclude(study: Study, console: Console) -> None:

@@ -116,8 +116,9 @@ def _search(search: Search, study: StudyConfig, limit: int, console: Console) ->
     runs, unsent = limit * len(study.tune.seeds), ""
     try:
         search.resume()
-        workers = worker_count(study, runs)
-        code = serve(search, runs=runs, workers=workers, threads=study.training.threads, console=console)
+        devices, threads = study.training.devices, study.training.threads
+        workers = worker_count(study, runs, devices)
+        code = serve(search, runs=runs, workers=workers, threads=threads, devices=devices, console=console)
     finally:
         if study.tracking.enabled:
             unsent = send_unsent(run_folders(search.folder))
