@@ -129,7 +129,7 @@ class Feed:
             began = time.thread_time()
             if self._try(self._send_new):
                 # Sending takes a hundredth of a core at most, also where a store is slow.
-                wait = min(10.0, max(2.0, 100 * (time.thread_time() - began)))
+                wait = min(10.0, max(4.0, 100 * (time.thread_time() - began)))
                 self._start_monitor()
             else:
                 wait = min(30.0, 2 * wait)
