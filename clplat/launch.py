@@ -187,8 +187,7 @@ class _Pool:
         try:
             record_lost(worker.folder, status, reason)
         except (ClplatError, OSError) as error:
-            # On a full disk the status cannot be written; the other runs go on all the same.
-            self._board.say(f"{worker.folder.name}: {error}")
+            self._board.say(f"{worker.folder.name}: {error}")  # a full disk; the other runs go on
         outcome = Outcome(
             folder=worker.folder, status=status, reason=reason, code=self._stop_code() or 1, cause="process"
         )  # fmt: skip
