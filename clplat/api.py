@@ -19,6 +19,7 @@ from clplat.config import RunConfig, difference, load_run, parse, plain, save
 from clplat.errors import ConfigError, StudyFailedError
 from clplat.machine import check_room
 from clplat.plan import check_data, check_plan
+from clplat.storage import writing
 from clplat.study import Study, carry_out, lay_out_runs, run_study, settled
 from clplat.study_file import check_unchanged, expand, load_study, run_folders, set_key
 from clplat.tuning.options import TUNE_FILE
@@ -77,11 +78,13 @@ def resume(
         check_plan(folder, load_study(folder / "study.yaml"))
         _change_runs(folder, overrides)
         study = settled(load_study(folder / "study.yaml", overrides))
-        for sentence in lay_out_runs(folder, expand(study)):
-            console.print(sentence, soft_wrap=True)
+        with writing(folder):
+            for sentence in lay_out_runs(folder, expand(study)):
+                console.print(sentence, soft_wrap=True)
         if any(last_status(run) not in ENDED for run in run_folders(folder)):
             check_data(folder)
-        save(study, folder / "study.yaml")
+        with writing(folder):
+            save(study, folder / "study.yaml")
         return carry_out(folder, study, console)
     _change(folder, overrides)
     return _resume_one(folder, console)
@@ -135,7 +138,8 @@ def _change(folder: Path, overrides: Sequence[tuple[str, str]]) -> None:
             f"{folder}: a resumed run must stay the same experiment, and this would change {'; '.join(changed)}. "
             "Devices, workers, checkpoint and tracking settings may change; for the rest start a new study."
         )
-    save(settled(new), folder / "config.yaml")
+    with writing(folder):
+        save(settled(new), folder / "config.yaml")
 
 
 def folder_of(target: str | Path) -> Path:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import sys
@@ -20,6 +21,7 @@ from clplat.errors import ClplatError, Interrupted, Pruned, RunBusyError, Storag
 from clplat.interruption import EXIT_INTERRUPT, EXIT_REQUEUE, Interruption, exit_code
 from clplat.journal import Journal, read, record_lost
 from clplat.progress import Progress, Silent
+from clplat.storage import FULL, Reserve, full_disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +60,16 @@ def _carry_out(config: RunConfig, folder: Path, interruption: Interruption, prog
     feed = Feed(folder, config.tracking) if rank == 0 and config.tracking.enabled else None
     if feed is not None:
         feed.start()
-    if journal is not None:
-        journal.status("RUNNING")
-        journal.flush()
-    outcome = _attempt(config, folder, interruption, progress, journal)
-    if journal is not None:
-        _write_last_words(journal, folder, outcome)
+    reserve = Reserve(folder) if rank == 0 else None
+    try:
+        if journal is not None:
+            journal.status("RUNNING")
+            journal.flush()
+        outcome = _attempt(config, folder, interruption, progress, journal)
+    except StorageError as error:
+        outcome = failed(folder, error)
+    if journal is not None and reserve is not None:
+        _write_last_words(journal, folder, outcome, reserve)
     if feed is not None:
         feed.close(outcome.status)
     return outcome
@@ -93,7 +99,10 @@ def _attempt(
     except ClplatError as error:
         return failed(folder, error)
     except Exception as error:  # noqa: BLE001 - whatever a user's component raises ends this run alone
-        (folder / "error.txt").write_text(traceback.format_exc())
+        if isinstance(error, OSError) and error.errno in FULL:
+            return failed(folder, full_disk(folder, error))
+        with contextlib.suppress(OSError):
+            (folder / "error.txt").write_text(traceback.format_exc())
         reason = f"{type(error).__name__}: {error} (traceback in {folder / 'error.txt'})"
         return Outcome(folder=folder, status="FAILED", reason=reason, code=1)
     return Outcome(folder=folder, status="FINISHED")
@@ -105,9 +114,11 @@ def failed(folder: Path, error: ClplatError) -> Outcome:
     return Outcome(folder=folder, status="FAILED", reason=str(error), code=1, cause=cause)
 
 
-def _write_last_words(journal: Journal, folder: Path, outcome: Outcome) -> None:
+def _write_last_words(journal: Journal, folder: Path, outcome: Outcome, reserve: Reserve) -> None:
+    """Status first, by the room that was kept for it where the disk is full; then the files of the record."""
     from clplat.record import write_artifacts
 
+    reserve.release()
     try:
         journal.status(outcome.status, outcome.reason)
         journal.flush()
@@ -131,9 +142,10 @@ def lock(folder: Path, rank: int = 0) -> Iterator[None]:
             raise RunBusyError(
                 f"{folder}: process {holder} works on this run already; wait for it or stop it first"
             ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        # Who holds it is for people to read; on a full disk the lock holds all the same.
+        with contextlib.suppress(OSError):
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), str(os.getpid()).encode())
         yield
 
 

@@ -28,6 +28,7 @@ from clplat.errors import ClplatError, RunBusyError
 from clplat.execution import Outcome, execute, failed
 from clplat.interruption import EXIT_REQUEUE, Interruption, exit_code
 from clplat.progress import Asking, Board, Progress, RunBar
+from clplat.storage import full_disk
 from clplat.supply import Listed, Supply
 
 
@@ -175,6 +176,7 @@ class _Pool:
     def _lost(self, worker: _Worker) -> None:
         """A worker died with a run in its hands: it failed, unless it was stopped; another goes on with the rest."""
         self._selector.unregister(worker.link)
+        worker.link.close()
         code = worker.process.wait()
         assert worker.folder is not None
         from clplat.journal import record_lost
@@ -182,7 +184,10 @@ class _Pool:
         status = "FAILED" if self._stop is None else "KILLED"
         why = f"its process died (exit code {code})" if self._stop is None else "stopped"
         reason = f"{why}; `clplat resume {worker.folder}` goes on from what was saved"
-        record_lost(worker.folder, status, reason)
+        try:
+            record_lost(worker.folder, status, reason)
+        except (ClplatError, OSError) as error:
+            self._board.say(f"{worker.folder.name}: {error}")  # a full disk; the other runs go on
         outcome = Outcome(
             folder=worker.folder, status=status, reason=reason, code=self._stop_code() or 1, cause="process"
         )  # fmt: skip
@@ -287,6 +292,8 @@ def execute_safely(folder: Path, progress: Progress) -> Outcome:
         return Outcome(folder=folder, status="BUSY", reason=str(error), code=EXIT_REQUEUE)
     except ClplatError as error:
         return failed(folder, error)
+    except OSError as error:
+        return failed(folder, full_disk(folder, error))
 
 
 if __name__ == "__main__":

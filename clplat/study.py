@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import secrets
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 
 from clplat.config import RunConfig, StudyConfig, load_run, plain, save
-from clplat.errors import ConfigError, Interrupted
+from clplat.errors import ClplatError, ConfigError, Interrupted
 from clplat.execution import Outcome
 from clplat.journal import ENDED, last_status
 from clplat.launch import launch, most_devices
@@ -126,13 +127,16 @@ def lay_out(study: StudyConfig, runs: Sequence[RunConfig], streams: Sequence[Map
     folder = Path(study.folder) / f"{study.name}-{stamp}-{secrets.token_hex(2)}"
     try:
         folder.mkdir(parents=True)
+        save(settled(study), folder / "study.yaml")
+        write_plan(folder, runs, streams)
+        lay_out_runs(folder, runs)
     except OSError as error:
+        # Half a study would be found and could not be resumed.
+        shutil.rmtree(folder, ignore_errors=True)
         raise ConfigError(
-            f"folder: {folder} cannot be made ({error.strerror}); name a folder that can be written"
+            f"folder: {folder} cannot be made ({error.strerror}); free some space there, or name a folder that can be "
+            "written"
         ) from error
-    save(settled(study), folder / "study.yaml")
-    write_plan(folder, runs, streams)
-    lay_out_runs(folder, runs)
     return folder
 
 
@@ -202,15 +206,17 @@ def conclude(study: Study, console: Console) -> None:
 
     config = load_study(study.folder / "study.yaml")
     results = None
-    if config.tracking.enabled:
-        # Without a server the runs are done and on disk all the same.
+    if config.tracking.enabled and not study.unsent:
+        # Without a server, or with one that lacks a part, the runs are done and on disk all the same.
         with contextlib.suppress(ConfigError):
             results = load_study_results(str(study.folder))
     recorded, results = results is not None, results or journal_results(study.folder)
     console.print(report.compare_table(results, config.baseline))
     console.print(report.finding(results, config.baseline), soft_wrap=True)
-    page = write_report(results, str(study.folder), config.baseline)
-    console.print(f"report: {page}", soft_wrap=True)
+    try:
+        console.print(f"report: {write_report(results, str(study.folder), config.baseline)}", soft_wrap=True)
+    except ClplatError as error:
+        console.print(f"report: {error}", soft_wrap=True)
     if recorded:
         console.print(f"MLflow: clplat ui --uri {config.tracking.uri}", soft_wrap=True)
     if study.unsent or not recorded:
@@ -219,9 +225,13 @@ def conclude(study: Study, console: Console) -> None:
     busy = [outcome for outcome in study.outcomes if outcome.status == "BUSY"]
     if busy:
         console.print(f"{len(busy)} runs are in the hands of another process; nothing is wrong with them.")
+    failed = [outcome for outcome in study.outcomes if outcome.status == "FAILED"]
+    if any(outcome.cause for outcome in failed):
+        when = "When the disk has room, " if any(outcome.cause == "storage" for outcome in failed) else ""
+        console.print(f"{when}`clplat resume {study.folder}` goes on with them from what was saved.", soft_wrap=True)
     if any(outcome.status == "KILLED" for outcome in study.outcomes):
         console.print(f"`clplat resume {study.folder}` goes on with the runs that were stopped.", soft_wrap=True)
-    if any(outcome.status == "FAILED" for outcome in study.outcomes):
+    if any(not outcome.cause for outcome in failed):
         console.print(
             "A run that failed of itself will fail again: it needs a new study with the change that its message names.",
             soft_wrap=True,

@@ -17,8 +17,9 @@ from clplat.errors import ClplatError, ConfigError, RunBusyError
 from clplat.journal import ENDED, NAME, last_status
 from clplat.mlflow_view import add_view
 from clplat.result_table import ResultTable
+from clplat.storage import read_json, write_json, writing
 from clplat.study_file import load_study, run_folders
-from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, absolute, client, experiment_id, read_json, short, write_json
+from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, absolute, client, experiment_id, short
 from clplat.yaml_text import parse_yaml
 
 
@@ -127,10 +128,11 @@ def sync(target: str | Path, uri: str | None = None) -> int:
 
 def _send(run: Path) -> None:
     if not (run / "artifacts" / "results.csv").is_file():
-        # The process died before it could write them.
+        # The process died, or the disk was full, before it could write them.
         from clplat.record import write_artifacts
 
-        write_artifacts(run)
+        with writing(run, f"`clplat sync {run}` sends it"):
+            write_artifacts(run)
     feed, status = Feed(run, load_run(run / "config.yaml").tracking), last_status(run)
     if not feed.finish("KILLED" if status in ("RUNNING", "WAITING") else status):
         raise ClplatError(f"MLflow at {feed.tracking.uri} has not got the whole record ({feed.trouble})")

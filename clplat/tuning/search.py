@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from clplat.config import StudyConfig, plain, save
-from clplat.errors import ClplatError, ConfigError, StorageError
+from clplat.errors import ClplatError, ConfigError
 from clplat.execution import Outcome, is_busy
 from clplat.journal import ENDED, NAME, Journal, last_status, read
 from clplat.plan import NAME as PLAN
 from clplat.plan import read_plan
+from clplat.storage import write_json, writing
 from clplat.study import lay_out_runs
 from clplat.study_file import expand, load_study
 from clplat.study_results import measured
-from clplat.tracking import write_json
 from clplat.tuning.protocol import Protocol
 from clplat.tuning.pruning import FIRST_BOUNDARY, worse_than_most
 from clplat.tuning.trials import Trial, Trials, storage_errors
@@ -204,15 +204,3 @@ def mark(folder: Path, tags: Mapping[str, str]) -> None:
     journal = Journal(folder)
     journal.tags(tags)
     journal.flush()
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """A full disk, as what a person can do about it."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{folder}: cannot be written ({error.strerror}). Free some space, then `clplat resume {folder}` goes on; "
-            "what has finished is safe."
-        ) from error

@@ -18,6 +18,7 @@ from clplat.config import StudyConfig, flat, plain, save, scientific
 from clplat.errors import ConfigError, StorageError, StudyFailedError
 from clplat.execution import lock
 from clplat.launch import serve
+from clplat.storage import writing
 from clplat.study import Study, conclude, settled, worker_count
 from clplat.study_file import load_study, run_folders
 from clplat.study_record import send_unsent, settle_study
@@ -27,7 +28,7 @@ from clplat.tuning.gain import Gain
 from clplat.tuning.options import TUNE_FILE
 from clplat.tuning.page import write_page
 from clplat.tuning.protocol import OBJECTIVES, TRIALS, Protocol, prepare
-from clplat.tuning.search import Search, enter_trials, writing
+from clplat.tuning.search import Search, enter_trials
 from clplat.tuning.trials import Trials, storage_errors
 
 FRONT, SETTINGS, PAGE = "front.csv", "best.yaml", "tuning.html"
