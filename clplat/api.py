@@ -244,12 +244,12 @@ def analyze_connectivity(
     import pandas
 
     from clplat import connectivity
-    from clplat.execution import lock
+    from clplat.lease import held
     from clplat.study_record import sync
     from clplat.tracking import RUN_STATE
 
     folder = run_folder_of(run)
-    with lock(folder):
+    with held(folder):
         walks = connectivity.analyze(folder, points=points, gap=gap, rows=rows)
         _, barriers = connectivity.write(walks, folder / "artifacts")
     if (folder / RUN_STATE).is_file():

@@ -104,11 +104,15 @@ class Feed:
 
     def close(self, status: str) -> None:
         """Send what is left, upload artifacts, and give the MLflow run its true status."""
+        self.leave()
+        self.finish(status)
+
+    def leave(self) -> None:
+        """Send nothing more."""
         self._closing.set()
         self._thread.join()
         if self._monitor is not None:
             self._monitor.finish()
-        self.finish(status)
 
     def finish(self, status: str) -> bool:
         """Send everything there is, now; whether that worked."""

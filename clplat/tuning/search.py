@@ -12,8 +12,9 @@ from typing import Any
 
 from clplat.config import StudyConfig, plain, save
 from clplat.errors import ClplatError, ConfigError, StorageError
-from clplat.execution import Outcome, is_busy
+from clplat.execution import Outcome
 from clplat.journal import ENDED, NAME, Journal, last_status, read
+from clplat.lease import is_busy
 from clplat.plan import NAME as PLAN
 from clplat.plan import read_plan
 from clplat.study import lay_out_runs

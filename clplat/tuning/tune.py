@@ -16,8 +16,8 @@ from rich.console import Console
 
 from clplat.config import StudyConfig, flat, plain, save, scientific
 from clplat.errors import ConfigError, StorageError, StudyFailedError
-from clplat.execution import lock
 from clplat.launch import serve
+from clplat.lease import held
 from clplat.study import Study, conclude, settled, worker_count
 from clplat.study_file import load_study, run_folders
 from clplat.study_record import send_unsent, settle_study
@@ -86,7 +86,7 @@ def resume_tune(folder: Path, overrides: Sequence[tuple[str, str]], console: Con
 def _carry_on(folder: Path, study: StudyConfig, protocol: Protocol, console: Console) -> Tuned:
     objectives = {name: OBJECTIVES[name] for name in study.tune.objectives}
     console.print(f"{folder}: tuning on {protocol.tuned_on}", soft_wrap=True)
-    with lock(folder):
+    with held(folder):
         if not (folder / "study.yaml").is_file():
             with writing(folder):
                 enter_trials(folder, protocol, {})

@@ -21,6 +21,7 @@ from studies import assert_same, run_folder, study
 
 from clplat.journal import last_status, read, table
 from clplat.launch import serve
+from clplat.lease import holder
 from clplat.streams.base import TensorData
 from clplat.study_file import load_study, run_folders
 from clplat.study_results import load_study_results
@@ -180,7 +181,7 @@ def test_a_worker_that_is_killed_takes_no_trial_with_it() -> None:
         while not (found := list(Path("runs").glob("*/t0002-s1000/checkpoints/*.pt"))):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
-        os.kill(int((found[0].parent.parent / "lock").read_text()), signal.SIGKILL)
+        os.kill(holder(found[0].parent.parent).pid, signal.SIGKILL)
         said, _ = process.communicate(timeout=300)
     finally:
         with contextlib.suppress(ProcessLookupError):
