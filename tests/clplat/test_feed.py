@@ -13,8 +13,8 @@ import pytest
 from records import Made, cells
 
 from clplat.config import TrackingConfig
-from clplat.lease import held
 from clplat.journal import Journal, record_lost
+from clplat.lease import held
 from clplat.study_record import finish_study, send_unsent, start_study, sync
 from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, client
 
