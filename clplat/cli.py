@@ -24,9 +24,13 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="store_true", help="print the version and stop")
     root.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = root.add_subparsers(dest="command", metavar="COMMAND")
-    run = commands.add_parser("run", help="run a study: CONFIG [--dotted.key value ...] [--dry-run]")
+    run = commands.add_parser(
+        "run", help="run a study: CONFIG [--dotted.key value ...] [--variant V] [--seed S] [--dry-run]"
+    )
     run.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped study (`clplat list studies`)")
     run.add_argument("--best", action="store_true", help="CONFIG is a name of known-good settings; alone: list them")
+    run.add_argument("--variant", help="this variant alone")
+    run.add_argument("--seed", type=int, help="this seed alone; with --variant of a study's folder: that one run of it")
     run.add_argument("--dry-run", action="store_true", help="two batches a task; estimate time and memory")
     tune = commands.add_parser("tune", help="search the `space:` of a study, and report what the best has gained")
     tune.add_argument("config", help="a YAML file with a space, or the name of a shipped one (docs/tuning.md)")
@@ -66,7 +70,11 @@ def parser() -> argparse.ArgumentParser:
     listing.add_argument("what", nargs="?", help="one of these words; all of them by default")
     commands.add_parser("doctor", help="versions, devices, Triton, caches")
     for command in (run, tune, show):
-        command.epilog = "Any key of the configuration can be set: --training.batch_size 64"
+        command.epilog = (
+            "Any key of the configuration can be set: --training.batch_size 64. Where runs are carried out: "
+            "--launcher.kind local (this machine), ray or slurm; --launcher.workers of them side by side "
+            "(docs/launchers.md)"
+        )
     resume.epilog = "Keys that results do not depend on can be set: --training.workers 2, --tracking.uri …"
     return root
 
@@ -210,8 +218,18 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
 
 
 def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console: Console) -> int:
+    from pathlib import Path
+
     from clplat.study_file import load_study
 
+    if options.config is not None and Path(options.config).is_dir():
+        from clplat.api import run_one
+
+        outcome = run_one(options.config, options.variant, options.seed, console)
+        if outcome.status != "FINISHED":
+            console.print(f"{outcome.folder}: {outcome.status}. {outcome.reason}", soft_wrap=True)
+        return outcome.code
+    overrides = overrides + _chosen(options)
     if options.best:
         from clplat import best
 
@@ -229,6 +247,14 @@ def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console:
     from clplat.study import run_study
 
     return _conclude(run_study(study, console), console)
+
+
+def _chosen(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """`--variant` and `--seed` as overrides of a study."""
+    import json
+
+    variant = [("variants", json.dumps([options.variant]))] if options.variant is not None else []
+    return variant + ([("seeds", f"[{options.seed}]")] if options.seed is not None else [])
 
 
 def _conclude(ended: Study | Tuned, console: Console) -> int:

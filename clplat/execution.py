@@ -59,6 +59,16 @@ def execute(folder: Path, progress: Progress | None = None, *, feeds: bool = Tru
         processes.leave()
 
 
+def execute_safely(folder: Path, progress: Progress, *, feeds: bool = True) -> Outcome:
+    """A run that cannot even be started (busy, unreadable) is an outcome too."""
+    try:
+        return execute(folder, progress, feeds=feeds)
+    except RunBusyError as error:
+        return Outcome(folder=folder, status="BUSY", reason=str(error), code=EXIT_REQUEUE)
+    except ClplatError as error:
+        return failed(folder, error)
+
+
 def _carry_out(
     config: RunConfig, folder: Path, interruption: Interruption, progress: Progress, lease: Lease | None, feeds: bool
 ) -> Outcome:

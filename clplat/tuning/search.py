@@ -42,7 +42,6 @@ class Search:
         self._folders: dict[int, list[Path]] = {}
         self._variants = dict(load_study(folder / "study.yaml").variants)
         self._waiting: list[Path] = []
-        self._begun_again: set[Path] = set()
         self._tasks = len(protocol.streams[0]["order"])
         self._deadline = math.inf if study.tune.timeout is None else time.monotonic() + study.tune.timeout
 
@@ -76,10 +75,7 @@ class Search:
     def ended(self, outcome: Outcome) -> None:
         folder, trial = outcome.folder, self._owners[outcome.folder]
         with self._trouble_said():
-            if outcome.cause == "process" and outcome.status == "FAILED" and folder not in self._begun_again:
-                self._begun_again.add(folder)
-                self._waiting.insert(0, folder)
-            elif outcome.cause == "storage":
+            if outcome.cause == "storage":
                 # No fault of its settings: it goes on when there is room again.
                 self.trouble = outcome.reason
             elif outcome.status in ENDED:

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from clplat.config import StudyConfig, flat, plain, save, scientific
 from clplat.errors import ConfigError, StorageError, StudyFailedError
-from clplat.launch import serve
+from clplat.launch import launcher_of, serve
 from clplat.lease import held
-from clplat.study import Study, conclude, settled, worker_count
+from clplat.study import Study, conclude, settled
 from clplat.study_file import load_study, run_folders
 from clplat.study_record import send_unsent, settle_study
 from clplat.tuning import front, gain, outcome
@@ -56,6 +56,7 @@ class Tuned:
 def run_tune(study: StudyConfig, console: Console) -> Tuned:
     """Check, lay out and carry out a tune. Nothing is written before everything has been checked."""
     study = settled(study)
+    _check_launcher(study)
     protocol = prepare(study)
     folder = Path(study.folder) / f"{study.name}-tune-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     try:
@@ -77,10 +78,22 @@ def resume_tune(folder: Path, overrides: Sequence[tuple[str, str]], console: Con
     study = settled(load_study(folder / TUNE_FILE, overrides))
     if study.tune.sampler == "grid" and any(key == "tune.trials" for key, _ in overrides):
         raise ConfigError("--tune.trials: the points of a grid were chosen when it was begun; start a new tune")
+    _check_launcher(study)
     protocol = prepare(study)
     with writing(folder):
         save(study, folder / TUNE_FILE)
     return _carry_on(folder, study, protocol, console)
+
+
+def _check_launcher(study: StudyConfig) -> None:
+    """Refuse a launcher that cannot work here, or not for a search."""
+    launcher_of(study, study.tune.trials or TRIALS)
+    if study.launcher.kind == "slurm" and study.launcher.workers == "auto":
+        raise ConfigError("launcher.workers: a tune begins as many trials at once; with slurm, say how many")
+    if study.launcher.kind != "local":
+        # The search's own database; in the folder of the tune where none is named.
+        default = f"sqlite:///{(Path(study.folder) / 'optuna.db').resolve()}"
+        check_disk("tune.storage", study.tune.storage or default)
 
 
 def _carry_on(folder: Path, study: StudyConfig, protocol: Protocol, console: Console) -> Tuned:
@@ -115,8 +128,9 @@ def _search(search: Search, study: StudyConfig, limit: int, console: Console) ->
     runs, unsent = limit * len(study.tune.seeds), ""
     try:
         search.resume()
-        workers = worker_count(study, runs)
-        code = serve(search, runs=runs, workers=workers, threads=study.training.threads, console=console)
+        code = serve(
+            search, runs=runs, launcher=launcher_of(study, runs), console=console, retries=study.launcher.retries
+        )
     finally:
         if study.tracking.enabled:
             unsent = send_unsent(run_folders(search.folder))
