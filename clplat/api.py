@@ -17,11 +17,10 @@ from rich.console import Console
 
 from clplat.config import RunConfig, difference, load_run, parse, plain, save
 from clplat.errors import ConfigError, StudyFailedError
-from clplat.execution import Outcome
-from clplat.machine import check_room
+from clplat.one_run import resume_one
 from clplat.plan import check_data, check_plan
 from clplat.study import Study, carry_out, lay_out_runs, run_study, settled
-from clplat.study_file import check_unchanged, expand, load_study, run_folders, set_key
+from clplat.study_file import expand, load_study, run_folders, set_key
 from clplat.tuning.options import TUNE_FILE
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def resume(
         save(study, folder / "study.yaml")
         return carry_out(folder, study, console)
     _change(folder, overrides)
-    return _resume_one(folder, console)
+    return resume_one(folder, console)
 
 
 def _change_runs(folder: Path, overrides: Sequence[tuple[str, str]]) -> None:
@@ -96,53 +95,6 @@ def _change_runs(folder: Path, overrides: Sequence[tuple[str, str]]) -> None:
     shared = [pair for pair in overrides if pair[0].split(".")[0] not in ("launcher", "baseline")]
     for run in run_folders(folder):
         _change(run, shared)
-
-
-def run_one(study: str | Path, variant: str | None, seed: int | None, console: Console | None = None) -> Outcome:
-    """Carry out one run of a study that has been laid out, from its last checkpoint if it has one.
-
-    It is what a batch job does.
-    """
-    from clplat.launchers import post
-
-    folder = Path(study)
-    if not (folder / "study.yaml").is_file():
-        raise ConfigError(f"{study}: is a folder without a study.yaml; name a study's folder, or a YAML file")
-    if variant is None or seed is None:
-        raise ConfigError(
-            f"{study}: is a study's folder; name one of its runs with --variant and --seed, or `clplat resume {study}` "
-            "goes on with all"
-        )
-    run = folder / f"{variant}-s{seed}"
-    if not (run / "config.yaml").is_file():
-        names = ", ".join(one.name for one in run_folders(folder))
-        raise ConfigError(f"{study}: there is no {run.name} among its runs: {names}")
-    if post.in_job() and post.expected(run) is not None:
-        return post.work(run)
-    outcomes = _resume_one(run, console or Console(highlight=False)).outcomes
-    return outcomes[0] if outcomes else Outcome(folder=run, status="FINISHED")
-
-
-def _resume_one(folder: Path, console: Console) -> Study:
-    from clplat.journal import last_status
-    from clplat.launch import launch
-    from clplat.launchers.local import Local
-    from clplat.study_record import settle_study
-
-    if last_status(folder) == "FINISHED":
-        console.print(f"{folder}: finished already; nothing to do")
-        return Study(name=folder.parent.name, folder=folder.parent, outcomes=[])
-    of_study = (folder.parent / "study.yaml").is_file()
-    if of_study:
-        check_plan(folder.parent, load_study(folder.parent / "study.yaml"))
-        check_unchanged(folder.parent, [folder])
-        check_data(folder.parent)
-    config = load_run(folder / "config.yaml")
-    check_room(config.training)
-    outcomes = launch([folder], launcher=Local(workers=1, threads=config.training.threads), console=console)
-    if of_study and config.tracking.enabled:
-        settle_study(folder.parent)
-    return Study(name=folder.parent.name, folder=folder.parent, outcomes=outcomes)
 
 
 def _change(folder: Path, overrides: Sequence[tuple[str, str]]) -> None:

@@ -24,9 +24,7 @@ def parser() -> argparse.ArgumentParser:
     root.add_argument("--version", action="store_true", help="print the version and stop")
     root.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = root.add_subparsers(dest="command", metavar="COMMAND")
-    run = commands.add_parser(
-        "run", help="run a study: CONFIG [--dotted.key value ...] [--variant V] [--seed S] [--dry-run]"
-    )
+    run = commands.add_parser("run", help="run a study: CONFIG [--dotted.key value ...] [--dry-run]")
     run.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped study (`clplat list studies`)")
     run.add_argument("--best", action="store_true", help="CONFIG is a name of known-good settings; alone: list them")
     run.add_argument("--variant", help="this variant alone")
@@ -223,7 +221,7 @@ def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console:
     from clplat.study_file import load_study
 
     if options.config is not None and Path(options.config).is_dir():
-        from clplat.api import run_one
+        from clplat.one_run import run_one
 
         outcome = run_one(options.config, options.variant, options.seed, console)
         if outcome.status != "FINISHED":

@@ -13,6 +13,7 @@ from clplat.interruption import EXIT_REQUEUE
 from clplat.launchers.options import LauncherConfig
 
 BODY = """
+nearly_over=no
 variants=({variants})
 seeds=({seeds})
 variant=${{variants[$SLURM_ARRAY_TASK_ID]}}

@@ -17,6 +17,7 @@ from rich.console import Console
 from clplat.config import StudyConfig, flat, plain, save, scientific
 from clplat.errors import ConfigError, StorageError, StudyFailedError
 from clplat.launch import launcher_of, serve
+from clplat.launchers.network_disks import check_disk
 from clplat.lease import held
 from clplat.study import Study, conclude, settled
 from clplat.study_file import load_study, run_folders
