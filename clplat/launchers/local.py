@@ -138,6 +138,7 @@ class _Pool:
     def _lost(self, worker: _Worker) -> None:
         """A worker died with a run in its hands; another goes on with the rest."""
         self._selector.unregister(worker.link)
+        worker.link.close()
         code = worker.process.wait()
         assert worker.folder is not None
         why = f"its process died (exit code {code})" if self._stop is None else "stopped"
