@@ -186,6 +186,7 @@ def test_a_run_elsewhere_leaves_a_sqlite_record_to_whoever_launched_it(tmp_path:
     assert [run.info.status for run in found] == ["FINISHED"] and "final_score" in found[0].data.metrics
 
 
+@pytest.mark.long
 def test_local_workers_that_are_killed_come_back_to_the_desk(tmp_path: Path) -> None:
     from clplat.launchers.local import Local
     from clplat.lease import holder
@@ -285,7 +286,8 @@ def test_sqlite_on_a_network_disk_is_refused_for_runs_on_other_machines(tmp_path
     assert launcher_of(load_study(study(launcher={"workers": 1}, tracking=shared)), 2)
 
 
-def test_one_variant_and_one_seed_of_a_study_can_be_run_alone(tmp_path: Path, capsys) -> None:
+def test_one_variant_and_one_seed_of_a_study_can_be_run_alone(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("clplat.study.conclude", lambda *_: None)
     data = study(variants={"a": {}, "b": {}}, seeds=[0, 1], launcher={"workers": 1})
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(data))
     ran = [main_code("run", "study.yaml", "--variant", "b", "--seed", "7")]

@@ -1,4 +1,4 @@
-"""A cluster to test on: Slurm of one node, started for the session, or Ray started by each study. `make test-cluster`."""
+"""A cluster to test on: a Slurm of one node, started for the session; a Ray, started by each study."""
 
 from __future__ import annotations
 

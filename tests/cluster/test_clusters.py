@@ -1,4 +1,4 @@
-"""Studies and tunes on a real Ray and a real Slurm of one node: as serial, whatever is killed, and stopped by Ctrl-C."""
+"""Studies and tunes on a real Ray and Slurm of one node: as serial, whatever is killed; Ctrl-C. `make test-cluster`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from clplat.study_file import run_folders
 from clplat.tracking import client
 
 pytestmark = pytest.mark.cluster
-LIMIT = 300
+LIMIT = 600
 ARMS = {"naive": {}, "er": {"strategies": {"replay": REPLAY}}}
 
 
