@@ -33,8 +33,8 @@ from clplat.tuning.trials import Trials, storage_errors
 
 FRONT, SETTINGS, PAGE = "front.csv", "best.yaml", "tuning.html"
 """What a tune leaves beside it."""
-CHANGEABLE = ("tune.trials", "tune.timeout", "launcher.workers")
-"""What a resumed tune may change."""
+CHANGEABLE = ("tune.trials", "tune.timeout", "launcher")
+"""What a resumed tune may change, with the keys below them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def run_tune(study: StudyConfig, console: Console) -> Tuned:
 def resume_tune(folder: Path, overrides: Sequence[tuple[str, str]], console: Console) -> Tuned:
     """Go on with a tune: unfinished runs from their checkpoints, finished trials never again."""
     for key, _ in overrides:
-        if key not in CHANGEABLE:
+        if not any(f"{key}.".startswith(f"{free}.") for free in CHANGEABLE):
             raise ConfigError(f"--{key}: a resumed tune stays the same search; {', '.join(CHANGEABLE)} may change")
     study = settled(load_study(folder / TUNE_FILE, overrides))
     if study.tune.sampler == "grid" and any(key == "tune.trials" for key, _ in overrides):
