@@ -28,14 +28,13 @@ class Desk:
         return self._supply.asks
 
     def take(self) -> Path | None:
-        """The next run folder, with its bar on the board; None when there is none now."""
-        folder = self._again.pop(0) if self._again else self._supply.take()
-        if folder is not None:
-            self._bars[folder] = self._board.opened(folder.name)
-        return folder
+        """The next run folder; None when there is none now."""
+        return self._again.pop(0) if self._again else self._supply.take()
 
     def bar(self, folder: Path) -> RunBar:
-        """The bar of a run that is under way."""
+        """The bar of a run, on the board from now on: of a run that waits in a queue none is shown."""
+        if folder not in self._bars:
+            self._bars[folder] = self._board.opened(folder.name)
         return self._bars[folder]
 
     def boundary(self, folder: Path, row: int) -> str:
@@ -45,7 +44,8 @@ class Desk:
     def ended(self, outcome: Outcome) -> None:
         """A run has ended, or its process: it is begun again where that may help, else whoever supplied it is told."""
         folder, lost = outcome.folder, outcome.cause == "process" and outcome.status == "FAILED"
-        bar = self._bars.pop(folder)
+        bar = self.bar(folder)
+        del self._bars[folder]
         if lost and self._lost.get(folder, 0) < self._retries:
             self._lost[folder] = self._lost.get(folder, 0) + 1
             self._again.append(folder)

@@ -109,6 +109,7 @@ class _Pool:
             worker.process.wait()
             return
         worker.folder = folder
+        self._desk.bar(folder)
         worker.link.sendall(_line([str(folder), self._desk.asks]))
 
     def _hear(self, worker: _Worker) -> None:

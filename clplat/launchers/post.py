@@ -23,7 +23,7 @@ from clplat.errors import ClplatError, ConfigError
 from clplat.execution import Outcome, execute_safely, failed
 from clplat.journal import last_status, record_lost
 from clplat.machine import check_room
-from clplat.progress import Asking, RunBar
+from clplat.progress import Asking
 from clplat.tracking import read_json, write_json
 
 FOLDER = "job"
@@ -59,13 +59,9 @@ def outcome(run: Path) -> Outcome | None:
     return None if found is None else Outcome(folder=run, **found)
 
 
-def show(run: Path, bar: RunBar) -> None:
-    """The last that a run has told of itself, on its bar."""
-    found = _read(run, "progress") or {}
-    if "boundary" in found:
-        bar.boundary(*found["boundary"])
-    if "step" in found:
-        bar.step(*found["step"])
+def told(run: Path) -> dict[str, list[Any]]:
+    """The last that a run has told of itself: the arguments of `step` and `boundary`; nothing before it trains."""
+    return _read(run, "progress") or {}
 
 
 def question(run: Path) -> int | None:
@@ -97,8 +93,8 @@ def work(run: Path) -> Outcome:
 
 
 def _carry_out(run: Path) -> Outcome:
-    told = _Told(run)
-    progress = Asking(told, told.ask) if (expected(run) or {}).get("asks") else told
+    teller = _Told(run)
+    progress = Asking(teller, teller.ask) if (expected(run) or {}).get("asks") else teller
     try:
         config = load_run(run / "config.yaml")
         check_room(config.training)

@@ -13,7 +13,9 @@ from typing import Literal, Protocol
 from clplat import lease
 from clplat.config import load_run
 from clplat.errors import ClplatError, Interrupted
+from clplat.execution import Outcome
 from clplat.interruption import SIGNALS, exit_code
+from clplat.journal import ENDED, last_status
 from clplat.launchers import post
 from clplat.launchers.desk import Desk
 
@@ -94,7 +96,8 @@ class Remote:
 
     def _look(self, desk: Desk) -> None:
         for run in self._in_hand:
-            post.show(run, desk.bar(run))
+            for kind, arguments in post.told(run).items():
+                getattr(desk.bar(run), kind)(*arguments)
             if desk.asks and (row := post.question(run)) is not None:
                 post.answer(run, row, desk.boundary(run, row))
         for run, end in self._scheduler.ended().items():
@@ -103,8 +106,11 @@ class Remote:
     def _collect(self, desk: Desk, run: Path, end: End) -> None:
         """Tell how a run ended; one whose process may live yet is left for another look."""
         outcome = post.outcome(run)
-        if outcome is None and end.kind == "lost" and lease.is_busy(run):
+        if outcome is None and lease.is_busy(run):
             return
+        if outcome is None and (status := last_status(run)) in ENDED:
+            # A network disk may show a new file later than a longer one.
+            outcome = Outcome(folder=run, status=status)
         self._in_hand.remove(run)
         self._scheduler.forget(run)
         post.collected(run)
