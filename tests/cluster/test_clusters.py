@@ -91,7 +91,7 @@ def test_a_study_gives_what_it_gives_serially_and_mlflow_has_all_of_it(launcher:
     with running(data) as process:
         finished(process)
     same_as(serial(data), folder_here())
-    connection = client("sqlite:///mlflow.db")
+    connection = client(f"sqlite:///{Path.cwd() / 'mlflow.db'}")
     found = connection.search_runs([e.experiment_id for e in connection.search_experiments()])
     names = [run.info.run_name for run in found if run.data.tags.get("study_run") == folder_here().name]
     assert sorted(names) == sorted([folder_here().name, "er-s0", "er-s1", "naive-s0", "naive-s1"])
@@ -102,7 +102,7 @@ def test_a_killed_worker_s_run_goes_on_and_what_had_finished_is_untouched(launch
     data = study(variants={"short": {"training": {"budget": {"steps": 2}}}, "long": {}}, launcher=launcher,
                  training__budget={"steps": 400})  # fmt: skip
     with running(data) as process:
-        until(lambda: last_status(folder_here() / "short-s0") == "FINISHED" and saved("long-s0"), process)
+        until(lambda: saved("long-s0") and last_status(folder_here() / "short-s0") == "FINISHED", process)
         before = (folder_here() / "short-s0" / "journal.jsonl").read_bytes()
         os.kill(holder(folder_here() / "long-s0").pid, signal.SIGKILL)
         said = finished(process)
