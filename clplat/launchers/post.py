@@ -28,7 +28,9 @@ from clplat.tracking import read_json, write_json
 
 FOLDER = "job"
 SECONDS = 1.0
-"""Between two files of progress, and two looks for an answer."""
+"""Between two files of progress."""
+ANSWER_SECONDS = 300.0
+"""So long an answer is waited for from a tune that holds its folder: minutes, since network disks may be late."""
 
 
 def expect(run: Path, *, asks: bool) -> None:
@@ -131,10 +133,10 @@ class _Told:
             write_json(self._run / FOLDER / "progress.json", self._said)
 
     def ask(self, row: int) -> str:
-        """The answer of the tune that this run belongs to; while nobody holds its folder, nobody is there to answer,
-        which is no reason to end."""
+        """The answer of the tune that this run belongs to. Nobody there to answer is no reason to end."""
         write_json(self._run / FOLDER / "asked.json", {"row": row})
-        while lease.is_busy(self._run.parent):
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while lease.is_busy(self._run.parent) and time.monotonic() < deadline:
             found = _read(self._run, "answer")
             if found is not None and found["row"] == row:
                 return found["reason"]

@@ -36,6 +36,7 @@ class Search:
     ) -> None:
         self.folder, self.protocol, self.trials, self._say = folder, protocol, trials, say
         self.tune = study.tune
+        self._waits = study.launcher.kind == "local"
         self.trouble = ""
         """Why no more trials can be begun, though there should be; empty while nothing is wrong."""
         self._owners: dict[Path, Trial] = {}
@@ -164,8 +165,11 @@ class Search:
         return folders
 
     def _wait_for(self, folder: Path) -> None:
-        """A worker whose tune was killed ends the run that it has in hand; two must not work on one."""
-        if is_busy(folder):
+        """A worker whose tune was killed ends the run that it has in hand; two must not work on one.
+
+        Jobs of a scheduler are taken up by the launcher instead, which answers what they ask.
+        """
+        if self._waits and is_busy(folder):
             self._say(f"{folder.name}: a worker of the tune that was killed is still at it; waiting for it")
             while is_busy(folder):
                 time.sleep(0.5)
