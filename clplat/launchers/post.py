@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def work(run: Path) -> Outcome:
     if found.status == "FAILED" and last_status(run) in ("WAITING", "RUNNING", "KILLED"):
         record_lost(run, found.status, found.reason)
     said = {"status": found.status, "reason": found.reason, "code": found.code, "cause": found.cause}
-    if (run / FOLDER).is_dir():
+    # Without it, where the disk is full or nobody counts on the run by now, the journal tells.
+    with suppress(OSError):
         write_json(run / FOLDER / "outcome.json", said)
     return found
 
@@ -130,7 +132,9 @@ class _Told:
     def _write(self) -> None:
         if (now := time.monotonic()) - self._written > SECONDS and (self._run / FOLDER).is_dir():
             self._written = now
-            write_json(self._run / FOLDER / "progress.json", self._said)
+            # What a person watches is no reason to lose a run.
+            with suppress(OSError):
+                write_json(self._run / FOLDER / "progress.json", self._said)
 
     def ask(self, row: int) -> str:
         """The answer of the tune that this run belongs to. Nobody there to answer is no reason to end."""
