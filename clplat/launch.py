@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,10 @@ from clplat.tracking import absolute
 
 class Launcher(Protocol):
     """Carries out what a desk gives, until it gives nothing more or somebody asks to stop."""
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Inside, what takes a while to begin has begun: a study is checked and laid out meanwhile."""
+        ...
 
     def serve(self, desk: Desk) -> int:
         """The exit code of the stop that was asked for, 0 when nobody did."""
@@ -49,7 +54,8 @@ def launcher_of(study: StudyConfig, runs: int) -> Launcher:
     """The launcher of a study or tune with so many runs; raises `ConfigError` where it cannot work here."""
     config = study.launcher
     if config.kind == "local":
-        return Local(workers=worker_count(study, runs), threads=study.training.threads)
+        workers, record = worker_count(study, runs), study.tracking.enabled
+        return Local(workers=workers, threads=study.training.threads, record=record)
     if study.tracking.enabled:
         check_disk("tracking.uri", absolute(study.tracking.uri))
     if config.kind == "slurm":

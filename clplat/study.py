@@ -18,7 +18,7 @@ from clplat.config import RunConfig, StudyConfig, load_run, plain, save
 from clplat.errors import ClplatError, ConfigError, Interrupted
 from clplat.execution import Outcome
 from clplat.journal import ENDED, last_status
-from clplat.launch import launch, launcher_of
+from clplat.launch import Launcher, launch, launcher_of
 from clplat.machine import check_room
 from clplat.plan import first_seed, read_tasks, write_plan
 from clplat.study_file import check_unchanged, expand, load_study, run_folders
@@ -54,10 +54,11 @@ class Study:
 def run_study(study: StudyConfig, console: Console) -> Study:
     """Check, lay out and carry out a study. Nothing is written before everything has been checked."""
     runs = expand(study)
-    launcher_of(study, len(runs))
-    streams = preflight(runs, here=study.launcher.kind == "local")
-    folder = lay_out(study, runs, streams)
-    return carry_out(folder, study, console)
+    launcher = launcher_of(study, len(runs))
+    with launcher.ready():
+        streams = preflight(runs, here=study.launcher.kind == "local")
+        folder = lay_out(study, runs, streams)
+        return carry_out(folder, study, console, launcher)
 
 
 def preflight(runs: Sequence[RunConfig], *, here: bool = True) -> list[dict[str, Any]]:
@@ -163,8 +164,11 @@ def settled(config: AnyConfig) -> AnyConfig:
     return dataclasses.replace(config, tracking=tracking)
 
 
-def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
-    """Run what has not finished yet among a study's runs, with the record of the whole study above them."""
+def carry_out(folder: Path, study: StudyConfig, console: Console, launcher: Launcher | None = None) -> Study:
+    """Run what has not finished yet among a study's runs, with the record of the whole study above them.
+
+    `launcher`: one that has been made ready for it already.
+    """
     from clplat.study_record import send_unsent, settle_study, start_study
 
     folders = run_folders(folder)
@@ -172,7 +176,7 @@ def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
     for run in open_runs if study.launcher.kind == "local" else ():
         check_room(load_run(run / "config.yaml").training)
     check_unchanged(folder, open_runs)
-    launcher, unsent = launcher_of(study, len(open_runs)), ""
+    launcher, unsent = launcher or launcher_of(study, len(open_runs)), ""
     try:
         if study.tracking.enabled:
             start_study(folder)

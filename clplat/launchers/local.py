@@ -1,7 +1,7 @@
 """The `local` launcher: the runs of a study on this machine, one after another or side by side.
 
-Workers are processes of their own that carry out one run folder after another; they talk in JSON lines over a
-socket pair. A worker that dies takes only its present run with it.
+Workers are processes of their own, forked by a nursery, that carry out one run folder after another; they talk in JSON
+lines over a socket pair. A worker that dies takes only its present run with it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import selectors
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,18 +23,39 @@ from typing import Any
 from clplat.execution import Outcome, execute_safely
 from clplat.interruption import Interruption, exit_code
 from clplat.launchers.desk import Desk
+from clplat.launchers.nursery import Nursery, tend
 from clplat.progress import Asking
 
 
 class Local:
     """Runs on this machine: `workers` processes with `threads` threads each; one run after another in this process."""
 
-    def __init__(self, *, workers: int, threads: int) -> None:
-        self.workers, self.threads = workers, threads
+    def __init__(self, *, workers: int, threads: int, record: bool = False) -> None:
+        """`record`: runs feed MLflow, so that workers may import it beforehand."""
+        self.workers, self.threads, self.record = workers, threads, record
+        self._nursery: Nursery | None = None
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Inside, what workers import is being imported already."""
+        if self.workers <= 1 or self._nursery is not None:
+            yield
+            return
+        self._nursery = Nursery(threads=self.threads, record=self.record)
+        try:
+            yield
+        finally:
+            self._nursery.close()
+            self._nursery = None
 
     def serve(self, desk: Desk) -> int:
         """Carry out what there is; the exit code of the stop that was asked for, 0 when nobody did."""
-        return _one_by_one(desk) if self.workers <= 1 else _Pool(desk, self.workers, self.threads).run()
+        if self.workers <= 1:
+            return _one_by_one(desk)
+        pool = _Pool(desk, self.workers)
+        with pool.signals(), self.ready():
+            assert self._nursery is not None
+            return pool.run(self._nursery)
 
 
 def _one_by_one(desk: Desk) -> int:
@@ -50,10 +70,10 @@ def _one_by_one(desk: Desk) -> int:
 
 @dataclass(kw_only=True)
 class _Worker:
-    process: subprocess.Popen[bytes]
     link: socket.socket
     slot: int
-    ready: bool = False
+    pid: int | None = None
+    """Known when it is ready."""
     text: str = ""
     folder: Path | None = None
 
@@ -61,72 +81,69 @@ class _Worker:
 class _Pool:
     """Hands out folders and listens to workers until there is nothing more to hand out."""
 
-    def __init__(self, desk: Desk, workers: int, threads: int) -> None:
-        self._desk, self._workers, self._threads = desk, workers, threads
+    def __init__(self, desk: Desk, workers: int) -> None:
+        self._desk, self._workers = desk, workers
         self._selector = selectors.DefaultSelector()
+        self._nursery: Nursery | None = None
         self._stop: int | None = None
 
-    def run(self) -> int:
-        with self._signals():
-            for slot in range(self._workers):
-                self._start(slot)
-            while self._selector.get_map():
-                for key, _ in self._selector.select(timeout=0.2):
-                    self._hear(key.data)
+    def run(self, nursery: Nursery) -> int:
+        """Until all workers have left; the exit code of the stop that was asked for, 0 when nobody did."""
+        self._nursery = nursery
+        for slot in range(self._workers):
+            self._start(nursery, slot)
+        while self._selector.get_map():
+            for key, _ in self._selector.select(timeout=0.2):
+                self._hear(nursery, key.data)
         return self._stop_code()
 
     def _stop_code(self) -> int:
         """The exit code of what was asked for; 0 while nobody asked to stop."""
         return 0 if self._stop is None else exit_code(signal.Signals(self._stop).name)
 
-    def _start(self, slot: int) -> None:
+    def _start(self, nursery: Nursery, slot: int) -> None:
         """A worker for the next folder, if there is one to be had."""
         folder = None if self._stop is not None else self._desk.take()
         if folder is None:
             return
         ours, theirs = socket.socketpair()
-        # Ctrl-C, which a terminal sends to all, waits at the worker's door until it knows what to do about it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "clplat.launchers.local", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=os.environ | {"OMP_NUM_THREADS": str(self._threads)} | _gpu_of(slot),
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        nursery.start(theirs, _gpu_of(slot))
         theirs.close()
-        worker = _Worker(process=process, link=ours, slot=slot)
+        worker = _Worker(link=ours, slot=slot)
         self._selector.register(ours, selectors.EVENT_READ, worker)
-        # A stop that came while the process was being made has not met it.
-        self._give(worker, folder if self._stop is None else None)
+        # A stop that came while the worker was being asked for has not met it.
+        self._give(nursery, worker, folder if self._stop is None else None)
 
-    def _give(self, worker: _Worker, folder: Path | None) -> None:
+    def _give(self, nursery: Nursery, worker: _Worker, folder: Path | None) -> None:
         """The next folder for an idle worker, or leave to go."""
         if folder is None:
             self._selector.unregister(worker.link)
             worker.link.close()
-            worker.process.wait()
+            if worker.pid is not None:
+                nursery.code(worker.pid)
             return
         worker.folder = folder
         self._desk.bar(folder)
         worker.link.sendall(_line([str(folder), self._desk.asks]))
 
-    def _hear(self, worker: _Worker) -> None:
+    def _hear(self, nursery: Nursery, worker: _Worker) -> None:
         try:
             received = worker.link.recv(1 << 16).decode()
         except ConnectionError:
             received = ""
         if not received:
-            self._lost(worker)
+            self._lost(nursery, worker)
             return
         *lines, worker.text = (worker.text + received).split("\n")
         for kind, content in map(json.loads, lines):
             if kind == "ready":
-                worker.ready = True
+                worker.pid = content
+                if self._stop is not None:
+                    # It was born as the stop came, and has not met it.
+                    os.kill(content, signal.SIGKILL)
             elif kind == "ended":
                 self._desk.ended(Outcome(**content | {"folder": worker.folder}))
-                self._give(worker, None if self._stop is not None else self._desk.take())
+                self._give(nursery, worker, None if self._stop is not None else self._desk.take())
             elif kind == "asks":
                 assert worker.folder is not None
                 # Who asks and dies before the answer is met as lost at the next turn.
@@ -136,28 +153,33 @@ class _Pool:
                 assert worker.folder is not None
                 getattr(self._desk.bar(worker.folder), kind)(*content)
 
-    def _lost(self, worker: _Worker) -> None:
+    def _lost(self, nursery: Nursery, worker: _Worker) -> None:
         """A worker died with a run in its hands; another goes on with the rest."""
         self._selector.unregister(worker.link)
         worker.link.close()
-        code = worker.process.wait()
+        code = None if worker.pid is None else nursery.code(worker.pid)
         assert worker.folder is not None
-        why = f"its process died (exit code {code})" if self._stop is None else "stopped"
+        died = "its process died" if code is None else f"its process died (exit code {code})"
+        why = died if self._stop is None else "stopped"
         self._desk.lost(worker.folder, why, stopped=self._stop_code())
-        self._start(worker.slot)
+        self._start(nursery, worker.slot)
 
     @contextmanager
-    def _signals(self) -> Iterator[None]:
+    def signals(self) -> Iterator[None]:
         """Pass a request to stop on to the workers, and hand out nothing more."""
 
         def asked(number: int, _: object) -> None:
             again = self._stop is not None
             self._stop = number
-            for worker in [key.data for key in self._selector.get_map().values()]:
-                if again or not worker.ready:
-                    worker.process.kill()
-                elif number != signal.SIGINT:
-                    worker.process.send_signal(number)
+            workers = [key.data for key in self._selector.get_map().values()]
+            if self._nursery is not None and any(worker.pid is None for worker in workers):
+                # With it go those that are not born yet; nobody asks for another.
+                self._nursery.stop()
+            for worker in workers:
+                if worker.pid is not None and (again or number != signal.SIGINT):
+                    # One that ended in this moment is gone.
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(worker.pid, signal.SIGKILL if again else number)
 
         kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
         before = {number: signal.signal(number, asked) for number in kinds}
@@ -221,7 +243,7 @@ def work(descriptor: int) -> None:
             return json.loads(lines.readline() or '""')
 
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        messages.send("ready", None)
+        messages.send("ready", os.getpid())
         for line in lines:
             name, asks = json.loads(line)
             folder, progress = Path(name), Asking(messages, ask) if asks else messages
@@ -236,4 +258,4 @@ def stopped(folder: Path, stop: Interruption) -> Outcome:
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]))
+    tend(int(sys.argv[1]), sys.argv[2] == "1", work)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ class RayCluster:
     def __init__(self, config: LauncherConfig, training: TrainingConfig) -> None:
         """`training` is the study's, from which it follows how many runs fit side by side."""
         self.config, self.training = config, training
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Nothing is begun beforehand."""
+        return nullcontext()
 
     def serve(self, desk: Desk) -> int:
         """Carry out what there is; the exit code of the stop that was asked for, 0 when nobody did."""

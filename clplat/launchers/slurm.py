@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from clplat.config import load_run
@@ -52,6 +53,10 @@ class SlurmArrays:
 
     def __init__(self, config: LauncherConfig) -> None:
         self.config = config
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Nothing is begun beforehand."""
+        return nullcontext()
 
     def serve(self, desk: Desk) -> int:
         """Carry out what there is; the exit code of the stop that was asked for, 0 when nobody did."""
