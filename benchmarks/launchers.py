@@ -1,6 +1,6 @@
 """How much faster a study of small runs is with two processes than with one: `kind: local`, split digits.
 
-    OMP_NUM_THREADS=1 python benchmarks/launchers.py [--runs 8] [--epochs 90] [--repeats 3] [--kinds local]
+    OMP_NUM_THREADS=1 python benchmarks/launchers.py [--runs 8] [--epochs 450] [--repeats 3] [--kinds local]
 
 The whole command is timed, as a person waits for it: checks, runs, the record in MLflow (SQLite), comparison and
 report. Serial and parallel take turns. `runs` says how long one run took on the machine alone; CPU seconds beside the
@@ -56,7 +56,7 @@ def timed(data: dict, kind: str, workers: int) -> tuple[float, float, list[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=90)
+    parser.add_argument("--epochs", type=int, default=450)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", default=["local"], help="local, ray, slurm")
     options = parser.parse_args()

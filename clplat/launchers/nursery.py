@@ -19,9 +19,15 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from clplat.components import WINGS, catalogue
+
 HEADER = struct.Struct("!I")
-MODULES = ("lightning", "clplat.loop", "clplat.study_record")
-RECORD = ("mlflow", "mlflow.system_metrics.system_metrics_monitor")
+MODULES = (
+    "lightning", "jsonargparse", "matplotlib.figure", "matplotlib.backends.backend_agg", "clplat.loop",
+    "clplat.study_record", "clplat.figures",
+)  # fmt: skip
+"""What every run imports, at its beginning or its end."""
+RECORD = ("mlflow.system_metrics.system_metrics_monitor", "mlflow.store.tracking.sqlalchemy_store")
 """What a run imports besides where it feeds MLflow."""
 
 
@@ -82,6 +88,8 @@ def tend(descriptor: int, record: bool, work: Callable[[int], None]) -> None:
     quiet_mlflow()
     for module in MODULES + (RECORD if record else ()):
         importlib.import_module(module)
+    for wing in WINGS:
+        catalogue(wing)
     # What is there now is never collected: the pages that workers share stay shared.
     gc.freeze()
     control = socket.socket(fileno=descriptor)
