@@ -53,14 +53,18 @@ class Architecture(nn.Module):
 
     Class attributes declare what tests and the platform rely on: `causal` (True, False, or None where time
     has no meaning), `memory_life` of the carried state, `batch_coupled` (rows influence each other in training,
-    as with BatchNorm), `frozen` (name prefixes of parameters that get no gradient), `several_heads` (it answers the
-    questions of streams with `spec.heads`), `paper`.
+    as with BatchNorm), `frozen` (name prefixes of parameters that get no gradient), `may_idle` (a step may leave others
+    without one too, which several processes then have to look for), `several_heads` (it answers the questions of
+    streams with `spec.heads`), `paper`.
+    A state whose `memory_life` is task or run is the mean over the processes of a run, so that it is the same on all
+    of them; what of it is no floating-point number is taken from the first.
     """
 
     causal: ClassVar[bool | None] = None
     memory_life: ClassVar[Literal["sequence", "task", "run"]] = "sequence"
     batch_coupled: ClassVar[bool] = False
     frozen: ClassVar[tuple[str, ...]] = ()
+    may_idle: ClassVar[bool] = False
     several_heads: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     fidelity: ClassVar[Literal["exact", "mechanism", "interpretation", "standard"]] = "standard"

@@ -97,6 +97,7 @@ class RotaryAttention(nn.Module):
 class MemoryTransformer(Decoder):
     """Decoder-only language model of memory layers and attention: tokens (B, T) to logits (B, T, V)."""
 
+    may_idle = True  # what writes a memory, in rows that end before its first chunk does
     paper = "Behrouz et al. 2024, arXiv:2501.00663; Sun et al. 2024, arXiv:2407.04620"
     fidelity: ClassVar[Literal["exact", "mechanism", "interpretation", "standard"]] = "mechanism"
 

@@ -70,7 +70,7 @@ def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> P
         world=world, batch_size=config.evaluation.batch_size, max_rows=config.evaluation.max_rows,
         precision=config.training.precision,
     )  # fmt: skip
-    learner = Learner(architecture, objective, hooks, config.training, augment=stream.augment)
+    learner = Learner(architecture, objective, hooks, config.training, augment=stream.augment, world=world)
     return Parts(
         stream=stream, architecture=architecture, hooks=hooks, learner=learner, evaluator=evaluator,
         context=context, world=world, device=device,

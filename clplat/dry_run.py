@@ -41,7 +41,7 @@ def estimate(study: StudyConfig, console: Console) -> Table:
             run.variant, str(row[0]), str(row[1]), f"{row[2] * 1e3:.1f}", f"{row[3]:.2f}", f"{row[4] / 60:.1f}",
             f"{row[5] / 2**20:.0f}",
         )  # fmt: skip
-    workers = worker_count(study, len(runs))
+    workers = worker_count(study, len(runs), max(run.training.devices for run in runs))
     table.caption = (
         f"{len(runs)} runs, {workers} side by side: about {total / workers / 60:.1f} minutes, plus start-up. "
         "Memory is this process's peak so far."

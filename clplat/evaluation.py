@@ -199,6 +199,8 @@ class Evaluator:
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
         """Evaluation mode, no gradients, and every random source as it was afterwards."""
+        # Each process's last forward pass has moved its own statistics of batches; the next begins with the first's.
+        self.world.equalise(self.architecture.buffers())
         modes = {module: module.training for module in self.architecture.modules()}
         self.architecture.eval()
         # Not inference mode: memories that learn while they read need versioned tensors.

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from clplat.config import TrainingConfig
+from clplat.errors import ConfigError
 from clplat.loaders import RowOrder, TaskLoader
 from clplat.observing import observe
 from clplat.precision import of_trainer
@@ -37,8 +39,10 @@ def fit(run: Run, task: Task) -> None:
         learner.train()
         with _quiet():
             batches = loader if run.world.size > 1 else _AsOne(loader)
-            new_trainer(run.config.training, run.parts.device, run.world.size).fit(learner, batches)
+            idle = learner.architecture.may_idle
+            new_trainer(run.config.training, run.parts.device, run.world.size, idle).fit(learner, batches)
         learner.to(run.parts.device)  # several processes' Trainer leaves it on the CPU
+        run.world.equalise(learner.architecture.buffers())
     else:
         steps.ended()  # stopped between the last step and the end: what it had not logged yet
     learner.watch = None
@@ -71,18 +75,22 @@ def task_loader(run: Run, task: Task) -> TaskLoader:
     )  # fmt: skip
 
 
-def new_trainer(training: TrainingConfig, device: Any, processes: int) -> Trainer:
-    """One Trainer for one task: a second `fit` on the same one would run no step and say nothing."""
+def new_trainer(training: TrainingConfig, device: Any, processes: int, idle: bool = False) -> Trainer:
+    """One Trainer for one task: a second `fit` on the same one would run no step and say nothing. `idle`: a step may
+    leave parameters without a gradient, for which several processes have to look in every graph."""
     if device.type == "cpu":
         # Lightning's import sets it, and each optimizer step would open the GPU driver's library to count no GPUs.
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    strategy = _BatchByBatch(process_group_backend=backend) if processes > 1 else _AllBatches(device)
+    together = _BatchByBatch(process_group_backend=backend, find_unused_parameters=idle)
+    strategy = together if processes > 1 else _AllBatches(device)
     return Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=([device.index] if device.type == "cuda" and processes == 1 else processes),
         strategy=strategy,
         precision=of_trainer(training.precision),
+        # Our processes and their ranks exist already: inside a Slurm job Lightning would take the job's for them.
+        plugins=LightningEnvironment(),
         max_epochs=1,
         use_distributed_sampler=False,
         barebones=True,
@@ -141,7 +149,16 @@ class _BatchByBatch(DDPStrategy):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         learner: Any = self.lightning_module
         learner.batch_start()
-        super().training_step(batch, batch_idx)
+        try:
+            super().training_step(batch, batch_idx)
+        except RuntimeError as error:
+            if "Expected to have finished reduction" not in str(error):
+                raise
+            name = type(learner.architecture).__name__
+            raise ConfigError(
+                f"architecture: a step of {name} left parameters without a gradient, which several processes have to "
+                "be told of; set `may_idle = True` in its class, or training.devices: 1"
+            ) from error
         learner.batch_done()
 
 

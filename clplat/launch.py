@@ -9,7 +9,7 @@ from typing import Protocol
 
 from rich.console import Console
 
-from clplat.config import StudyConfig
+from clplat.config import StudyConfig, load_run
 from clplat.errors import ConfigError
 from clplat.execution import Outcome
 from clplat.launchers.desk import Desk
@@ -50,12 +50,15 @@ def serve(supply: Supply, *, runs: int, launcher: Launcher, console: Console, re
         return launcher.serve(Desk(supply, board, retries=retries))
 
 
-def launcher_of(study: StudyConfig, runs: int) -> Launcher:
-    """The launcher of a study or tune with so many runs; raises `ConfigError` where it cannot work here."""
+def launcher_of(study: StudyConfig, runs: int, devices: int) -> Launcher:
+    """The launcher of a study or tune with so many runs, of which the largest takes so many devices.
+
+    Raises `ConfigError` where it cannot work here.
+    """
     config = study.launcher
     if config.kind == "local":
-        workers, record = worker_count(study, runs), study.tracking.enabled
-        return Local(workers=workers, threads=study.training.threads, record=record)
+        workers, threads = worker_count(study, runs, devices), study.training.threads
+        return Local(workers=workers, threads=threads, devices=devices, record=study.tracking.enabled)
     if study.tracking.enabled:
         check_disk("tracking.uri", absolute(study.tracking.uri))
     if config.kind == "slurm":
@@ -66,17 +69,22 @@ def launcher_of(study: StudyConfig, runs: int) -> Launcher:
     from clplat.launchers.ray_cluster import RayCluster, check_ray
 
     check_ray()
-    if study.training.devices > 1:
+    if devices > 1:
         raise ConfigError("launcher.kind: ray carries out runs of one process; set training.devices to 1, or use slurm")
     return RayCluster(config, study.training)
 
 
-def worker_count(study: StudyConfig, runs: int) -> int:
-    """Runs side by side on this machine: as configured, or one per GPU, or as many as cores allow."""
+def most_devices(folders: Sequence[Path]) -> int:
+    """The devices of the run that takes most of them; variants may differ in it."""
+    return max((load_run(folder / "config.yaml").training.devices for folder in folders), default=1)
+
+
+def worker_count(study: StudyConfig, runs: int, devices: int) -> int:
+    """Runs side by side on this machine: as configured, or as many as have `devices` GPUs each, or as cores allow."""
     if study.launcher.workers != "auto":
         return max(1, min(int(study.launcher.workers), runs))
     import torch
 
     on_gpu = study.training.accelerator != "cpu" and torch.cuda.is_available()
     room = torch.cuda.device_count() if on_gpu else cores() // study.training.threads
-    return max(1, min(room // study.training.devices, runs))
+    return max(1, min(room // devices, runs))

@@ -51,9 +51,11 @@ class Learner(LightningModule):
         hooks: Hooks,
         training: TrainingConfig,
         augment: Callable[[Tensor], Tensor] | None = None,
+        world: World | None = None,
     ) -> None:
         super().__init__()
         self.architecture, self.objective, self.hooks, self.training_config = architecture, objective, hooks, training
+        self.world = world or World()
         self.augment = compiled(augment, training.compile) if augment is not None else None
         # The step is written out in `_step`: Lightning's automatic one costs more than a small model's forward.
         self.automatic_optimization = False
@@ -109,7 +111,7 @@ class Learner(LightningModule):
             if self.hooks.hidden is not None:
                 output.hidden = None  # of every layer perhaps: not to be kept until the micro-batches are joined
         if self.architecture.memory_life != "sequence":
-            self.carried = pytree.tree_map(self._kept, output.state)
+            self.carried = pytree.tree_map(lambda value: self.world.mean(self._kept(value)), output.state)
         # What delayed writes may keep: the rows as they are, not this use's augmentation of them.
         self._finished.append((batch, output))
 

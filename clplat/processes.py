@@ -33,9 +33,11 @@ def join(devices: int, on_gpu: bool) -> None:
     size = int(os.environ["WORLD_SIZE"])
     if size != devices:
         raise ConfigError(f"training.devices: is {devices}, but {size} processes were started; set it to {size}")
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    # The group knows its device: else NCCL guesses at the first barrier, and connects only then.
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device)
 
 
 def leave() -> None:

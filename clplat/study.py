@@ -18,7 +18,7 @@ from clplat.config import RunConfig, StudyConfig, load_run, plain, save
 from clplat.errors import ClplatError, ConfigError, Interrupted
 from clplat.execution import Outcome
 from clplat.journal import ENDED, last_status
-from clplat.launch import Launcher, launch, launcher_of
+from clplat.launch import Launcher, launch, launcher_of, most_devices
 from clplat.machine import check_room
 from clplat.plan import first_seed, read_tasks, write_plan
 from clplat.study_file import check_unchanged, expand, load_study, run_folders
@@ -54,7 +54,7 @@ class Study:
 def run_study(study: StudyConfig, console: Console) -> Study:
     """Check, lay out and carry out a study. Nothing is written before everything has been checked."""
     runs = expand(study)
-    launcher = launcher_of(study, len(runs))
+    launcher = launcher_of(study, len(runs), max(run.training.devices for run in runs))
     with launcher.ready():
         streams = preflight(runs, here=study.launcher.kind == "local")
         folder = lay_out(study, runs, streams)
@@ -176,7 +176,7 @@ def carry_out(folder: Path, study: StudyConfig, console: Console, launcher: Laun
     for run in open_runs if study.launcher.kind == "local" else ():
         check_room(load_run(run / "config.yaml").training)
     check_unchanged(folder, open_runs)
-    launcher, unsent = launcher or launcher_of(study, len(open_runs)), ""
+    launcher, unsent = launcher or launcher_of(study, len(open_runs), most_devices(open_runs)), ""
     try:
         if study.tracking.enabled:
             start_study(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,19 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Elementwise mean over processes, as a new tensor; of what is no floating-point number the first one's."""
+        if self.size == 1:
+            return tensor
+        if tensor.is_floating_point() or tensor.is_complex():
+            return self.sum(tensor.clone()).div_(self.size)
+        return self.broadcast(tensor.clone())
+
+    def equalise(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the tensors of the first, in place."""
+        for tensor in tensors if self.size > 1 else ():
+            self.broadcast(tensor)
 
     def barrier(self) -> None:
         """Wait for all processes."""

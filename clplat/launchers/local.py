@@ -30,9 +30,10 @@ from clplat.progress import Asking
 class Local:
     """Runs on this machine: `workers` processes with `threads` threads each; one run after another in this process."""
 
-    def __init__(self, *, workers: int, threads: int, record: bool = False) -> None:
-        """`record`: runs feed MLflow, so that workers may import it beforehand."""
-        self.workers, self.threads, self.record = workers, threads, record
+    def __init__(self, *, workers: int, threads: int, devices: int = 1, record: bool = False) -> None:
+        """`devices`: how many of the GPUs each worker sees. `record`: runs feed MLflow, so that workers may import it
+        beforehand."""
+        self.workers, self.threads, self.devices, self.record = workers, threads, devices, record
         self._nursery: Nursery | None = None
 
     @contextmanager
@@ -52,7 +53,7 @@ class Local:
         """Carry out what there is; the exit code of the stop that was asked for, 0 when nobody did."""
         if self.workers <= 1:
             return _one_by_one(desk)
-        pool = _Pool(desk, self.workers)
+        pool = _Pool(desk, self.workers, self.devices)
         with pool.signals(), self.ready():
             assert self._nursery is not None
             return pool.run(self._nursery)
@@ -81,8 +82,8 @@ class _Worker:
 class _Pool:
     """Hands out folders and listens to workers until there is nothing more to hand out."""
 
-    def __init__(self, desk: Desk, workers: int) -> None:
-        self._desk, self._workers = desk, workers
+    def __init__(self, desk: Desk, workers: int, devices: int) -> None:
+        self._desk, self._workers, self._devices = desk, workers, devices
         self._selector = selectors.DefaultSelector()
         self._nursery: Nursery | None = None
         self._stop: int | None = None
@@ -107,7 +108,7 @@ class _Pool:
         if folder is None:
             return
         ours, theirs = socket.socketpair()
-        nursery.start(theirs, _gpu_of(slot))
+        nursery.start(theirs, _gpus_of(slot, self._devices))
         theirs.close()
         worker = _Worker(link=ours, slot=slot)
         self._selector.register(ours, selectors.EVENT_READ, worker)
@@ -190,8 +191,8 @@ class _Pool:
                 signal.signal(number, handler)
 
 
-def _gpu_of(slot: int) -> dict[str, str]:
-    """Environment that gives a worker one of the visible GPUs, in turn."""
+def _gpus_of(slot: int, devices: int) -> dict[str, str]:
+    """Environment that gives a worker as many of the visible GPUs as its runs need, in turn."""
     import torch
 
     count = torch.cuda.device_count()
@@ -199,7 +200,8 @@ def _gpu_of(slot: int) -> dict[str, str]:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else [str(number) for number in range(count)]
-    return {"CUDA_VISIBLE_DEVICES": names[slot % len(names)]}
+    first = slot % max(1, len(names) // devices) * devices
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[first : first + devices])}
 
 
 def _line(content: Any) -> bytes:

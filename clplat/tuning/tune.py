@@ -88,7 +88,7 @@ def resume_tune(folder: Path, overrides: Sequence[tuple[str, str]], console: Con
 
 def _check_launcher(study: StudyConfig) -> None:
     """Refuse a launcher that cannot work here, or not for a search."""
-    launcher_of(study, study.tune.trials or TRIALS)
+    launcher_of(study, study.tune.trials or TRIALS, study.training.devices)
     if study.launcher.kind == "slurm" and study.launcher.workers == "auto":
         raise ConfigError("launcher.workers: a tune begins as many trials at once; with slurm, say how many")
     if study.launcher.kind != "local":
@@ -129,9 +129,8 @@ def _search(search: Search, study: StudyConfig, limit: int, console: Console) ->
     runs, unsent = limit * len(study.tune.seeds), ""
     try:
         search.resume()
-        code = serve(
-            search, runs=runs, launcher=launcher_of(study, runs), console=console, retries=study.launcher.retries
-        )
+        launcher = launcher_of(study, runs, study.training.devices)
+        code = serve(search, runs=runs, launcher=launcher, console=console, retries=study.launcher.retries)
     finally:
         if study.tracking.enabled:
             unsent = send_unsent(run_folders(search.folder))

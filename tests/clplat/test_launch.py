@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from studies import run_folder, study
 
 from clplat.journal import last_status
-from clplat.launch import launch
-from clplat.launchers.local import Local
+from clplat.launch import launch, most_devices, worker_count
+from clplat.launchers.local import Local, _gpus_of
 from clplat.study import lay_out
 from clplat.study_file import expand, load_study
 
@@ -77,3 +78,35 @@ def test_a_stop_that_comes_while_a_worker_is_being_made_gives_it_no_run(tmp_path
     outcomes = launch(runs, launcher=Local(workers=2, threads=1), console=Console(quiet=True))
     assert [(outcome.folder, outcome.status, outcome.code) for outcome in outcomes] == [(r, "KILLED", 75) for r in runs]
     assert not any((run / "journal.jsonl").exists() for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("devices", "visible", "given"),
+    [
+        (1, None, ["0", "1", "2", "3", "0"]),
+        (2, None, ["0,1", "2,3", "0,1", "2,3", "0,1"]),
+        (2, "7,5,3,1", ["7,5", "3,1", "7,5", "3,1", "7,5"]),
+        (3, None, ["0,1,2"] * 5),
+        (4, None, ["0,1,2,3"] * 5),
+    ],
+)
+def test_a_worker_sees_as_many_gpus_as_its_runs_have_processes(
+    monkeypatch: pytest.MonkeyPatch, devices: int, visible: str | None, given: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [_gpus_of(slot, devices)["CUDA_VISIBLE_DEVICES"] for slot in range(5)] == given
+
+
+def test_runs_side_by_side_share_the_gpus_as_the_one_with_most_processes_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = study(variants={"one": {}, "two": {"training": {"devices": 2}}}, seeds=[0, 1, 2, 3])
+    config = load_study(data)
+    runs = [run_folder(tmp_path, data | {"variants": {v: data["variants"][v]}}, v) for v in data["variants"]]
+    assert [most_devices(runs[:1]), most_devices(runs), most_devices([])] == [1, 2, 1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [worker_count(config, 8, devices) for devices in (1, 2, 3, 8)] == [4, 2, 1, 1]

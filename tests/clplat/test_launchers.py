@@ -282,8 +282,8 @@ def test_sqlite_on_a_network_disk_is_refused_for_runs_on_other_machines(tmp_path
     network_disks.check_disk("tracking.uri", "http://server:5000")
     shared = {"enabled": True, "uri": f"sqlite:///{tmp_path}/home/mlflow.db"}
     with pytest.raises(ConfigError, match=r"tracking\.uri: .* SQLite file on a network disk \(nfs4\)"):
-        launcher_of(load_study(study(launcher={"kind": "slurm"}, tracking=shared)), 2)
-    assert launcher_of(load_study(study(launcher={"workers": 1}, tracking=shared)), 2)
+        launcher_of(load_study(study(launcher={"kind": "slurm"}, tracking=shared)), 2, 1)
+    assert launcher_of(load_study(study(launcher={"workers": 1}, tracking=shared)), 2, 1)
 
 
 def test_one_variant_and_one_seed_of_a_study_can_be_run_alone(tmp_path: Path, capsys, monkeypatch) -> None:

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from studies import run_folder, study
 
 from clplat import execution
 from clplat.checkpoint import Checkpoints
+from clplat.config import TrainingConfig
 from clplat.execution import Outcome, execute
+from clplat.fitting import new_trainer
 from clplat.journal import Journal, last_status, read, table
 from clplat.strategies.buffers import BEST
 
@@ -127,3 +130,13 @@ def test_a_batch_that_two_processes_cannot_share_is_refused_by_name(tmp_path: Pa
 
     with pytest.raises(ConfigError, match="training.batch_size: 15 rows cannot be split over 2 processes"):
         RowOrder(100, batch_size=15, seed=0, task=0, rank=0, size=2)
+
+
+def test_a_process_keeps_its_own_rank_inside_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"JOB_ID": "1", "JOB_NAME": "train", "NTASKS": "1", "NTASKS_PER_NODE": "1", "PROCID": "0", "LOCALID": "0"}
+    for name, value in job.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    strategy = new_trainer(TrainingConfig(), torch.device("cpu"), 2).strategy
+    assert isinstance(strategy, DDPStrategy) and strategy.local_rank == 1
+    assert new_trainer(TrainingConfig(), torch.device("cpu"), 1).num_devices == 1

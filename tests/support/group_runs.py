@@ -1,0 +1,77 @@
+"""One process of a group that carries out many runs, so that a process start is paid for once; writes what each saw.
+
+python group_runs.py RANK SIZE FOLDER      # the runs are the folders NAME/run of FOLDER that have a config.yaml
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from studies import run_folder
+
+SECONDS = 60
+"""How long a process waits for another that has left the way."""
+
+
+def ended(parent: Path, cases: Mapping[str, Mapping[str, Any]], size: int = 2) -> list[dict[str, Any]]:
+    """What each process ended with, by case: studies, carried out by one group of `size` CPU processes."""
+    for name, data in cases.items():
+        run_folder(parent / name, {**data, "training": data["training"] | {"devices": size, "accelerator": "cpu"}})
+    command = [sys.executable, __file__]
+    running = [subprocess.Popen([*command, str(rank), str(size), str(parent)]) for rank in range(size)]
+    codes = [process.wait(timeout=1200) for process in running]
+    assert codes == [0] * size, codes
+    return [torch.load(parent / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def carried_out(folder: Path, rank: int) -> dict[str, Any]:
+    """A run as a rank of the group sees it, and a last evaluation that this process does alone."""
+    from clplat.config import load_run
+    from clplat.interruption import Interruption
+    from clplat.journal import Journal
+    from clplat.loop import Run
+    from clplat.progress import Silent
+    from clplat.strategies.world import World
+
+    journal = None if rank else Journal(folder)
+    config = load_run(folder / "config.yaml")
+    run = Run(config, folder, journal=journal, interruption=Interruption(), progress=Silent())
+    table, model, hooks = run.execute(), run.parts.architecture, run.parts.hooks
+    last = [asdict(cell) for cell in table.cells(table.rows()[-1])]
+    run.parts.evaluator.world = World()
+    return {
+        "rows": [[asdict(cell) for cell in table.cells(row)] for row in table.rows()],
+        "last": last,
+        "alone": [asdict(cell) for cell in run.parts.evaluator.cells(run.seen)],
+        "weights": {name: tensor.detach().clone() for name, tensor in model.named_parameters()},
+        "buffers": {name: tensor.clone() for name, tensor in model.named_buffers()},
+        "carried": run.parts.learner.carried,
+        "strategies": hooks.state_dict(),
+        "random": run.parts.context.generator.get_state(),
+        "replay": [len(s.buffer) for s in hooks.strategies.values() if hasattr(s, "buffer")],
+    }
+
+
+def main(rank: int, size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
+    )
+    found = {
+        path.parent.parent.name: carried_out(path.parent, rank) for path in sorted(folder.glob("*/run/config.yaml"))
+    }
+    torch.save(found, folder / f"{rank}.pt")
+    dist.barrier()  # one that leaves early can make the other fail at its end
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
