@@ -115,12 +115,13 @@ class _Tasks:
         self._remote = ray.remote(carry_out)
 
     def submit(self, runs: Sequence[Path], *, asks: bool) -> None:
-        for run in runs:
-            training = load_run(run / "config.yaml").training
-            cpus, gpus = reserved(training, self._config, self._ray)
+        trainings = {run: load_run(run / "config.yaml").training for run in runs}
+        wanted = {run: reserved(training, self._config, self._ray) for run, training in trainings.items()}
+        for run, (cpus, gpus) in wanted.items():
             _check_fits(self._ray, run, cpus, gpus)
+        for run, (cpus, gpus) in wanted.items():
             post.expect(run, asks=asks)
-            environment = {"OMP_NUM_THREADS": str(training.threads)}
+            environment = {"OMP_NUM_THREADS": str(trainings[run].threads)}
             task = self._remote.options(
                 num_cpus=cpus, num_gpus=gpus, max_retries=0, name=run.name, runtime_env={"env_vars": environment}
             )
