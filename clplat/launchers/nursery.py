@@ -1,7 +1,8 @@
 """Where workers of the `local` launcher come from: a process that has imported what runs need, and forks.
 
 Importing torch, Lightning and MLflow takes as long as a small run. The nursery does it once for all workers, while
-the study is being checked. It runs nothing itself: it has one thread and no CUDA, so that forking it is safe.
+the study is being checked. It runs nothing itself and never meets CUDA, and has one thread, so that forking it is safe
+(where `threads` is more than 1, those of OpenBLAS too, which takes care of forks).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ MODULES = (
 """What every run imports, at its beginning or its end."""
 RECORD = ("mlflow.system_metrics.system_metrics_monitor", "mlflow.store.tracking.sqlalchemy_store")
 """What a run imports besides where it feeds MLflow."""
+ONE_THREAD = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""pyarrow's allocator would else begin a thread when it is imported."""
 
 
 class Nursery:
@@ -46,7 +49,8 @@ class Nursery:
         try:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "clplat.launchers.local", str(theirs.fileno()), str(int(self._record))],
-                pass_fds=[theirs.fileno()], env=os.environ | {"OMP_NUM_THREADS": str(self._threads)},
+                pass_fds=[theirs.fileno()],
+                env=ONE_THREAD | os.environ | {"OMP_NUM_THREADS": str(self._threads)},
             )  # fmt: skip
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
