@@ -100,7 +100,7 @@ def test_a_study_gives_what_it_gives_serially_and_mlflow_has_all_of_it(launcher:
 
 def test_a_killed_worker_s_run_goes_on_and_what_had_finished_is_untouched(launcher: dict[str, Any]) -> None:
     data = study(variants={"short": {"training": {"budget": {"steps": 2}}}, "long": {}}, launcher=launcher,
-                 training__budget={"steps": 400})  # fmt: skip
+                 training__budget={"steps": 250})  # fmt: skip
     with running(data) as process:
         until(lambda: saved("long-s0") and last_status(folder_here() / "short-s0") == "FINISHED", process)
         before = (folder_here() / "short-s0" / "journal.jsonl").read_bytes()
@@ -114,7 +114,7 @@ def test_a_killed_worker_s_run_goes_on_and_what_had_finished_is_untouched(launch
 
 
 def test_without_retries_a_killed_worker_s_run_is_failed_and_resume_goes_on(launcher: dict[str, Any]) -> None:
-    data = study(launcher=launcher | {"retries": 0}, training__budget={"steps": 400})
+    data = study(launcher=launcher | {"retries": 0}, training__budget={"steps": 250})
     with running(data) as process:
         run = until(lambda: saved("digits-s0"), process)
         os.kill(holder(run).pid, signal.SIGKILL)
@@ -127,7 +127,7 @@ def test_without_retries_a_killed_worker_s_run_is_failed_and_resume_goes_on(laun
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_stop_stops_all_which_save_themselves(launcher: dict[str, Any], number: int, code: int) -> None:
-    data = study(seeds=[0, 1, 2], launcher=launcher, training__budget={"steps": 700})
+    data = study(seeds=[0, 1, 2], launcher=launcher, training__budget={"steps": 250})
     with running(data) as process:
         until(lambda: saved("digits-s0") and saved("digits-s1"), process)
         pids = [holder(folder_here() / name).pid for name in ("digits-s0", "digits-s1")]
@@ -172,7 +172,7 @@ def on_slurm(slurm: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_a_run_whose_time_is_nearly_over_saves_itself_and_is_queued_again(on_slurm: dict[str, Any]) -> None:
-    data = study(launcher=on_slurm, training__budget={"steps": 500})
+    data = study(launcher=on_slurm, training__budget={"steps": 250})
     with running(data) as process:
         run = until(lambda: saved("digits-s0"), process)
         array = (run / "job" / "expected.json").read_text()
@@ -187,7 +187,7 @@ def test_a_run_whose_time_is_nearly_over_saves_itself_and_is_queued_again(on_slu
 
 
 def test_jobs_outlive_the_process_that_submitted_them_and_resume_takes_them_up(on_slurm: dict[str, Any]) -> None:
-    data = study(seeds=[0, 1, 2], launcher=on_slurm, training__budget={"steps": 500})
+    data = study(seeds=[0, 1, 2], launcher=on_slurm, training__budget={"steps": 250})
     with running(data) as process:
         until(lambda: saved("digits-s0"), process)
         os.killpg(process.pid, signal.SIGKILL)
