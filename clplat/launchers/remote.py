@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -116,7 +116,9 @@ class Remote:
         post.collected(run)
         self._send(run)
         if outcome is not None:
-            desk.ended(outcome)
+            # Whatever signal the scheduler sent it: what was asked for here is the study's exit code.
+            stopped = self._asked and outcome.status == "KILLED"
+            desk.ended(replace(outcome, code=self._stop_code()) if stopped else outcome)
         elif self._asked:
             desk.lost(run, "stopped", stopped=self._stop_code())
         elif end.kind == "cancelled":
