@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from clplat.architectures.base import Architecture, SideMemories, as_in_task, device_of
+from clplat.compilation import replayed
 from clplat.components import build
 from clplat.config import Precision, RunConfig
 from clplat.errors import ConfigError
@@ -63,8 +64,9 @@ def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> P
     if fresh and config.training.optimizer_state == "keep":
         raise ConfigError(f"training.optimizer_state: strategies.{fresh[0]} begins every task from the initial "
                           "weights, where momenta of the last task mean nothing; use reset")  # fmt: skip
-    if config.training.compile == "reduce-overhead" and max(config.training.accumulate, config.training.devices) > 1:
-        raise ConfigError("training.compile: reduce-overhead needs accumulate 1 and devices 1; use true instead")
+    mode = config.training.compile
+    if replayed(mode) and max(config.training.accumulate, config.training.devices) > 1:
+        raise ConfigError(f"training.compile: {mode} needs accumulate 1 and devices 1; use true instead")
     evaluator = Evaluator(
         architecture=architecture, objective=objective, hooks=hooks, tasks=stream.tasks, probes=stream.probes,
         world=world, batch_size=config.evaluation.batch_size, max_rows=config.evaluation.max_rows,

@@ -49,8 +49,15 @@ def answerer(
     return answer
 
 
+def replayed(mode: bool | str) -> bool:
+    """Whether `training.compile` replays CUDA graphs, which write their results into the same memory each time."""
+    return isinstance(mode, str)
+
+
 def compiled(function: Callable[P, R], mode: bool | str, *, dynamic: bool | None = None) -> Callable[P, R]:
     """The function as `training.compile` wants it; `dynamic` as in torch.compile."""
     if not mode:
         return function
+    if mode == "cudagraphs":
+        return torch.compile(function, backend="cudagraphs", dynamic=dynamic)
     return torch.compile(function, mode=mode if isinstance(mode, str) else None, dynamic=dynamic)

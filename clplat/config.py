@@ -52,9 +52,10 @@ class TrainingConfig:
     clip_norm: float | None = None
     """Largest global gradient norm, after strategies have changed the gradient."""
     precision: Precision = "32-true"
-    compile: bool | Literal["reduce-overhead"] = False
+    compile: bool | Literal["reduce-overhead", "cudagraphs"] = False
     """Compile the forward pass and the loss with torch.compile; `reduce-overhead` also replays them as CUDA graphs,
-    which pays where a GPU computes faster than the host can launch (one process, `accumulate` 1)."""
+    which pays where a GPU computes faster than the host can launch (one process, `accumulate` 1). `cudagraphs` replays
+    the kernels as they are: loops over many small operations take minutes to compile and seconds to record."""
     threads: int = 1
     """CPU threads a process; part of the result, since sums differ in the last bit between thread counts."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from clplat.architectures.base import Architecture, Output, State, StepOutcome
-from clplat.compilation import answerer, compiled
+from clplat.compilation import answerer, compiled, replayed
 from clplat.components import arguments, resolve
 from clplat.config import TrainingConfig
 from clplat.errors import ConfigError, NotFiniteError
@@ -166,8 +166,8 @@ class Learner(LightningModule):
             self.observed.append(self.window["loss"][-1])
 
     def _kept(self, value: Tensor) -> Tensor:
-        """What outlives the step: a replayed CUDA graph writes its results into the same memory each time."""
-        return value.detach().clone() if self.training_config.compile == "reduce-overhead" else value.detach()
+        """What outlives the step."""
+        return value.detach().clone() if replayed(self.training_config.compile) else value.detach()
 
     def on_train_start(self) -> None:
         """Continue with the optimizer of the interrupted, or of the last, task where there is one."""
