@@ -38,7 +38,7 @@ MailProg=/bin/true
 SwitchType=switch/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SchedulerParameters=sched_interval=1,bf_interval=2,requeue_delay=1
+SchedulerParameters=sched_interval=1,bf_interval=2
 ReturnToService=2
 SlurmdParameters=config_overrides
 KillWait=30
