@@ -44,6 +44,7 @@ def running(data: dict[str, Any], *words: str):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        process.stdout.close()
 
 
 def until(holds: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
