@@ -28,6 +28,8 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a study: CONFIG [--dotted.key value ...] [--dry-run]")
     run.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped study (`clplat list studies`)")
     run.add_argument("--best", action="store_true", help="CONFIG is a name of known-good settings; alone: list them")
+    run.add_argument("--variant", help="this variant alone")
+    run.add_argument("--seed", type=int, help="this seed alone; with --variant of a study's folder: that one run of it")
     run.add_argument("--dry-run", action="store_true", help="two batches a task; estimate time and memory")
     tune = commands.add_parser("tune", help="search the `space:` of a study, and report what the best has gained")
     tune.add_argument("config", help="a YAML file with a space, or the name of a shipped one (docs/tuning.md)")
@@ -72,7 +74,11 @@ def parser() -> argparse.ArgumentParser:
     listing.add_argument("what", nargs="?", help="one of these words; all of them by default")
     commands.add_parser("doctor", help="versions, devices, Triton, caches")
     for command in (run, tune, show):
-        command.epilog = "Any key of the configuration can be set: --training.batch_size 64"
+        command.epilog = (
+            "Any key of the configuration can be set: --training.batch_size 64. Where runs are carried out: "
+            "--launcher.kind local (this machine), ray or slurm; --launcher.workers of them side by side "
+            "(docs/launchers.md)"
+        )
     resume.epilog = "Keys that results do not depend on can be set: --training.workers 2, --tracking.uri …"
     return root
 
@@ -206,8 +212,18 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
 
 
 def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console: Console) -> int:
+    from pathlib import Path
+
     from clplat.study_file import load_study
 
+    if options.config is not None and Path(options.config).is_dir():
+        from clplat.one_run import run_one
+
+        outcome = run_one(options.config, options.variant, options.seed, console)
+        if outcome.status != "FINISHED":
+            console.print(f"{outcome.folder}: {outcome.status}. {outcome.reason}", soft_wrap=True)
+        return outcome.code
+    overrides = overrides + _chosen(options)
     if options.best:
         from clplat import best
 
@@ -251,6 +267,14 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
         from clplat.side_by_side import side_by_side, side_table
 
         console.print(side_table(side_by_side(found, options.baseline)))
+
+
+def _chosen(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """`--variant` and `--seed` as overrides of a study."""
+    import json
+
+    variant = [("variants", json.dumps([options.variant]))] if options.variant is not None else []
+    return variant + ([("seeds", f"[{options.seed}]")] if options.seed is not None else [])
 
 
 def _conclude(ended: Study | Tuned, console: Console) -> int:

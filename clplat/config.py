@@ -20,6 +20,7 @@ import yaml
 from clplat.components import Component
 from clplat.errors import ConfigError, nearest
 from clplat.known_good import KnownGood
+from clplat.launchers.options import LauncherConfig, RayConfig, SlurmConfig
 from clplat.streams.budget import Budget
 from clplat.tuning.options import TuneConfig
 from clplat.yaml_text import BOOLEAN, parse_yaml
@@ -98,14 +99,6 @@ class TrackingConfig:
     system_metrics: bool = True
     log_every: int = 20
     """Optimizer steps whose mean is one point of a training curve."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LauncherConfig:
-    """How the runs of a study are spread over this machine."""
-
-    workers: int | Literal["auto"] = "auto"
-    """Runs side by side; auto: one per GPU, or as many as cores allow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +224,8 @@ _NESTED = {
         CheckpointConfig,
         TrackingConfig,
         LauncherConfig,
+        RayConfig,
+        SlurmConfig,
         TuneConfig,
     )
 }

@@ -69,7 +69,7 @@ def finish_study(folder: Path, statuses: list[str]) -> None:
 
 def settle_study(folder: Path) -> None:
     """Give the parent run the status that its runs have, unless one of them is under way: whoever ends it does."""
-    from clplat.execution import is_busy
+    from clplat.lease import is_busy
 
     runs = run_folders(folder)
     if not any(is_busy(run) for run in runs):
@@ -81,13 +81,13 @@ def send_unsent(runs: list[Path]) -> str:
 
     What stays behind, in a sentence; empty when MLflow has it all or another process is at it.
     """
-    from clplat.execution import lock
+    from clplat.lease import held
 
     for run in runs:
         written = (run / NAME).stat().st_size if (run / NAME).is_file() else 0
         if written > (read_json(run / RUN_STATE) or {"offset": 0})["offset"]:
             try:
-                with lock(run):
+                with held(run):
                     _send(run)
             except RunBusyError:
                 continue
@@ -101,7 +101,7 @@ def sync(target: str | Path, uri: str | None = None) -> int:
 
     Raises when the server is away. A run that is under way is left to the process that works on it.
     """
-    from clplat.execution import lock
+    from clplat.lease import held
 
     folder = Path(target)
     is_study = (folder / "study.yaml").is_file()
@@ -116,7 +116,7 @@ def sync(target: str | Path, uri: str | None = None) -> int:
     for run in runs:
         if (run / NAME).is_file():
             try:
-                with lock(run):
+                with held(run):
                     _send(run)
                 sent += 1
             except RunBusyError:

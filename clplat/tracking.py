@@ -31,8 +31,8 @@ CHUNK = 900
 STUDY_STATE, RUN_STATE = "study.json", "mlflow.json"
 
 
-def client(uri: str) -> Any:
-    """An MLflow client that is quiet, sends no telemetry, and gives up on a dead server within seconds."""
+def quiet_mlflow() -> None:
+    """Before MLflow is imported: no telemetry, no bars, and seconds rather than minutes for a dead server."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "1",
@@ -42,6 +42,11 @@ def client(uri: str) -> Any:
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def client(uri: str) -> Any:
+    """An MLflow client that is quiet, sends no telemetry, and gives up on a dead server within seconds."""
+    quiet_mlflow()
     import mlflow
 
     # What the store raises is caught and said once; its own log would say it, with the traceback, at every attempt.
@@ -111,11 +116,15 @@ class Feed:
 
     def close(self, status: str) -> None:
         """Send what is left, upload artifacts, and give the MLflow run its true status."""
+        self.leave()
+        self.finish(status)
+
+    def leave(self) -> None:
+        """Send nothing more."""
         self._closing.set()
         self._thread.join()
         if self._monitor is not None:
             self._monitor.finish()
-        self.finish(status)
 
     def finish(self, status: str) -> bool:
         """Send everything there is, now; whether that worked."""

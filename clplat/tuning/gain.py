@@ -60,7 +60,7 @@ def carry_out_report(folder: Path, protocol: Protocol, best: Row, console: Conso
     study, place = report_study(protocol, best), folder / f"report-{best.name}"
     runs = expand(study)
     if not (place / "study.yaml").is_file():
-        streams = preflight(runs)
+        streams = preflight(runs, here=study.launcher.kind == "local")
         with writing(folder):
             place.mkdir(exist_ok=True)
             write_plan(place, runs, streams)

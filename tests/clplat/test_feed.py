@@ -13,8 +13,8 @@ import pytest
 from records import Made, cells
 
 from clplat.config import TrackingConfig
-from clplat.execution import lock
 from clplat.journal import Journal, record_lost
+from clplat.lease import held
 from clplat.study_record import finish_study, send_unsent, start_study, sync
 from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, client
 
@@ -137,7 +137,7 @@ def test_sync_leaves_a_run_that_is_under_way_alone(store: str) -> None:
     journal.status("RUNNING")
     journal.flush()
     start_study(study.folder)
-    with lock(journal.folder):
+    with held(journal.folder):
         assert sync(study.folder) == 1
         assert not (journal.folder / RUN_STATE).exists()
         parent = json.loads((study.folder / STUDY_STATE).read_text())["run_id"]
