@@ -5,6 +5,7 @@ python group_runs.py RANK SIZE FOLDER      # the runs are the folders NAME/run o
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -25,8 +26,14 @@ def ended(parent: Path, cases: Mapping[str, Mapping[str, Any]], size: int = 2) -
     """What each process ended with, by case: studies, carried out by one group of `size` CPU processes."""
     for name, data in cases.items():
         run_folder(parent / name, {**data, "training": data["training"] | {"devices": size, "accelerator": "cpu"}})
-    command = [sys.executable, __file__]
-    running = [subprocess.Popen([*command, str(rank), str(size), str(parent)]) for rank in range(size)]
+    # As `processes.spawn` has it: without ranks in the environment Lightning would start further processes.
+    running = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(size), str(parent)],
+            env=os.environ | {"WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(size)
+    ]
     codes = [process.wait(timeout=1200) for process in running]
     assert codes == [0] * size, codes
     return [torch.load(parent / f"{rank}.pt", weights_only=True) for rank in range(size)]
