@@ -9,6 +9,7 @@ is given the twin's weights: a process then holds all weights once, and never th
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,10 @@ def sharded(run: Run) -> Iterator[None]:
     run.sharded = Sharded(architecture, run.parts.device, run.world.size)
     learner.adopt(run.sharded.twin)
     context.architecture = run.sharded.twin
-    yield
+    with warnings.catch_warnings():
+        # Logits are often a view; nothing here changes a model's answer in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        yield
     architecture.to(run.parts.device)
     run.sharded.gather()
     run.sharded = None

@@ -17,6 +17,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from studies import run_folder
+from torch.distributed.tensor import DTensor
+
+from clplat.config import load_run
+from clplat.errors import Interrupted
+from clplat.interruption import Interruption
+from clplat.journal import Journal
+from clplat.loop import Run
+from clplat.progress import Silent
+from clplat.strategies.world import World
 
 SECONDS = 60
 """How long a process waits for another that has left the way."""
@@ -40,31 +49,52 @@ def ended(parent: Path, cases: Mapping[str, Mapping[str, Any]], size: int = 2) -
 
 
 def carried_out(folder: Path, rank: int) -> dict[str, Any]:
-    """A run as a rank of the group sees it, and a last evaluation that this process does alone."""
-    from clplat.config import load_run
-    from clplat.interruption import Interruption
-    from clplat.journal import Journal
-    from clplat.loop import Run
-    from clplat.progress import Silent
-    from clplat.strategies.world import World
-
-    journal = None if rank else Journal(folder)
-    config = load_run(folder / "config.yaml")
-    run = Run(config, folder, journal=journal, interruption=Interruption(), progress=Silent())
+    """A run as a rank of the group sees it, and a last evaluation that this process does alone. A run called
+    `stopped…` is stopped at its fourth optimizer step, inside a task, and resumed from its checkpoint."""
+    held = stop_at_step(folder, rank, 4) if folder.parent.name.startswith("stopped") else 0
+    run = started(folder, rank)
     table, model, hooks = run.execute(), run.parts.architecture, run.parts.hooks
-    last = [asdict(cell) for cell in table.cells(table.rows()[-1])]
     run.parts.evaluator.world = World()
     return {
         "rows": [[asdict(cell) for cell in table.cells(row)] for row in table.rows()],
-        "last": last,
+        "last": [asdict(cell) for cell in table.cells(table.rows()[-1])],
         "alone": [asdict(cell) for cell in run.parts.evaluator.cells(run.seen)],
         "weights": {name: tensor.detach().clone() for name, tensor in model.named_parameters()},
         "buffers": {name: tensor.clone() for name, tensor in model.named_buffers()},
+        "held": held,
         "carried": run.parts.learner.carried,
         "strategies": hooks.state_dict(),
         "random": run.parts.context.generator.get_state(),
         "replay": [len(s.buffer) for s in hooks.strategies.values() if hasattr(s, "buffer")],
     }
+
+
+def started(folder: Path, rank: int) -> Run:
+    journal, config = None if rank else Journal(folder), load_run(folder / "config.yaml")
+    return Run(config, folder, journal=journal, interruption=Interruption(), progress=Silent())
+
+
+def stop_at_step(folder: Path, rank: int, step: int) -> int:
+    """The entries of weights, and of what an optimizer keeps of them, that this process then has."""
+    run = started(folder, rank)
+    finished = run.parts.learner.batch_done
+
+    def batch_done() -> None:
+        if run.parts.learner.global_steps == step - 1:
+            run.interruption.requested = "SIGTERM"
+        finished()
+
+    object.__setattr__(run.parts.learner, "batch_done", batch_done)
+    try:
+        run.execute()
+    except Interrupted:
+        assert run.parts.learner.global_steps == step and run.phase == "train"
+    else:
+        raise AssertionError("was not stopped")
+    optimizer = run.parts.learner.optimizer()
+    kept = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    tensors = [*run.parts.learner.architecture.parameters(), *kept]
+    return sum((value.to_local() if isinstance(value, DTensor) else value).numel() for value in tensors)
 
 
 def main(rank: int, size: int, folder: Path) -> None:
