@@ -1,6 +1,6 @@
 """One process of a group that carries out many runs, so that a process start is paid for once; writes what each saw.
 
-python group_runs.py RANK SIZE FOLDER      # the runs are the folders NAME/run of FOLDER that have a config.yaml
+python group_runs.py RANK SIZE FOLDER cpu|gpu      # the runs are the folders NAME/run of FOLDER that have a config.yaml
 """
 
 from __future__ import annotations
@@ -31,21 +31,24 @@ SECONDS = 60
 """How long a process waits for another that has left the way."""
 
 
-def ended(parent: Path, cases: Mapping[str, Mapping[str, Any]], size: int = 2) -> list[dict[str, Any]]:
-    """What each process ended with, by case: studies, carried out by one group of `size` CPU processes."""
+def ended(
+    parent: Path, cases: Mapping[str, Mapping[str, Any]], size: int = 2, accelerator: str = "cpu"
+) -> list[dict[str, Any]]:
+    """What each process ended with, by case: studies, carried out by one group of `size` processes."""
+    given = {"devices": size, "accelerator": accelerator}
     for name, data in cases.items():
-        run_folder(parent / name, {**data, "training": data["training"] | {"devices": size, "accelerator": "cpu"}})
+        run_folder(parent / name, {**data, "training": data["training"] | given})
     # As `processes.spawn` has it: without ranks in the environment Lightning would start further processes.
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(size), str(parent)],
+            [sys.executable, __file__, str(rank), str(size), str(parent), accelerator],
             env=os.environ | {"WORLD_SIZE": str(size), "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(size)
     ]
     codes = [process.wait(timeout=1200) for process in running]
     assert codes == [0] * size, codes
-    return [torch.load(parent / f"{rank}.pt", weights_only=True) for rank in range(size)]
+    return [torch.load(parent / f"{rank}.pt", map_location="cpu", weights_only=True) for rank in range(size)]
 
 
 def carried_out(folder: Path, rank: int) -> dict[str, Any]:
@@ -97,11 +100,15 @@ def stop_at_step(folder: Path, rank: int, step: int) -> int:
     return sum((value.to_local() if isinstance(value, DTensor) else value).numel() for value in tensors)
 
 
-def main(rank: int, size: int, folder: Path) -> None:
+def main(rank: int, size: int, folder: Path, accelerator: str) -> None:
     torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if accelerator == "gpu" else None
+    if device is not None:
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
-    )
+        "gloo" if device is None else "nccl", init_method=f"file://{folder}/meeting", rank=rank, world_size=size,
+        timeout=timedelta(seconds=SECONDS), device_id=device,
+    )  # fmt: skip
     found = {
         path.parent.parent.name: carried_out(path.parent, rank) for path in sorted(folder.glob("*/run/config.yaml"))
     }
@@ -111,4 +118,4 @@ def main(rank: int, size: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
