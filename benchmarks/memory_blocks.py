@@ -41,10 +41,11 @@ FIRST = "GatedDeltaNet, chunk 64"
 def layers(heads: int) -> dict[str, LayerKind]:
     """What is measured, by name."""
     kinds: dict[str, LayerKind] = {FIRST: GatedDeltaNet(num_heads=heads)}
-    kinds |= {f"TitansLMM, chunk {C}": TitansLMM(num_heads=heads, chunk=C) for C in (16, 32, 64)}
+    kinds |= {f"TitansLMM, a matrix, chunk {C}": TitansLMM(num_heads=heads, chunk=C, depth=1) for C in (64, 16)}
+    kinds |= {f"TitansLMM, chunk {C}": TitansLMM(num_heads=heads, chunk=C) for C in (64, 32, 16)}
     for depth in (1, 2):
         for momentum in (True, False) if depth == 1 else (True,):
-            for C in (64, 16, 256):
+            for C in (64, 16, 32) if depth == 1 else (64, 16, 256):
                 name = f"Hope, depth {depth}, chunk {C}" + ", no momentum" * (not momentum)
                 kinds[name] = hope(heads, C, depth=depth, momentum=momentum)
     kinds |= {f"Hope, depth 2, chunk {C}, compiled": hope(heads, C, compiled=True) for C in (64, 256)}

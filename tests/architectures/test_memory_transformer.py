@@ -15,6 +15,7 @@ from clplat.architectures.associative_memory.caching import MemoryCaching
 from clplat.architectures.associative_memory.lact import LaCT
 from clplat.architectures.associative_memory.miras import Memora, Moneta, Yaad
 from clplat.architectures.associative_memory.mixer import MemoryMixer, ProjectionOptions
+from clplat.architectures.associative_memory.operations import MatrixOperation, MLPOperation
 from clplat.architectures.associative_memory.presets import (
     TTTMLP,
     Atlas,
@@ -187,6 +188,26 @@ def test_the_record_is_told_what_computed_the_memories() -> None:
     alike = model(DeltaNet(), GatedDeltaNet())
     alike(batch_of(tokens()))
     assert alike.facts() == {"memory_backend": "delta_memory torch"}
+
+
+@every_kind
+def test_under_autocast_operations_get_queries_keys_and_values_of_one_type(
+    kind: LayerKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's autocast norms in float32, and kernels refuse a mixture: the layer would fall back without a word."""
+    seen: list[set[torch.dtype]] = []
+    norm = torch.linalg.vector_norm
+    monkeypatch.setattr(torch.linalg, "vector_norm", lambda x, *options, **named: norm(x.float(), *options, **named))
+
+    def noted(self: Any, tokens: Tokens) -> str:
+        seen.append({part.dtype for part in tokens[:3]})
+        return "torch"
+
+    for operation in (MatrixOperation, MLPOperation):
+        monkeypatch.setattr(operation, "form", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(kind).float()(batch_of(tokens()))
+    assert all(types == {torch.bfloat16} for types in seen)
 
 
 @pytest.mark.parametrize(
