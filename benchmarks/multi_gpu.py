@@ -6,7 +6,7 @@
     python benchmarks/multi_gpu.py --sharding fsdp --models transformer
     python benchmarks/multi_gpu.py --device cpu                # the script itself, tiny, with two CPU processes
 
-Every arm is a `clplat run` of its own on the embedded text in rows of 1024 tokens, so nothing is downloaded and what
+Every arm is a `clplat.run` of its own on the embedded text in rows of 1024 tokens, so nothing is downloaded and what
 users have is what is timed. `speed`: each device takes --batch rows a step; rates are medians over the steps after the
 first --skip, which make the plans (compilation, gradient buckets), of the time between two optimizer steps on the
 device itself, and of a group the slowest process counts. `losses`: --batch rows a step in all, on one device and on
@@ -36,6 +36,7 @@ from clplat.journal import table
 from clplat.strategies.base import Strategy
 from clplat.streams.base import Task
 
+RUN = "import sys, clplat; sys.exit(clplat.run(sys.argv[1], quiet=True).code)"
 MODELS: dict[str, dict[str, Any]] = {
     "transformer": {"class_path": "Transformer", "init_args": {"hidden_size": 1024, "num_layers": 5, "num_heads": 16}},
     "trc2": {"class_path": "TRC2", "init_args": {"hidden_size": 768, "num_layers": 3, "dropout": 0.0}},
@@ -103,12 +104,12 @@ def study(model: str, devices: int, rows: int, options: argparse.Namespace, scra
 
 
 def carried_out(config: dict[str, Any], scratch: Path, limit: float) -> None:
-    """`clplat run` on a configuration, in processes of its own; raises RuntimeError when it fails or takes too long."""
+    """A study, without its report, in processes of its own; raises RuntimeError when it fails or takes too long."""
     (scratch / "study.yaml").write_text(yaml.safe_dump(config))
     search = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     with (scratch / "output.txt").open("w+") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "clplat", "run", str(scratch / "study.yaml")],
+            [sys.executable, "-c", RUN, str(scratch / "study.yaml")],
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | {"PYTHONPATH": search},
         )  # fmt: skip
         try:
