@@ -61,6 +61,8 @@ class TrainingConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     """Processes that train one run together."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """What of the weights each process holds while a task is trained: all (DDP), or a share (FSDP)."""
     workers: int = 0
     """Loader processes; 0 slices in the training process, which is fastest for data in memory."""
 
@@ -256,7 +258,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 FREE_ON_RESUME = (
     "tracking.", "checkpoint.", "evaluation.batch_size", "training.devices", "training.workers",
-    "training.accelerator",
+    "training.accelerator", "training.sharding",
 )  # fmt: skip
 """Keys that change no result (or only its last bits) and may differ when a run is resumed."""
 
