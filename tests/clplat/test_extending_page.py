@@ -18,14 +18,14 @@ from clplat.study_file import run_folders
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 ONCE = """
-import os, pathlib, signal
+import pathlib, signal
 from clplat.strategies.base import Strategy
 class Once(Strategy):
     def task_end(self, task):
         mark = pathlib.Path(f"stopped-{self.context.task.index}")
         if task.index == 1 and not mark.exists():
             mark.touch()
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 """
 
 

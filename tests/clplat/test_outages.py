@@ -193,7 +193,7 @@ def test_a_worker_that_is_killed_takes_its_own_run_alone_which_goes_on_later_to_
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     data = study(
         variants={"a": {"strategies": {"killed": {"class_path": "killing.Killed"}}}, "b": {}, "c": {}},
-        launcher={"workers": 2},
+        launcher={"workers": 2, "retries": 0},
         tracking={"enabled": tracked, "uri": uri, "log_every": 5, "system_metrics": False},
     )  # fmt: skip
     done = clplat.run(data, quiet=True)
