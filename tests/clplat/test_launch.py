@@ -71,7 +71,7 @@ def test_a_stop_that_comes_while_a_worker_is_being_made_gives_it_no_run(tmp_path
     made = subprocess.Popen
 
     def popen(*arguments: Any, **options: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         return made(*arguments, **options)
 
     monkeypatch.setattr(subprocess, "Popen", popen)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 
@@ -32,7 +31,7 @@ class StoppedDigits(SplitDigits):
     """Somebody stops the process while the data are read."""
 
     def prepare(self) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         super().prepare()
 '''
 
@@ -60,7 +59,7 @@ def test_a_study_that_is_stopped_before_its_first_run_says_how_to_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study()))
-    monkeypatch.setattr("clplat.study.launch", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("clplat.study.launch", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as ended:
         main(["run", "study.yaml"])
     (folder,) = (tmp_path / "runs").iterdir()

@@ -152,7 +152,7 @@ def test_failed_and_killed_runs_are_never_left_running(store: str, tmp_path: Pat
         "        raise RuntimeError('no idea')\n"
         "class Stopped(Strategy):\n"
         "    def task_end(self, task):\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
     )
     for name, status in (("Broken", "FAILED"), ("Stopped", "KILLED")):
         folder = run_folder(tmp_path, tracked(store, strategies={"s": {"class_path": f"endings.{name}"}}), name)
@@ -169,7 +169,7 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(store: str, tmp_path: Path
         "    def task_end(self, task):\n"
         "        if not pathlib.Path('stopped').exists():\n"
         "            pathlib.Path('stopped').touch()\n"
-        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "            signal.raise_signal(signal.SIGTERM)\n"
     )
     folder = run_folder(tmp_path, tracked(store, strategies={"s": {"class_path": "once.Once"}}))
     assert execute(folder).status == "KILLED"
