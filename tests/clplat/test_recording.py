@@ -1,0 +1,253 @@
+"""`training.compile: cudagraphs`, with a recorder that needs no GPU: replayed steps are those of the plain function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from studies import EWC, REPLAY, assert_same, everything, run_folder, study
+from tapes import Tape
+from torch import Tensor, nn
+
+from clplat import recording
+from clplat.architectures.base import Output
+from clplat.assembly import assemble
+from clplat.errors import ConfigError
+from clplat.execution import execute
+from clplat.recording import MOST_SHAPES, Recorded
+from clplat.strategies.world import World
+from clplat.streams.batch import Batch
+from clplat.study_file import expand, load_study
+
+TEXT = {"class_path": "StdlibText", "init_args": {"block_size": 16, "max_train_tokens": 4000}}
+SMALL = {"hidden_size": 16, "dropout": 0.1}
+MEMORY = {
+    "class_path": "MemoryTransformer",
+    "init_args": SMALL | {"layers": [{"class_path": "TitansLMM", "init_args": {"num_heads": 2, "chunk": 4, "depth": 2}}]},
+}
+HOPE = {"class_path": "Hope", "init_args": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "chunk": 8}}
+ADAM = {"class_path": "AdamW", "init_args": {"lr": 3e-3}}
+STUDIES: dict[str, dict[str, Any]] = {
+    "digits, dropout, replayed rows": {"strategies": {"replay": REPLAY}},
+    "digits, a penalty on logits, the gradient clipped": {
+        "strategies": {"dark": {"class_path": "DERpp", "init_args": {"capacity": 40}}}, "training__clip_norm": 0.5,
+    },
+    "digits, an objective of a strategy's own": {"strategies": {"ace": {"class_path": "ERACE", "init_args": {"capacity": 40}}}},
+    "digits, a penalty on weights": {"strategies": {"ewc": EWC}},
+    "digits, 16 bits": {"training__precision": "bf16-mixed"},
+    "text, a memory of two layers": {"stream": TEXT, "architecture": MEMORY, "training__optimizer": ADAM},
+    "text, Hope": {"stream": TEXT, "architecture": HOPE, "training__optimizer": ADAM},
+}  # fmt: skip
+
+
+@pytest.fixture
+def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
+    made = Tape()
+    monkeypatch.setattr(recording, "recorder_for", lambda device: made)
+    return made
+
+
+@pytest.mark.parametrize("kind", STUDIES)
+def test_a_run_of_replayed_steps_is_the_plain_run_bit_for_bit(kind: str, tmp_path: Path, tape: Tape) -> None:
+    runs = []
+    for mode in (False, "cudagraphs"):
+        folder = run_folder(tmp_path, study(tasks=2, training__compile=mode, **STUDIES[kind]), str(mode))
+        assert execute(folder).status == "FINISHED", (folder / "error.txt").read_text()
+        runs.append(everything(folder))
+        assert bool(tape.recordings) == bool(mode)
+    # Ten of a task's twelve steps at least are replayed where rows keep their shape, forwards and backwards.
+    assert tape.replays >= 2 * 2 * (8 if "rep" in kind else 10) and tape.recordings >= 4
+    assert_same(*runs)
+
+
+class Net(nn.Module):
+    """What a step is made of, with whatever stands in the way of replaying it."""
+
+    def __init__(self, inside: Callable[[Net, Tensor], Tensor] = lambda net, x: x) -> None:
+        super().__init__()
+        self.inside, self.linear, self.norm = inside, nn.Linear(3, 4), nn.BatchNorm1d(4)
+        self.register_buffer("seen", torch.zeros(()))
+        self.number, self.shown = 0, torch.zeros(())
+
+    def step(self, batch: Batch, state: Any) -> tuple[Tensor | None, Output, Tensor | None]:
+        carried = 0.0 if state is None else state["sum"][0]
+        x = self.inside(self, self.norm(self.linear(batch.inputs)) + carried)
+        loss = (x - batch.targets.unsqueeze(1)).square().mean()
+        return None, Output(logits=x.detach(), state={"sum": (x.sum(), None)}), loss
+
+
+def rows(count: int = 5, seed: int = 0) -> Batch:
+    drawn = torch.Generator().manual_seed(seed)
+    return Batch(inputs=torch.randn(count, 3, generator=drawn), targets=torch.arange(count))
+
+
+def trained(net: Net, answer: Callable[..., Any], sizes: list[int], *, carried: bool = False) -> list[Tensor]:
+    """Losses of SGD on rows of these numbers."""
+    optimizer, losses, state = torch.optim.SGD(net.parameters(), lr=0.1), [], None
+    for number, size in enumerate(sizes):
+        _, output, loss = answer(rows(size, number), state)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach().clone())
+        state = {"sum": (output.state["sum"][0].detach().clone(), None)} if carried else None
+    return losses
+
+
+def both(inside: Callable[[Net, Tensor], Tensor], sizes: list[int], **options: Any) -> list[list[Tensor]]:
+    """Losses, weights and buffers without and with recordings."""
+    found = []
+    for wrap in (lambda net: net.step, lambda net: Recorded(net.step, net)):
+        torch.manual_seed(0)
+        net = Net(inside)
+        found.append([*trained(net, wrap(net), sizes, **options), *net.state_dict().values()])
+    return found
+
+
+def assert_equal(found: list[list[Tensor]]) -> None:
+    for plain, replayed in zip(*found, strict=True):
+        assert torch.equal(plain, replayed)
+
+
+def test_each_shape_is_recorded_once_and_statistics_of_the_batch_move_as_ever(tape: Tape) -> None:
+    assert_equal(both(lambda net, x: x, [5, 5, 5, 3, 5, 3, 3, 5, 4]))
+    assert tape.recordings == 2 * 2 and tape.replays == 2 * (3 + 2)
+
+
+def test_a_carried_state_goes_in_and_comes_out(tape: Tape) -> None:
+    # The first step has none, which is another shape.
+    assert_equal(both(lambda net, x: x, [5] * 6, carried=True))
+    assert tape.recordings == 2 and tape.replays == 2 * 4
+
+
+def test_what_a_pass_writes_into_buffers_is_written_once_a_step(tape: Tape) -> None:
+    def counts(net: Net, x: Tensor) -> Tensor:
+        net.seen += 1
+        return x * net.seen
+
+    found = both(counts, [5] * 6)
+    assert_equal(found)
+    assert found[1][6 + list(Net().state_dict()).index("seen")] == 6
+
+
+def test_dropout_draws_anew_at_each_replay(tape: Tape) -> None:
+    assert_equal(both(lambda net, x: nn.functional.dropout(x, 0.5), [5] * 6))
+    net = Net(lambda net, x: nn.functional.dropout(torch.ones_like(x), 0.5))
+    answer = Recorded(lambda batch, state: (None, Output(logits=net(batch)), net.linear.weight.sum()), net)
+    net.forward = lambda batch: net.inside(net, batch.inputs)
+    masks = [answer(rows(40), None)[1].logits.clone() for _ in range(5)]
+    assert tape.replays == 4 and not any(torch.equal(a, b) for a, b in zip(masks, masks[1:]))
+
+
+def test_more_shapes_than_a_few_run_as_they_are_with_one_warning(tape: Tape) -> None:
+    sizes = [*range(2, 2 + MOST_SHAPES + 2)] * 3
+    with pytest.warns(UserWarning, match="more than 4 shapes; further ones run as they are") as warned:
+        assert_equal(both(lambda net, x: x, sizes))
+    assert len(warned) == 1 and tape.recordings == 2 * MOST_SHAPES and tape.replays == 2 * 2 * MOST_SHAPES
+
+
+def waits(net: Net, x: Tensor) -> Tensor:
+    return x * float(x.mean())
+
+
+def waits_backwards(net: Net, x: Tensor) -> Tensor:
+    x.register_hook(lambda slope: slope * slope.sum().item())
+    return x
+
+
+def counts_in_python(net: Net, x: Tensor) -> Tensor:
+    net.number += 1
+    return x * net.number
+
+
+def shows(net: Net, x: Tensor) -> Tensor:
+    net.shown = x.detach()
+    return x
+
+
+def replaces_a_buffer(net: Net, x: Tensor) -> Tensor:
+    net.seen = net.seen + 1
+    return x * net.seen
+
+
+@pytest.mark.parametrize(
+    ("inside", "reason"),
+    [
+        (waits, r"Net: steps run as they are.*because a pass cannot be recorded: called a synchronizing operation: "
+                r"aten\._local_scalar_dense.* at .*test_recording\.py:\d+: return x \* float"),
+        (waits_backwards, r"called a synchronizing operation.*slope\.sum\(\)\.item"),
+        (counts_in_python, "each of its passes sets `number`"),
+        (shows, "each of its passes sets `shown`"),
+        (replaces_a_buffer, "each of its passes sets `seen`"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_replayed_runs_as_it_is_with_one_warning_that_says_why(
+    inside: Callable[[Net, Tensor], Tensor], reason: str, tape: Tape
+) -> None:
+    with pytest.warns(UserWarning, match=reason) as warned:
+        found = both(inside, [5, 5, 5, 3, 3, 3])
+    assert len(warned) == 1 and tape.rehearsals == 1 and tape.recordings == tape.replays == 0
+    if inside in (waits, waits_backwards, shows):  # a number that a rehearsal moved is nobody's to put back
+        assert_equal(found)
+
+
+def test_what_fails_while_it_is_recorded_runs_as_it_is(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(part: Callable[[], Any]) -> Any:
+        raise RuntimeError("out of graphs\nmore")
+
+    monkeypatch.setattr(tape, "record", record)
+    with pytest.warns(UserWarning, match="a pass cannot be recorded: out of graphs at"):
+        assert_equal(both(lambda net, x: nn.functional.dropout(x, 0.5), [5] * 5))
+
+
+def test_weights_that_are_others_are_recorded_again_and_at_last_no_more(tape: Tape) -> None:
+    net = Net()
+    answer = Recorded(net.step, net)
+    for moved in range(MOST_SHAPES):
+        for _ in range(3):
+            answer(rows(), None)[2].backward()
+        assert tape.recordings == 2 * (1 + moved)
+        net.linear.weight.data = net.linear.weight.data.clone()
+    answer(rows(), None)
+    net.linear.bias.requires_grad_(False)
+    with pytest.warns(UserWarning, match="weights or buffers are others again and again"):
+        answer(rows(), None)[2].backward()
+
+
+def test_a_gradient_that_is_kept_is_not_overwritten_by_the_next_step(tape: Tape) -> None:
+    net = Net()
+    answer, kept = Recorded(net.step, net), []
+    for seed in range(4):
+        answer(rows(seed=seed), None)[2].backward()
+        kept.append((net.linear.weight.grad, net.linear.weight.grad.clone()))
+        net.zero_grad()
+    assert tape.replays and all(torch.equal(*pair) for pair in kept)
+
+
+def test_two_forward_passes_before_a_backward_one_are_an_error_and_no_wrong_gradient(tape: Tape) -> None:
+    net = Net()
+    answer = Recorded(net.step, net)
+    answer(rows(), None)
+    first, _ = (answer(rows(), None)[2] for _ in range(2))
+    with pytest.raises(RuntimeError, match="another step came between"):
+        first.backward()
+
+
+def test_nothing_is_recorded_on_a_cpu_nor_where_nobody_learns(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    answer = Recorded(net.step, net)
+    with torch.no_grad():
+        for _ in range(3):
+            answer(rows(), None)
+    monkeypatch.undo()
+    trained(net, answer, [5] * 4)
+    assert not tape.rehearsals
+
+
+def test_a_strategy_that_owns_the_step_is_refused_by_name() -> None:
+    data = study(strategies={"meta": {"class_path": "LaMAML"}}, training__compile="cudagraphs")
+    with pytest.raises(ConfigError, match=r"^training\.compile: cudagraphs records .*strategies\.meta"):
+        assemble(expand(load_study(data))[0], World())
