@@ -23,13 +23,14 @@ from clplat.streams.batch import Batch
 from clplat.study_file import expand, load_study
 
 TEXT = {"class_path": "StdlibText", "init_args": {"block_size": 16, "max_train_tokens": 4000}}
-SMALL = {"hidden_size": 16, "dropout": 0.1}
+SMALL = {"hidden_size": 16, "dropout": 0.1, "document_mask": False}  # documents are waited for
 MEMORY = {
     "class_path": "MemoryTransformer",
     "init_args": SMALL | {"layers": [{"class_path": "TitansLMM", "init_args": {"num_heads": 2, "chunk": 4, "depth": 2}}]},
 }
-HOPE = {"class_path": "Hope", "init_args": {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "chunk": 8}}
+HOPE = {"class_path": "Hope", "init_args": SMALL | {"num_layers": 1}}
 ADAM = {"class_path": "AdamW", "init_args": {"lr": 3e-3}}
+SHORT = {"training__optimizer": ADAM, "training__budget": {"steps": 6}, "evaluation": {"max_rows": 4}}
 STUDIES: dict[str, dict[str, Any]] = {
     "digits, dropout, replayed rows": {"strategies": {"replay": REPLAY}},
     "digits, a penalty on logits, the gradient clipped": {
@@ -38,8 +39,8 @@ STUDIES: dict[str, dict[str, Any]] = {
     "digits, an objective of a strategy's own": {"strategies": {"ace": {"class_path": "ERACE", "init_args": {"capacity": 40}}}},
     "digits, a penalty on weights": {"strategies": {"ewc": EWC}},
     "digits, 16 bits": {"training__precision": "bf16-mixed"},
-    "text, a memory of two layers": {"stream": TEXT, "architecture": MEMORY, "training__optimizer": ADAM},
-    "text, Hope": {"stream": TEXT, "architecture": HOPE, "training__optimizer": ADAM},
+    "text, a memory of two layers": SHORT | {"stream": TEXT, "architecture": MEMORY},
+    "text, Hope": SHORT | {"stream": TEXT, "architecture": HOPE},
 }  # fmt: skip
 
 
@@ -58,8 +59,10 @@ def test_a_run_of_replayed_steps_is_the_plain_run_bit_for_bit(kind: str, tmp_pat
         assert execute(folder).status == "FINISHED", (folder / "error.txt").read_text()
         runs.append(everything(folder))
         assert bool(tape.recordings) == bool(mode)
-    # Ten of a task's twelve steps at least are replayed where rows keep their shape, forwards and backwards.
-    assert tape.replays >= 2 * 2 * (8 if "rep" in kind else 10) and tape.recordings >= 4
+    # All of two tasks' steps but one a shape, of which replay has two in the first task, forwards and backwards.
+    steps = 6 if "text" in kind else 12
+    shapes = 3 if "strategies" in STUDIES[kind] and "ewc" not in STUDIES[kind]["strategies"] else 2
+    assert tape.recordings == 2 * shapes and tape.replays == 2 * (2 * steps - shapes)
     assert_same(*runs)
 
 
@@ -114,7 +117,7 @@ def assert_equal(found: list[list[Tensor]]) -> None:
 
 def test_each_shape_is_recorded_once_and_statistics_of_the_batch_move_as_ever(tape: Tape) -> None:
     assert_equal(both(lambda net, x: x, [5, 5, 5, 3, 5, 3, 3, 5, 4]))
-    assert tape.recordings == 2 * 2 and tape.replays == 2 * (3 + 2)
+    assert tape.recordings == 2 * 2 and tape.replays == 2 * (4 + 2)
 
 
 def test_a_carried_state_goes_in_and_comes_out(tape: Tape) -> None:
@@ -139,7 +142,7 @@ def test_dropout_draws_anew_at_each_replay(tape: Tape) -> None:
     answer = Recorded(lambda batch, state: (None, Output(logits=net(batch)), net.linear.weight.sum()), net)
     net.forward = lambda batch: net.inside(net, batch.inputs)
     masks = [answer(rows(40), None)[1].logits.clone() for _ in range(5)]
-    assert tape.replays == 4 and not any(torch.equal(a, b) for a, b in zip(masks, masks[1:]))
+    assert tape.replays == 10 + 4 and not any(torch.equal(a, b) for a, b in zip(masks, masks[1:]))
 
 
 def test_more_shapes_than_a_few_run_as_they_are_with_one_warning(tape: Tape) -> None:
@@ -150,7 +153,7 @@ def test_more_shapes_than_a_few_run_as_they_are_with_one_warning(tape: Tape) -> 
 
 
 def waits(net: Net, x: Tensor) -> Tensor:
-    return x * float(x.mean())
+    return x * x.detach().mean().item()
 
 
 def waits_backwards(net: Net, x: Tensor) -> Tensor:
@@ -177,8 +180,8 @@ def replaces_a_buffer(net: Net, x: Tensor) -> Tensor:
     ("inside", "reason"),
     [
         (waits, r"Net: steps run as they are.*because a pass cannot be recorded: called a synchronizing operation: "
-                r"aten\._local_scalar_dense.* at .*test_recording\.py:\d+: return x \* float"),
-        (waits_backwards, r"called a synchronizing operation.*slope\.sum\(\)\.item"),
+                r"aten\._local_scalar_dense"),
+        (waits_backwards, "called a synchronizing operation"),
         (counts_in_python, "each of its passes sets `number`"),
         (shows, "each of its passes sets `shown`"),
         (replaces_a_buffer, "each of its passes sets `seen`"),
@@ -199,7 +202,7 @@ def test_what_fails_while_it_is_recorded_runs_as_it_is(tape: Tape, monkeypatch: 
         raise RuntimeError("out of graphs\nmore")
 
     monkeypatch.setattr(tape, "record", record)
-    with pytest.warns(UserWarning, match="a pass cannot be recorded: out of graphs at"):
+    with pytest.warns(UserWarning, match=r"a pass cannot be recorded: out of graphs at .*test_recording\.py:\d+: raise"):
         assert_equal(both(lambda net, x: nn.functional.dropout(x, 0.5), [5] * 5))
 
 
@@ -248,6 +251,6 @@ def test_nothing_is_recorded_on_a_cpu_nor_where_nobody_learns(tape: Tape, monkey
 
 
 def test_a_strategy_that_owns_the_step_is_refused_by_name() -> None:
-    data = study(strategies={"meta": {"class_path": "LaMAML"}}, training__compile="cudagraphs")
+    data = study(strategies={"meta": {"class_path": "LaMAML", "init_args": {"capacity": 40}}}, training__compile="cudagraphs")
     with pytest.raises(ConfigError, match=r"^training\.compile: cudagraphs records .*strategies\.meta"):
         assemble(expand(load_study(data))[0], World())
