@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recorded_models import MODELS
+from recorded_models import rows as rows_of_tokens
+from recorded_models import trained as trained_model
 from studies import EWC, REPLAY, assert_same, everything, run_folder, study
 from tapes import Tape
 from torch import Tensor, nn
 
 from clplat import recording
+from clplat.architectures import mixture_of_experts
 from clplat.architectures.base import Output
 from clplat.assembly import assemble
 from clplat.errors import ConfigError
@@ -64,6 +69,58 @@ def test_a_run_of_replayed_steps_is_the_plain_run_bit_for_bit(kind: str, tmp_pat
     shapes = 3 if "strategies" in STUDIES[kind] and "ewc" not in STUDIES[kind]["strategies"] else 2
     assert tape.recordings == 2 * 2 and tape.replays == 2 * (2 * steps - shapes)
     assert_same(*runs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_that_are_meant_to_be_replayed_are_and_train_the_same(
+    name: str, tape: Tape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on a GPU, which is not asked what it has counted.
+    monkeypatch.setattr(mixture_of_experts, "free_to_look", lambda tensor: False)
+    batches = [rows_of_tokens(4, "cpu", seed=step) for step in range(5)]
+    batches[2:2] = [rows_of_tokens(4, "cpu", mixed=True, seed=step) for step in range(3)]
+    courses = []
+    for recorded in (False, True):
+        torch.manual_seed(1)
+        sgd = partial(torch.optim.SGD, lr=0.1)
+        courses.append(trained_model(MODELS[name](), batches, recorded=recorded, optimizer=sgd))
+    assert tape.recordings == 2 * 2 and tape.replays == 2 * (len(batches) - 2)
+    assert courses[0].losses.isfinite().all()
+    assert_same(*((course.losses, course.weights) for course in courses))
+
+
+def test_a_memory_that_gives_out_is_named_from_replays_too(tape: Tape) -> None:
+    blamed = []
+    for recorded in (False, True):
+        torch.manual_seed(1)
+        model = MODELS["Titans, depth 2"]()
+        broken: list[torch.optim.Optimizer] = []
+
+        def breaking(parameters: list[nn.Parameter], model: nn.Module = model) -> torch.optim.Optimizer:
+            broken.append(Breaking(parameters, model.blocks[0].attention.memory.first[1], at=4))
+            return broken[-1]
+
+        batches = [rows_of_tokens(4, "cpu", seed=step) for step in range(6)]
+        trained_model(model, batches, recorded=recorded, optimizer=breaking)
+        blamed.append(model.not_finite())
+    assert blamed[0] == "layer 0.attention, heads 0, 1: the memory's answers became infinite or NaN in training pass 5, before all else"
+    # A recording is rehearsed, which counts.
+    assert blamed[1] == blamed[0].replace("pass 5", "pass 6")
+
+
+class Breaking(torch.optim.SGD):
+    """SGD that makes a weight infinite at a step."""
+
+    def __init__(self, parameters: list[nn.Parameter], weight: nn.Parameter, *, at: int) -> None:
+        super().__init__(parameters, lr=0.01)
+        self.weight, self.left = weight, at
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        super().step()
+        self.left -= 1
+        if not self.left:
+            self.weight.fill_(torch.inf)
 
 
 class Net(nn.Module):
