@@ -56,8 +56,8 @@ class CudaGraphs:
         return results, graph.replay
 
     def _recover(self, current: torch.cuda.Stream, generator: torch.Generator, drawn: torch.Tensor) -> None:
-        """What ends a capture gives up halfway where the capture failed: the stream is still its own, memory still comes
-        from its pool, and the generator counts draws for a graph that there is not."""
+        """Ending a capture that failed stops halfway: its stream is still the current one, memory still comes from its
+        pool, and the generator counts draws for a graph that there is not."""
         torch.cuda.set_stream(current)
         with suppress(RuntimeError):  # it had come so far
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)

@@ -68,8 +68,8 @@ class Learner(LightningModule):
         # A ResNet compiled for rows of any number takes 1.6 times as long as one for a single size; controllers change
         # the rows of replay too often for that. In a tuple, so that no second module is registered.
         dynamic = None if hooks.controllers else False
-        self._recorded = Recorded(plain, architecture) if training.compile == "cudagraphs" else None
-        self._answers = (plain, self._recorded or compiled(plain, training.compile, dynamic=dynamic))
+        recorded = Recorded(plain, architecture) if training.compile == "cudagraphs" else None
+        self._answers = (plain, recorded or compiled(plain, training.compile, dynamic=dynamic))
         self.full_rows = training.batch_size
         self.carried: State = None
         self.window: dict[str, list[Tensor]] = {}
@@ -233,8 +233,8 @@ class Learner(LightningModule):
     def on_train_end(self) -> None:
         """The optimizer's last state of the task, for a next task that keeps it."""
         self.optimizer_state, self._fitting = self.optimizer().state_dict(), False
-        if self._recorded is not None:
-            self._recorded.forget()
+        if isinstance(self._answers[1], Recorded):
+            self._answers[1].forget()
         if self.watch is not None:
             self.watch.ended()
 

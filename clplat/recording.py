@@ -115,7 +115,7 @@ class Recorded:
         try:
             self._moves += again
             if self._moves > MOST_SHAPES:
-                raise NotRecordable("its weights or buffers are others again and again, and a graph reads where they lay")
+                raise NotRecordable("its weights or buffers are others again and again, and replays read the first")
             made = Recording(self.answer, self.module, batch, state, self._recorder)
         except RuntimeError as error:
             self.forget()
@@ -171,7 +171,7 @@ class Recording:
     def backward(self, turn: int, slopes: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The weights' gradients, for those of the results; None where a weight has none."""
         if turn != self.turn:
-            raise RuntimeError("training.compile: cudagraphs: another step came between a forward and its backward pass")
+            raise RuntimeError("training.compile: cudagraphs: another step came between a forward and a backward pass")
         arrived = [slope for slope, is_open in zip(slopes, self.is_open, strict=True) if is_open]
         for kept, slope in zip(self.slopes, arrived, strict=True):
             if slope is None:

@@ -1,7 +1,7 @@
-"""A training step of the models that `training.compile: cudagraphs` is for stays on its device and never waits for it.
+"""A training step of the models that `training.compile: cudagraphs` is for stays on its device and waits for nothing.
 
-On `meta`, which has shapes and no numbers: no constant is free there, nothing can be read, and every operation, forwards
-and backwards, shows the devices of its tensors. (Fake CUDA tensors cannot go backwards where there is no driver.)
+On `meta`, which has shapes and no numbers, so that nothing can be read, and every operation, forwards and backwards,
+shows the devices of its tensors. (Fake CUDA tensors cannot go backwards where there is no driver.)
 """
 
 from __future__ import annotations

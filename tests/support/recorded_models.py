@@ -99,8 +99,10 @@ def trained(
         chosen.step()
         chosen.zero_grad()
         losses.append(loss.detach().clone())
-        row_loss = partial(objective.row_loss, output, batch)
-        model.step_end(StepOutcome(step=number + 1, batch=batch, output=output, row_loss=lambda f=row_loss: f().detach()))
+        row_loss = objective.row_loss(output, batch).detach()
+        model.step_end(
+            StepOutcome(step=number + 1, batch=batch, output=output, row_loss=partial(Tensor.clone, row_loss))
+        )
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begun)

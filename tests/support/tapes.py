@@ -1,5 +1,5 @@
-"""A recorder of kernels that needs no GPU: it writes operations down with the tensors they read and wrote, and runs them
-again on these. What Python does beside them happens once, as with CUDA graphs."""
+"""A recorder of kernels that needs no GPU: it writes operations down with the tensors that they read and
+wrote, and runs them again on these. What Python does beside them happens once, as with CUDA graphs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 T = TypeVar("T")
+
 
 class _Waits(TorchDispatchMode):
     """Refuses operations that would wait for a GPU."""
