@@ -11,7 +11,7 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
 CHROMIUM := chromium chromium-browser google-chrome google-chrome-stable chrome
 NO_CHROMIUM := needs Chromium: apt-get install chromium, brew install --cask chromium, or name one in CLPLAT_CHROMIUM
 
-.PHONY: demo test test-all test-gpu lint clean
+.PHONY: demo test test-all test-cluster test-gpu lint clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml
@@ -30,12 +30,17 @@ lint: $(READY)
 	sh tests/static_checks.sh $(BIN)
 
 test: lint
-	$(PYTEST) -m 'not long'
+	$(PYTEST) -m 'not long and not cluster'
 
 test-all: $(READY)
 	@{ echo "$$CLPLAT_CHROMIUM"; for name in $(CHROMIUM); do command -v $$name; done; } | grep -q . \
 		|| { echo "make $@ $(NO_CHROMIUM)"; exit 1; }
-	$(PYTEST) -m long
+	$(PYTEST) -m 'long and not cluster'
+
+# Needs slurm-wlm (apt-get install slurm-wlm) for a Slurm of one node, which the tests start and stop themselves.
+test-cluster: $(READY)
+	$(BIN)/pip install --quiet --editable '.[test,ray]'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster
 
 test-gpu: $(READY)
 	$(BIN)/pytest tests/gpu

@@ -39,8 +39,9 @@ from clplat.interruption import Interruption
 from clplat.journal import NAME, Journal
 from clplat.loop import Run
 from clplat.progress import Silent
+from clplat.storage import read_json
 from clplat.streams.base import Budget
-from clplat.tracking import RUN_STATE, Feed, read_json
+from clplat.tracking import RUN_STATE, Feed
 
 LEARNING_RATE = 0.01
 Cost = tuple[float, float]

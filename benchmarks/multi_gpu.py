@@ -3,9 +3,10 @@
     python benchmarks/multi_gpu.py                             # 64M Transformer and TRC² (54M active), bf16, 2 GPUs
     python benchmarks/multi_gpu.py --compile --seconds 300     # both sides compiled
     python benchmarks/multi_gpu.py --parts losses --models trc2 --seeds 0 1 2 3 4
+    python benchmarks/multi_gpu.py --sharding fsdp --models transformer
     python benchmarks/multi_gpu.py --device cpu                # the script itself, tiny, with two CPU processes
 
-Every arm is a `clplat run` of its own on the embedded text in rows of 1024 tokens, so nothing is downloaded and what
+Every arm is a `clplat.run` of its own on the embedded text in rows of 1024 tokens, so nothing is downloaded and what
 users have is what is timed. `speed`: each device takes --batch rows a step; rates are medians over the steps after the
 first --skip, which make the plans (compilation, gradient buckets), of the time between two optimizer steps on the
 device itself, and of a group the slowest process counts. `losses`: --batch rows a step in all, on one device and on
@@ -35,6 +36,7 @@ from clplat.journal import table
 from clplat.strategies.base import Strategy
 from clplat.streams.base import Task
 
+RUN = "import sys, clplat; sys.exit(clplat.run(sys.argv[1], quiet=True).code)"
 MODELS: dict[str, dict[str, Any]] = {
     "transformer": {"class_path": "Transformer", "init_args": {"hidden_size": 1024, "num_layers": 5, "num_heads": 16}},
     "trc2": {"class_path": "TRC2", "init_args": {"hidden_size": 768, "num_layers": 3, "dropout": 0.0}},
@@ -50,6 +52,8 @@ TOYS: dict[str, dict[str, Any]] = {
 
 class StepClock(Strategy):
     """Writes down when each optimizer step was done on this process's device, and what memory that took."""
+
+    shards = True
 
     def __init__(self, *, folder: str) -> None:
         self.folder, self.stamps = Path(folder), []
@@ -91,6 +95,7 @@ def study(model: str, devices: int, rows: int, options: argparse.Namespace, scra
             "budget": {"steps": options.steps}, "batch_size": rows, "clip_norm": 1.0, "optimizer": optimizer,
             "precision": "32-true" if toy else "bf16-mixed", "threads": 1 if toy else 4, "compile": options.compile,
             "accelerator": "cpu" if toy else "gpu", "devices": devices,
+            "sharding": options.sharding if devices > 1 else "none",
         },
         "evaluation": {"batch_size": options.batch},
         "checkpoint": {"every_seconds": 1e9},
@@ -99,12 +104,12 @@ def study(model: str, devices: int, rows: int, options: argparse.Namespace, scra
 
 
 def carried_out(config: dict[str, Any], scratch: Path, limit: float) -> None:
-    """`clplat run` on a configuration, in processes of its own; raises RuntimeError when it fails or takes too long."""
+    """A study, without its report, in processes of its own; raises RuntimeError when it fails or takes too long."""
     (scratch / "study.yaml").write_text(yaml.safe_dump(config))
     search = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     with (scratch / "output.txt").open("w+") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "clplat", "run", str(scratch / "study.yaml")],
+            [sys.executable, "-c", RUN, str(scratch / "study.yaml")],
             stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | {"PYTHONPATH": search},
         )  # fmt: skip
         try:
@@ -182,6 +187,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["speed", "losses"], default=["speed", "losses"])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--compile", action="store_true", help="torch.compile; takes a minute or two an arm")
+    parser.add_argument("--sharding", choices=["none", "fsdp"], default="none", help="of the larger arm's weights")
     parser.add_argument("--length", type=int, default=1024, help="tokens a row")
     parser.add_argument("--batch", type=int, default=32, help="rows a step: of each device (speed), of all (losses)")
     parser.add_argument("--steps", type=int, default=40)

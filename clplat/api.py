@@ -17,10 +17,11 @@ from rich.console import Console
 
 from clplat.config import RunConfig, difference, load_run, parse, plain, save
 from clplat.errors import ConfigError, StudyFailedError
-from clplat.machine import check_room
+from clplat.one_run import resume_one
 from clplat.plan import check_data, check_plan
+from clplat.storage import writing
 from clplat.study import Study, carry_out, lay_out_runs, run_study, settled
-from clplat.study_file import check_unchanged, expand, load_study, run_folders, set_key
+from clplat.study_file import expand, load_study, run_folders, set_key
 from clplat.tuning.options import TUNE_FILE
 
 if TYPE_CHECKING:
@@ -77,14 +78,16 @@ def resume(
         check_plan(folder, load_study(folder / "study.yaml"))
         _change_runs(folder, overrides)
         study = settled(load_study(folder / "study.yaml", overrides))
-        for sentence in lay_out_runs(folder, expand(study)):
-            console.print(sentence, soft_wrap=True)
+        with writing(folder):
+            for sentence in lay_out_runs(folder, expand(study)):
+                console.print(sentence, soft_wrap=True)
         if any(last_status(run) not in ENDED for run in run_folders(folder)):
             check_data(folder)
-        save(study, folder / "study.yaml")
+        with writing(folder):
+            save(study, folder / "study.yaml")
         return carry_out(folder, study, console)
     _change(folder, overrides)
-    return _resume_one(folder, console)
+    return resume_one(folder, console)
 
 
 def _change_runs(folder: Path, overrides: Sequence[tuple[str, str]]) -> None:
@@ -95,27 +98,6 @@ def _change_runs(folder: Path, overrides: Sequence[tuple[str, str]]) -> None:
     shared = [pair for pair in overrides if pair[0].split(".")[0] not in ("launcher", "baseline")]
     for run in run_folders(folder):
         _change(run, shared)
-
-
-def _resume_one(folder: Path, console: Console) -> Study:
-    from clplat.journal import last_status
-    from clplat.launch import launch
-    from clplat.study_record import settle_study
-
-    if last_status(folder) == "FINISHED":
-        console.print(f"{folder}: finished already; nothing to do")
-        return Study(name=folder.parent.name, folder=folder.parent, outcomes=[])
-    of_study = (folder.parent / "study.yaml").is_file()
-    if of_study:
-        check_plan(folder.parent, load_study(folder.parent / "study.yaml"))
-        check_unchanged(folder.parent, [folder])
-        check_data(folder.parent)
-    config = load_run(folder / "config.yaml")
-    check_room(config.training)
-    outcomes = launch([folder], workers=1, threads=config.training.threads, console=console)
-    if of_study and config.tracking.enabled:
-        settle_study(folder.parent)
-    return Study(name=folder.parent.name, folder=folder.parent, outcomes=outcomes)
 
 
 def _change(folder: Path, overrides: Sequence[tuple[str, str]]) -> None:
@@ -135,7 +117,8 @@ def _change(folder: Path, overrides: Sequence[tuple[str, str]]) -> None:
             f"{folder}: a resumed run must stay the same experiment, and this would change {'; '.join(changed)}. "
             "Devices, workers, checkpoint and tracking settings may change; for the rest start a new study."
         )
-    save(settled(new), folder / "config.yaml")
+    with writing(folder):
+        save(settled(new), folder / "config.yaml")
 
 
 def folder_of(target: str | Path) -> Path:
@@ -244,12 +227,12 @@ def analyze_connectivity(
     import pandas
 
     from clplat import connectivity
-    from clplat.execution import lock
+    from clplat.lease import held
     from clplat.study_record import sync
     from clplat.tracking import RUN_STATE
 
     folder = run_folder_of(run)
-    with lock(folder):
+    with held(folder):
         walks = connectivity.analyze(folder, points=points, gap=gap, rows=rows)
         _, barriers = connectivity.write(walks, folder / "artifacts")
     if (folder / RUN_STATE).is_file():

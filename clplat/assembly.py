@@ -21,6 +21,7 @@ from clplat.observing import check_probes
 from clplat.precision import keep_weights, read_rows
 from clplat.randomness import generator, seed_global
 from clplat.reading import check_learning
+from clplat.sharding import check_sharding
 from clplat.strategies.base import Context
 from clplat.strategies.world import World
 from clplat.streams.base import Data, Stream
@@ -54,6 +55,7 @@ def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> P
     architecture.to(device)
     context = _context(config, stream, architecture, objective, world, optimizer=lambda: learner.optimizer())
     _refuse_growth(config, hooks, architecture, stream)
+    check_sharding(config.training, hooks, architecture)
     hooks.setup(context)
     _refuse_unbegun_memories(hooks, architecture)
     check_probes(hooks.controllers, stream.tasks)
@@ -182,9 +184,9 @@ def _context(
 ) -> Context:
     def batches(data: Data, batch_size: int) -> Iterator[Batch]:
         for rows in torch.arange(len(data)).split(batch_size):
-            yield data.batch(rows).to(device_of(architecture))
+            yield data.batch(rows).to(device_of(context.architecture))
 
-    return Context(
+    context = Context(
         architecture=architecture,
         spec=stream.spec,
         tasks=stream.tasks,
@@ -195,9 +197,10 @@ def _context(
         masked=objective.masked,
         batches=batches,
         batch_size=config.training.batch_size,
-        device=lambda: device_of(architecture),
+        device=lambda: device_of(context.architecture),
         optimizer=optimizer,
     )
+    return context
 
 
 def load_weights(architecture: Architecture, state: dict[str, Any], precision: Precision) -> None:

@@ -85,8 +85,9 @@ def write(state: dict[str, Any], stem: Path) -> Path:
     except (OSError, RuntimeError) as error:
         # torch reports a short write as RuntimeError ("unexpected pos"); the half-written file must not stay.
         part.unlink(missing_ok=True)
+        why = error if isinstance(error, OSError) else f"cut short: {error}"
         raise StorageError(
-            f"{stem.parent}: the checkpoint could not be written ({error}). Free some space or change `folder`, "
+            f"{stem.parent}: the checkpoint could not be written ({why}). Free some space or change `folder`, "
             "then continue with `clplat resume`; the checkpoint before is untouched."
         ) from error
     return path

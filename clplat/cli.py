@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,19 +28,26 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a study: CONFIG [--dotted.key value ...] [--dry-run]")
     run.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped study (`clplat list studies`)")
     run.add_argument("--best", action="store_true", help="CONFIG is a name of known-good settings; alone: list them")
+    run.add_argument("--variant", help="this variant alone")
+    run.add_argument("--seed", type=int, help="this seed alone; with --variant of a study's folder: that one run of it")
     run.add_argument("--dry-run", action="store_true", help="two batches a task; estimate time and memory")
     tune = commands.add_parser("tune", help="search the `space:` of a study, and report what the best has gained")
     tune.add_argument("config", help="a YAML file with a space, or the name of a shipped one (docs/tuning.md)")
     tune.add_argument("--on-test-sequence", action="store_true", help="tune on the very sequence that is reported")
     resume = commands.add_parser("resume", help="continue a run, a study or a tune where it was stopped")
     resume.add_argument("target", metavar="RUN_OR_FOLDER", help="a run folder, a study folder, or an MLflow run id")
-    compare = commands.add_parser("compare", help="print the comparison of a study's variants")
-    report = commands.add_parser("report", help="write report.html and figures for a study")
+    compare = commands.add_parser("compare", help="print the comparison of a study's variants, or of several studies")
+    report = commands.add_parser("report", help="write report.html and figures for a study, or one for several")
     for command in (compare, report):
-        command.add_argument("study", help="a study folder, or the name or run id of a study in MLflow")
+        command.add_argument(
+            "studies", nargs="+", metavar="STUDY",
+            help="a study folder, or the name or run id of a study in MLflow; several: variants by stream",
+        )  # fmt: skip
         command.add_argument("--baseline", help="the variant to compare with")
         command.add_argument("--uri", help="MLflow tracking URI (default: the study's, or sqlite:///mlflow.db)")
-    report.add_argument("--out", help="folder for the report (default: the study's folder, or here)")
+    report.add_argument(
+        "--out", help="folder for the report (default: the study's folder, or here; for several studies: here)"
+    )
     evaluate = commands.add_parser("evaluate", help="score a run's final model on a stream")
     evaluate.add_argument("run", help="a run folder, or an MLflow run id")
     evaluate.add_argument("--stream", help="class name, or YAML of class_path and init_args (default: the run's own)")
@@ -66,7 +74,11 @@ def parser() -> argparse.ArgumentParser:
     listing.add_argument("what", nargs="?", help="one of these words; all of them by default")
     commands.add_parser("doctor", help="versions, devices, Triton, caches")
     for command in (run, tune, show):
-        command.epilog = "Any key of the configuration can be set: --training.batch_size 64"
+        command.epilog = (
+            "Any key of the configuration can be set: --training.batch_size 64. Where runs are carried out: "
+            "--launcher.kind local (this machine), ray or slurm; --launcher.workers of them side by side "
+            "(docs/launchers.md)"
+        )
     resume.epilog = "Keys that results do not depend on can be set: --training.workers 2, --tracking.uri …"
     return root
 
@@ -142,18 +154,8 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
             from clplat.api import resume
 
             return _conclude(resume(options.target, overrides, console), console)
-        case "compare":
-            from clplat import report
-            from clplat.study_results import load_study_results
-
-            results = load_study_results(options.study, options.uri)
-            console.print(report.compare_table(results, options.baseline))
-        case "report":
-            from clplat import page
-            from clplat.study_results import load_study_results
-
-            results = load_study_results(options.study, options.uri)
-            console.print(f"report: {page.write_report(results, options.out, options.baseline)}", soft_wrap=True)
+        case "compare" | "report":
+            _compare(options, console)
         case "evaluate":
             from clplat.api import evaluate
             from clplat.overview import shown_frame
@@ -210,8 +212,18 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
 
 
 def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console: Console) -> int:
+    from pathlib import Path
+
     from clplat.study_file import load_study
 
+    if options.config is not None and Path(options.config).is_dir():
+        from clplat.one_run import run_one
+
+        outcome = run_one(options.config, options.variant, options.seed, console)
+        if outcome.status != "FINISHED":
+            console.print(f"{outcome.folder}: {outcome.status}. {outcome.reason}", soft_wrap=True)
+        return outcome.code
+    overrides = overrides + _chosen(options)
     if options.best:
         from clplat import best
 
@@ -229,6 +241,40 @@ def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console:
     from clplat.study import run_study
 
     return _conclude(run_study(study, console), console)
+
+
+def _compare(options: argparse.Namespace, console: Console) -> None:
+    """One study's variants, or those of several studies stream by stream: in the terminal, or as a page."""
+    from clplat.study_results import load_study_results
+
+    found = [load_study_results(name, options.uri) for name in options.studies]
+    if options.command == "report":
+        if len(found) == 1:
+            from clplat.page import write_report
+
+            page = write_report(found[0], options.out, options.baseline)
+        else:
+            from clplat.side_by_side import side_by_side
+            from clplat.side_page import write_side_page
+
+            page = write_side_page(side_by_side(found, options.baseline), Path(options.out or "."))
+        console.print(f"report: {page}", soft_wrap=True)
+    elif len(found) == 1:
+        from clplat.report import compare_table
+
+        console.print(compare_table(found[0], options.baseline))
+    else:
+        from clplat.side_by_side import side_by_side, side_table
+
+        console.print(side_table(side_by_side(found, options.baseline)))
+
+
+def _chosen(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """`--variant` and `--seed` as overrides of a study."""
+    import json
+
+    variant = [("variants", json.dumps([options.variant]))] if options.variant is not None else []
+    return variant + ([("seeds", f"[{options.seed}]")] if options.seed is not None else [])
 
 
 def _conclude(ended: Study | Tuned, console: Console) -> int:

@@ -20,6 +20,7 @@ import yaml
 from clplat.components import Component
 from clplat.errors import ConfigError, nearest
 from clplat.known_good import KnownGood
+from clplat.launchers.options import LauncherConfig, RayConfig, SlurmConfig
 from clplat.streams.budget import Budget
 from clplat.tuning.options import TuneConfig
 from clplat.yaml_text import BOOLEAN, parse_yaml
@@ -60,6 +61,8 @@ class TrainingConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int = 1
     """Processes that train one run together."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """What of the weights each process holds while a task is trained: all (DDP), or a share (FSDP)."""
     workers: int = 0
     """Loader processes; 0 slices in the training process, which is fastest for data in memory."""
 
@@ -98,14 +101,6 @@ class TrackingConfig:
     system_metrics: bool = True
     log_every: int = 20
     """Optimizer steps whose mean is one point of a training curve."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LauncherConfig:
-    """How the runs of a study are spread over this machine."""
-
-    workers: int | Literal["auto"] = "auto"
-    """Runs side by side; auto: one per GPU, or as many as cores allow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +226,8 @@ _NESTED = {
         CheckpointConfig,
         TrackingConfig,
         LauncherConfig,
+        RayConfig,
+        SlurmConfig,
         TuneConfig,
     )
 }
@@ -261,7 +258,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 FREE_ON_RESUME = (
     "tracking.", "checkpoint.", "evaluation.batch_size", "training.devices", "training.workers",
-    "training.accelerator",
+    "training.accelerator", "training.sharding",
 )  # fmt: skip
 """Keys that change no result (or only its last bits) and may differ when a run is resumed."""
 

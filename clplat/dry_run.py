@@ -15,11 +15,12 @@ from clplat.config import RunConfig, StudyConfig
 from clplat.errors import ConfigError
 from clplat.fitting import fit, task_loader
 from clplat.interruption import Interruption
+from clplat.launch import worker_count
 from clplat.loop import Run
 from clplat.machine import check_room, cores
 from clplat.progress import Silent
 from clplat.streams.base import Budget, Task
-from clplat.study import of_variant, worker_count
+from clplat.study import of_variant
 from clplat.study_file import expand
 
 

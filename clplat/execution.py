@@ -1,16 +1,14 @@
-"""Carry out the run of one folder: lock, status, record, and what becomes of every way to end.
+"""Carry out the run of one folder: lease, status, record, and what becomes of every way to end.
 
 `python -m clplat.execution FOLDER` is how processes of one run are started.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +17,12 @@ from clplat.config import RunConfig, load_run
 from clplat.errors import ClplatError, Interrupted, Pruned, RunBusyError, StorageError
 from clplat.interruption import EXIT_INTERRUPT, EXIT_REQUEUE, Interruption, exit_code
 from clplat.journal import Journal, read, record_lost
+from clplat.lease import Lease, held, refuse_busy
 from clplat.progress import Progress, Silent
+from clplat.storage import FULL, Reserve, full_disk
+
+JOURNAL_ONLY = "--journal-only"
+"""Tells a process of a run that it does not feed MLflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,36 +37,66 @@ class Outcome:
     """What failed where it was not the run itself, which can go on from its checkpoint: its process, or the disk."""
 
 
-def execute(folder: Path, progress: Progress | None = None) -> Outcome:
-    """Start the run of `folder`, or take it up where it was stopped; never raises for what ends the run alone."""
+def execute(folder: Path, progress: Progress | None = None, *, feeds: bool = True) -> Outcome:
+    """Start the run of `folder`, or take it up where it was stopped; never raises for what ends the run alone.
+
+    `feeds`: whether the run sends its record to MLflow by itself; otherwise whoever launched it does, from its journal.
+    Raises `RunBusyError` when another process works on it, or has taken it over since this one fell silent.
+    """
     from clplat import processes
 
     config = load_run(folder / "config.yaml")
     if config.training.devices > 1 and not processes.inside_group():
-        code = processes.spawn(folder, config.training.devices)
+        refuse_busy(folder)
+        code = processes.spawn(folder, config.training.devices, [] if feeds else [JOURNAL_ONLY])
         return _outcome_of_group(folder, code)
     interruption = Interruption()
     rank = int(os.environ.get("RANK", "0"))
     try:
-        with interruption.listening(), lock(folder, rank):
-            return _carry_out(config, folder, interruption, progress or Silent(), rank)
+        # Rank zero alone writes.
+        with interruption.listening(), held(folder) if rank == 0 else contextlib.nullcontext() as lease:
+            return _carry_out(config, folder, interruption, progress or Silent(), lease, feeds)
     finally:
         processes.leave()
 
 
-def _carry_out(config: RunConfig, folder: Path, interruption: Interruption, progress: Progress, rank: int) -> Outcome:
+def execute_safely(folder: Path, progress: Progress, *, feeds: bool = True) -> Outcome:
+    """A run that cannot even be started (busy, unreadable) is an outcome too."""
+    try:
+        return execute(folder, progress, feeds=feeds)
+    except RunBusyError as error:
+        return Outcome(folder=folder, status="BUSY", reason=str(error), code=EXIT_REQUEUE)
+    except ClplatError as error:
+        return failed(folder, error)
+    except OSError as error:
+        return failed(folder, full_disk(folder, error))
+
+
+def _carry_out(
+    config: RunConfig, folder: Path, interruption: Interruption, progress: Progress, lease: Lease | None, feeds: bool
+) -> Outcome:
+    """With everything that rank zero writes, who alone has a lease."""
     from clplat.tracking import Feed
 
-    journal = Journal(folder) if rank == 0 else None
-    feed = Feed(folder, config.tracking) if rank == 0 and config.tracking.enabled else None
+    journal = Journal(folder, lease.check) if lease is not None else None
+    feed = Feed(folder, config.tracking) if lease is not None and config.tracking.enabled and feeds else None
     if feed is not None:
         feed.start()
-    if journal is not None:
-        journal.status("RUNNING")
-        journal.flush()
-    outcome = _attempt(config, folder, interruption, progress, journal)
-    if journal is not None:
-        _write_last_words(journal, folder, outcome)
+    reserve = Reserve(folder) if lease is not None else None
+    try:
+        try:
+            if journal is not None:
+                journal.status("RUNNING")
+                journal.flush()
+            outcome = _attempt(config, folder, interruption, progress, journal)
+        except StorageError as error:
+            outcome = failed(folder, error)
+        if journal is not None and reserve is not None:
+            _write_last_words(journal, folder, outcome, reserve)
+    except RunBusyError:
+        if feed is not None:
+            feed.leave()
+        raise
     if feed is not None:
         feed.close(outcome.status)
     return outcome
@@ -90,10 +123,15 @@ def _attempt(
         )  # fmt: skip
     except Pruned as end:
         return Outcome(folder=folder, status="PRUNED", reason=str(end))
+    except RunBusyError:
+        raise
     except ClplatError as error:
         return failed(folder, error)
     except Exception as error:  # noqa: BLE001 - whatever a user's component raises ends this run alone
-        (folder / "error.txt").write_text(traceback.format_exc())
+        if isinstance(error, OSError) and error.errno in FULL:
+            return failed(folder, full_disk(folder, error))
+        with contextlib.suppress(OSError):
+            (folder / "error.txt").write_text(traceback.format_exc())
         reason = f"{type(error).__name__}: {error} (traceback in {folder / 'error.txt'})"
         return Outcome(folder=folder, status="FAILED", reason=reason, code=1)
     return Outcome(folder=folder, status="FINISHED")
@@ -105,45 +143,19 @@ def failed(folder: Path, error: ClplatError) -> Outcome:
     return Outcome(folder=folder, status="FAILED", reason=str(error), code=1, cause=cause)
 
 
-def _write_last_words(journal: Journal, folder: Path, outcome: Outcome) -> None:
+def _write_last_words(journal: Journal, folder: Path, outcome: Outcome, reserve: Reserve) -> None:
+    """Status first, by the room that was kept for it where the disk is full; then the files of the record."""
     from clplat.record import write_artifacts
 
+    reserve.release()
     try:
         journal.status(outcome.status, outcome.reason)
         journal.flush()
         write_artifacts(folder)
+    except RunBusyError:
+        raise
     except (ClplatError, OSError) as error:
         print(f"{folder}: the record could not be completed: {error}", file=sys.stderr)
-
-
-@contextmanager
-def lock(folder: Path, rank: int = 0) -> Iterator[None]:
-    """One process works on a run folder; the kernel frees the lock when its holder dies, however it dies."""
-    if rank:
-        yield
-        return
-    with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise RunBusyError(
-                f"{folder}: process {holder} works on this run already; wait for it or stop it first"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def is_busy(folder: Path) -> bool:
-    """Whether a process works on this run at this moment."""
-    try:
-        with lock(folder):
-            return False
-    except RunBusyError:
-        return True
 
 
 def _outcome_of_group(folder: Path, code: int) -> Outcome:
@@ -164,7 +176,7 @@ def _outcome_of_group(folder: Path, code: int) -> Outcome:
 
 def main() -> int:
     """Entry point of one process of a run."""
-    outcome = execute(Path(sys.argv[1]))
+    outcome = execute(Path(sys.argv[1]), feeds=JOURNAL_ONLY not in sys.argv)
     # What rank zero has written down, the process that started all of us reads and says; under torchrun nobody does.
     rank = int(os.environ.get("RANK", "0"))
     if outcome.status == "FAILED" and (rank or "TORCHELASTIC_RUN_ID" in os.environ):

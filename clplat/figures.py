@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clplat.dominance import pareto
 from clplat.metrics import Interval, whole_curve
 from clplat.result_table import Curve, ResultTable, Scores
 
@@ -18,27 +19,47 @@ if TYPE_CHECKING:
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
 MARKERS = "osD^vPX*"
 LINES = ("-", "--", ":", "-.")
+HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo", "--")
 
 
 def look(number: int) -> dict[str, str]:
-    """Colour, marker and line of the variant at this place; colours repeat after 8, with another line and marker."""
+    """Colour, marker and line of the variant at this place, so that it is known without its colour too; colours repeat
+    after 8, with another line and marker."""
     return {
         "color": PALETTE[number % 8],
         "marker": MARKERS[(number + number // 8) % 8],
-        "linestyle": LINES[number // 8 % 4],
+        "linestyle": LINES[(number + number // 8) % 4],
     }
 
 
-def new_figure(width: float, height: float, panels: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of panels in rows of `columns`, drawn without a window and without global state."""
+def filled(number: int) -> dict[str, str]:
+    """Colour and pattern of a variant's bars."""
+    return {"color": PALETTE[number % 8], "hatch": HATCHES[(number + number // 8) % 8], "edgecolor": "white"}
+
+
+def new_figure(
+    width: float,
+    height: float,
+    panels: int = 1,
+    columns: int = 1,
+    margins: tuple[float, float, float, float] | None = None,
+) -> tuple[Figure, list[Axes]]:
+    """A figure of panels in rows of `columns`, drawn without a window and without global state.
+
+    `margins`: left, right, bottom and top in inches, for figures that are drawn by the thousand: finding them takes as
+    long as drawing.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": "clplat", "font.size": 9}):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout=None if margins else "constrained")
         axes = [figure.add_subplot(-(-panels // columns), columns, number + 1) for number in range(panels)]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
+    if margins:
+        left, right, bottom, top = margins
+        figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
     return figure, axes
 
 
@@ -117,26 +138,30 @@ def name_above(figure: Figure) -> None:
         figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=8)
 
 
-def score_and_cost(points: Mapping[str, tuple[Interval, Interval]], cost: str) -> Figure:
-    """Final score against a cost."""
-    figure, (axis,) = new_figure(5.4, 3.4)
-    _place(axis, points, across=(0.0, np.inf), up=possible([score for score, _ in points.values()]))
-    axis.set(xlabel=cost, ylabel="final score (higher is better)")
-    name_above(figure)
-    return figure
+def draw_front(axis: Axes, places: Sequence[tuple[float, float]], across: int = -1, up: int = 1) -> list[bool]:
+    """A stair through those (x, y) that no other beats, beyond which nothing was reached; which of them they are.
+
+    `across` and `up` are 1 where higher is better and −1 where lower is.
+    """
+    kept = pareto(places, (across, up))
+    front = sorted({place for place, on_front in zip(places, kept, strict=True) if on_front})
+    if len(front) > 1:
+        where = "post" if across < 0 else "pre"
+        axis.step(*zip(*front, strict=True), where=where, color="0.45", linewidth=1.2, linestyle=(0, (4, 2)), zorder=1)
+    return kept
 
 
 def learned_and_lost(points: Mapping[str, tuple[Interval, Interval]]) -> Figure:
     """Final forgetting against the learning score: who keeps by not learning stands low and far left."""
     figure, (axis,) = new_figure(5.4, 3.4)
-    _place(axis, points, across=possible([learned for _, learned in points.values()]), up=(-np.inf, np.inf))
+    place_variants(axis, points, across=possible([learned for _, learned in points.values()]), up=(-np.inf, np.inf))
     axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axis.set(xlabel="learning score (higher is better)", ylabel="final forgetting (lower is better)")
     name_above(figure)
     return figure
 
 
-def _place(
+def place_variants(
     axis: Axes, points: Mapping[str, tuple[Interval, Interval]], *, across: tuple[float, float], up: tuple[float, float]
 ) -> None:  # fmt: skip
     """One point a variant, (height, place), with its intervals cut at what values can be."""
@@ -167,18 +192,21 @@ def arms(found: Interval, limits: tuple[float, float]) -> Scores:
 
 def final_scores(scores: Mapping[str, Mapping[str, Interval]]) -> Figure:
     """Final score of every task by variant and task: a group of bars a task and a bar a variant."""
+    import matplotlib
+
     tasks = list(dict.fromkeys(task for row in scores.values() for task in row))
     figure, (axis,) = new_figure(min(20.0, max(5.4, 1.1 * len(tasks) + 1.5)), 3.4)
     width = 0.8 / max(1, len(scores))
     limits = possible([i for row in scores.values() for i in row.values()])
     lowest = min((i.mean for row in scores.values() for i in row.values() if np.isfinite(i.mean)), default=0.0)
-    for number, (variant, row) in enumerate(scores.items()):
-        places = np.array([tasks.index(task) for task in row]) + (number - (len(scores) - 1) / 2) * width
-        spread = np.hstack([arms(i, limits) for i in row.values()])
-        axis.bar(
-            places, [i.mean for i in row.values()], width, yerr=spread, color=PALETTE[number % 8], label=variant,
-            error_kw={"elinewidth": 0.8},
-        )  # fmt: skip
+    with matplotlib.rc_context({"hatch.linewidth": 0.6}):
+        for number, (variant, row) in enumerate(scores.items()):
+            places = np.array([tasks.index(task) for task in row]) + (number - (len(scores) - 1) / 2) * width
+            spread = np.hstack([arms(i, limits) for i in row.values()])
+            axis.bar(
+                places, [i.mean for i in row.values()], width, yerr=spread, label=variant, linewidth=0,
+                error_kw={"elinewidth": 0.8}, **filled(number),
+            )  # fmt: skip
     slant = {"rotation": 40, "ha": "right"} if len(tasks) > 5 else {}
     axis.set_xticks(range(len(tasks)), [short(task) for task in tasks], **slant)
     axis.set(ylabel="final score (higher is better)")
@@ -207,15 +235,16 @@ def connectivity_panels(walks: Mapping[str, tuple[Sequence[float], Mapping[str, 
 def draw_run(table: ResultTable, curve: Curve, folder: Path) -> None:
     """A run's own pictures: its result table, and each task's score over the stream."""
     scores, tasks = table.scores(), table.tasks()
-    figure, (axis,) = new_figure(1.5 + 0.7 * min(12, len(tasks)), 1.2 + 0.4 * min(12, len(tasks)))
+    shown = min(12, len(tasks))
+    figure, (axis,) = new_figure(1.5 + 0.7 * shown, 1.4 + 0.4 * shown, margins=(0.75, 0.1, 0.9, 0.25))
     heat_map(axis, scores, tasks, "result table", limits_of([scores]))
     figure.savefig(folder / "heatmap.png", dpi=120)
-    figure, (axis,) = new_figure(5.4, 3.2)
+    figure, (axis,) = new_figure(5.4, 3.2, margins=(0.7, 0.1, 0.5, 0.5))
     whole = whole_curve(table, curve)
     for number, task in enumerate(tasks[:8]):
         points = [(step, now[number]) for step, now in whole if np.isfinite(now[number])]
         steps, values = zip(*points, strict=True) if points else ((), ())
         axis.plot(steps, values, **look(number), markersize=4, label=short(task))
     axis.set(xlabel="optimizer steps", ylabel="score (higher is better)")
-    name_above(figure)
+    axis.legend(loc="lower left", bbox_to_anchor=(-0.1, 1.0), ncols=4, frameon=False, fontsize=7, columnspacing=1.0)
     figure.savefig(folder / "scores.png", dpi=120)

@@ -21,6 +21,7 @@ from clplat.errors import ConfigError
 from clplat.loaders import RowOrder, TaskLoader
 from clplat.observing import observe
 from clplat.precision import of_trainer
+from clplat.sharding import sharded
 from clplat.streams.base import Data, Task
 from clplat.streams.batch import Batch
 
@@ -37,10 +38,12 @@ def fit(run: Run, task: Task) -> None:
     learner.watch = steps = TaskSteps(run, task, total=loader.stop // run.config.training.accumulate)
     if len(loader) and not steps.reached_before():
         learner.train()
-        with _quiet():
-            batches = loader if run.world.size > 1 else _AsOne(loader)
+        # With sharded weights the processes meet inside the model, and each has a Trainer of its own.
+        together = run.world.size if run.config.training.sharding == "none" else 1
+        with _quiet(), sharded(run):
+            batches = loader if together > 1 else _AsOne(loader)
             idle = learner.architecture.may_idle
-            new_trainer(run.config.training, run.parts.device, run.world.size, idle).fit(learner, batches)
+            new_trainer(run.config.training, run.parts.device, together, idle).fit(learner, batches)
         learner.to(run.parts.device)  # several processes' Trainer leaves it on the CPU
         run.world.equalise(learner.architecture.buffers())
     else:
@@ -233,7 +236,7 @@ class TaskSteps:
         run = self.run
         self._count_time()
         seen = run.tasks_seen(self.task)
-        with run.costs.timed("evaluation"):
+        with run.costs.timed("evaluation"), run.whole(run.parts.device):
             cells = run.parts.evaluator.cells(seen)
         run.forgetting = run.table.forgetting_by_task(cells)
         if run.journal is not None:
@@ -253,7 +256,7 @@ class TaskSteps:
     def _reached(self, seen: list[int]) -> bool:
         if not self.thresholds:
             return False
-        with self.run.costs.timed("evaluation"):
+        with self.run.costs.timed("evaluation"), self.run.whole(self.run.parts.device):
             return self.run.parts.evaluator.reached(self.task, self.thresholds, seen)
 
     def _observe_steps(self, step: int) -> None:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ NAME = "journal.jsonl"
 class Journal:
     """Appends to the journal of one run folder."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._path = folder, folder / NAME
+    def __init__(self, folder: Path, check: Callable[[], None] = lambda: None) -> None:
+        """`check` raises before a write when the folder is another process's by now."""
+        self.folder, self._path, self._check = folder, folder / NAME, check
         self._lines: list[str] = []
         self._marks: dict[str, int] = {}
         self._known: set[str] = set()
@@ -72,7 +73,8 @@ class Journal:
         self._append_once({"kind": "dataset", "name": name, "digest": digest, "context": context} | about)
 
     def flush(self) -> None:
-        """Write what has been appended; raises `StorageError` when there is no room."""
+        """Write what has been appended; raises `StorageError` when there is no room, and what `check` raises."""
+        self._check()
         if not self._lines:
             return
         size = self._path.stat().st_size if self._path.is_file() else 0

@@ -16,14 +16,18 @@ from torch.utils import _pytree as pytree
 
 from clplat.architectures.base import Architecture, Output, State, StepOutcome
 from clplat.compilation import answerer, compiled, replayed
-from clplat.components import arguments, resolve
 from clplat.config import TrainingConfig
 from clplat.errors import ConfigError, NotFiniteError
 from clplat.hooks import Hooks
 from clplat.loss_means import LossMeans
 from clplat.objective import Objective
+<<<<<<< HEAD
 from clplat.recording import Recorded
+=======
+from clplat.optimization import configured_optimizer
+>>>>>>> 2a8cb995067fe7e90fb36dc40deb7b2cc1ac4b55
 from clplat.schedule import rate_factor
+from clplat.sharding import gathered, spread
 from clplat.strategies.world import World
 from clplat.streams.batch import CURRENT, REPLAY, Batch
 
@@ -55,11 +59,13 @@ class Learner(LightningModule):
         world: World | None = None,
     ) -> None:
         super().__init__()
-        self.architecture, self.objective, self.hooks, self.training_config = architecture, objective, hooks, training
+        self.objective, self.hooks, self.training_config = objective, hooks, training
         self.world = world or World()
+        self._plain_augment = augment
         self.augment = compiled(augment, training.compile) if augment is not None else None
         # The step is written out in `_step`: Lightning's automatic one costs more than a small model's forward.
         self.automatic_optimization = False
+<<<<<<< HEAD
         plain = answerer(
             architecture, objective if hooks.objective is None else None, augment,
             with_inputs=augment is not None and bool(hooks.with_penalty or hooks.objective),
@@ -70,6 +76,9 @@ class Learner(LightningModule):
         dynamic = None if hooks.controllers else False
         recorded = Recorded(plain, architecture) if training.compile == "cudagraphs" else None
         self._answers = (plain, recorded or compiled(plain, training.compile, dynamic=dynamic))
+=======
+        self.adopt(architecture)
+>>>>>>> 2a8cb995067fe7e90fb36dc40deb7b2cc1ac4b55
         self.full_rows = training.batch_size
         self.carried: State = None
         self.window: dict[str, list[Tensor]] = {}
@@ -85,6 +94,19 @@ class Learner(LightningModule):
         self._weights: list[Tensor] = []
         self._finished: list[tuple[Batch, Output]] = []
         self.watch: Watch | None = None
+
+    def adopt(self, architecture: Architecture) -> None:
+        """Train this architecture from now on."""
+        self.architecture, hooks, augment = architecture, self.hooks, self.augment
+        plain = answerer(
+            architecture, self.objective if hooks.objective is None else None, self._plain_augment,
+            with_inputs=augment is not None and bool(hooks.with_penalty or hooks.objective),
+            open_logits=bool(hooks.with_penalty), hidden=hooks.hidden,
+        )  # fmt: skip
+        # A ResNet compiled for rows of any number takes 1.6 times as long as one for a single size; controllers change
+        # the rows of replay too often for that. In a tuple, so that no second module is registered.
+        dynamic = None if hooks.controllers else False
+        self._answers = (plain, compiled(plain, self.training_config.compile, dynamic=dynamic))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Plain values take the short way past torch's bookkeeping; Lightning sets one at every hook."""
@@ -178,7 +200,7 @@ class Learner(LightningModule):
         self._weights = list(self.architecture.parameters())
         if self.optimizer_state is not None:
             try:
-                self.optimizer().load_state_dict(self.optimizer_state)
+                self.optimizer().load_state_dict(spread(self.optimizer_state, self.optimizer()))
             except ValueError as error:
                 raise ConfigError(
                     f"training.optimizer_state: keep needs the same parameters in every task, and "
@@ -232,9 +254,13 @@ class Learner(LightningModule):
 
     def on_train_end(self) -> None:
         """The optimizer's last state of the task, for a next task that keeps it."""
+<<<<<<< HEAD
         self.optimizer_state, self._fitting = self.optimizer().state_dict(), False
         if isinstance(self._answers[1], Recorded):
             self._answers[1].forget()
+=======
+        self.optimizer_state, self._fitting = gathered(self.optimizer().state_dict()), False
+>>>>>>> 2a8cb995067fe7e90fb36dc40deb7b2cc1ac4b55
         if self.watch is not None:
             self.watch.ended()
 
@@ -247,21 +273,7 @@ class Learner(LightningModule):
             self.carried = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The configured optimizer; a class with `for_module` is built from the module, not from a list."""
-        component, key = self.training_config.optimizer, "training.optimizer"
-        found = resolve(component.class_path, "optimizer", key)
-        try:
-            if not hasattr(found, "for_module"):
-                return found([p for p in self.architecture.parameters() if p.requires_grad], **component.init_args)
-            optimizer = found.for_module(self.architecture, **arguments(component, "optimizer", key))
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{key}.init_args: {error}") from error
-        if getattr(optimizer, "unfinished", "drop") == "carry" and self.training_config.optimizer_state == "reset":
-            raise ConfigError(
-                f"training.optimizer_state: reset would drop what {found.__name__} has gathered in periods that a task "
-                "leaves unfinished; use keep, or accept it with unfinished: drop"
-            )
-        return optimizer
+        return configured_optimizer(self.training_config, self.architecture)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device, non_blocking=True)
@@ -272,7 +284,7 @@ class Learner(LightningModule):
 
     def live_optimizer_state(self) -> dict[str, Any] | None:
         """The optimizer's state now, or the one kept for the next task."""
-        return self.optimizer().state_dict() if self._fitting else self.optimizer_state
+        return gathered(self.optimizer().state_dict()) if self._fitting else self.optimizer_state
 
     def live_scaler_state(self) -> dict[str, Any]:
         """State of the loss scaler of 16-bit training; empty otherwise."""
@@ -298,9 +310,9 @@ class Learner(LightningModule):
         self.observed = []
         return float(mean)
 
-    def check_weights(self) -> None:
+    def check_weights(self, architecture: Architecture) -> None:
         """Refuse to go on, and so to save, when a weight is not a number."""
-        sums = torch.stack([p.detach().float().sum() for p in self.architecture.parameters()])
+        sums = torch.stack([p.detach().float().sum() for p in architecture.parameters()])
         if not bool(torch.isfinite(sums).all()):
-            penalties, cause = [name for name, _ in self.hooks.with_penalty], self.architecture.not_finite()
+            penalties, cause = [name for name, _ in self.hooks.with_penalty], architecture.not_finite()
             raise NotFiniteError(f"a weight became infinite or NaN by step {self.global_steps}", penalties, cause)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from clplat.progress import Progress
 from clplat.randomness import global_state, restore_global, seed_global
 from clplat.record import check_data, describe
 from clplat.result_table import ResultTable
+from clplat.sharding import Sharded
 from clplat.strategies.buffers import stored_fields
 from clplat.strategies.world import World
 from clplat.streams.base import Budget, Task
@@ -60,6 +62,7 @@ class Run:
         one_row = stored_fields(self.parts.stream.tasks[0].train.batch(torch.tensor([0]))).values()
         rows = sum(len(task.train) for task in self.parts.stream.tasks)
         self.stream_bytes = rows * sum(tensor.nbytes for tensor in one_row)
+        self.sharded: Sharded | None = None
         self.table, self.costs = ResultTable(), Costs()
         self.costs.start_memory()
         self.path: Sequence[Task] = self.parts.hooks.select_tasks(self.parts.stream.tasks)
@@ -170,11 +173,16 @@ class Run:
 
     def save(self, label: str) -> None:
         """A checkpoint of everything; every process takes part, rank zero writes."""
-        self.parts.learner.check_weights()
-        state = self.state()
+        with self.whole(torch.device("cpu") if self.sharded else self.parts.device):
+            self.parts.learner.check_weights(self.parts.architecture)
+            state = self.state()
         if self.journal is not None:
             self.journal.flush()
             self.checkpoints.save(state, label)
+
+    def whole(self, device: torch.device) -> AbstractContextManager[None]:
+        """Within it the architecture is whole, which it is not while a task is trained on sharded weights."""
+        return nullcontext() if self.sharded is None else self.sharded.whole(device)
 
     def snapshot(self, task: Task) -> None:
         """Keep the weights after this task where the configuration asks for it."""

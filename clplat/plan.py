@@ -10,9 +10,9 @@ from typing import Any
 
 from clplat.config import RunConfig, StudyConfig, difference, parse, plain
 from clplat.errors import ConfigError
+from clplat.storage import write_json
 from clplat.streams.base import Stream
 from clplat.study_file import expand
-from clplat.tracking import write_json
 
 NAME = "planned.json"
 

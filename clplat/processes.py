@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from clplat.errors import ConfigError
@@ -47,7 +48,7 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def spawn(folder: Path, devices: int) -> int:
+def spawn(folder: Path, devices: int, options: Sequence[str] = ()) -> int:
     """Run one folder with `devices` processes on this machine; the exit code of the first that failed, or 0.
 
     A process that is asked to stop before it listens dies of the signal: that is the stop's exit code too.
@@ -58,7 +59,7 @@ def spawn(folder: Path, devices: int) -> int:
     shared = {"WORLD_SIZE": str(devices), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     children = [
         subprocess.Popen(
-            [sys.executable, "-P", "-m", "clplat.execution", str(folder)],
+            [sys.executable, "-P", "-m", "clplat.execution", str(folder), *options],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(devices)

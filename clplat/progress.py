@@ -90,6 +90,10 @@ class Board:
         if self._study is not None:
             self._bars.advance(self._study)
 
+    def dropped(self, bar: RunBar) -> None:
+        """A run's bar goes, since it will be begun again."""
+        self._bars.remove_task(bar.id)
+
     def say(self, text: str) -> None:
         """A line above the bars that stays."""
         self._bars.console.print(text, highlight=False, soft_wrap=True)

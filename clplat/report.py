@@ -64,12 +64,12 @@ def compare_table(study: StudyResults, baseline: str | None = None) -> Group:
     """What a study says, for a terminal of 80 columns: scores, costs, and what to know before comparing."""
     base = baseline_of(study, baseline)
     heads = ["n", *(SCORES[m] for m in TERMINAL), *([f"score − {base}"] if base else [])]
-    scores = _numbers(f"{study.name}: mean ± 95 % interval over seeds", heads)
+    scores = number_table(f"{study.name}: mean ± 95 % interval over seeds", heads)
     scores.caption = "Score: higher is better; forgetting: lower. † reference arm."
     if any(study.interval(variant, "final_score").mean < 0 for variant in study.variants()):
         scores.caption += "\nScores below zero are losses with their sign turned: a loss of 2 nats is −2."
     shown = [name for name in known_costs(study) if name in TERMINAL_COSTS]
-    costs = _numbers("costs: means over seeds", [COSTS[name][0] for name in shown])
+    costs = number_table("costs: means over seeds", [COSTS[name][0] for name in shown])
     for variant in study.variants():
         name = f"{variant} †" if study.is_reference(variant) else variant
         gap = paired(study.by_seed(variant, "final_score"), study.by_seed(base, "final_score")) if base else None
@@ -79,9 +79,9 @@ def compare_table(study: StudyResults, baseline: str | None = None) -> Group:
     return Group(scores, costs, *(f"note: {note}" for note in notes(study, base)))
 
 
-def _numbers(title: str, heads: Sequence[str]) -> Table:
+def number_table(title: str, heads: Sequence[str], first: str = "variant") -> Table:
     """A table of numbers by variant, narrow enough that an interval stands on one line of a terminal."""
-    table = Table("variant", title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
+    table = Table(first, title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
     table.min_width = len(title)
     table.caption_justify = "left"
     for head in heads:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import secrets
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rich.console import Console
 
 from clplat.config import RunConfig, StudyConfig, load_run, plain, save
-from clplat.errors import ConfigError, Interrupted
+from clplat.errors import ClplatError, ConfigError, Interrupted
 from clplat.execution import Outcome
 from clplat.journal import ENDED, last_status
-from clplat.launch import launch, most_devices
-from clplat.machine import check_room, cores
+from clplat.launch import Launcher, launch, launcher_of, most_devices
+from clplat.machine import check_room
 from clplat.plan import first_seed, read_tasks, write_plan
 from clplat.study_file import check_unchanged, expand, load_study, run_folders
 
@@ -54,13 +55,17 @@ class Study:
 def run_study(study: StudyConfig, console: Console) -> Study:
     """Check, lay out and carry out a study. Nothing is written before everything has been checked."""
     runs = expand(study)
-    streams = preflight(runs)
-    folder = lay_out(study, runs, streams)
-    return carry_out(folder, study, console)
+    launcher = launcher_of(study, len(runs), max(run.training.devices for run in runs))
+    with launcher.ready():
+        streams = preflight(runs, here=study.launcher.kind == "local")
+        folder = lay_out(study, runs, streams)
+        return carry_out(folder, study, console, launcher)
 
 
-def preflight(runs: Sequence[RunConfig]) -> list[dict[str, Any]]:
+def preflight(runs: Sequence[RunConfig], *, here: bool = True) -> list[dict[str, Any]]:
     """Build every variant once, so that whatever is wrong with one is said before any is trained.
+
+    `here`: they will run on this machine, which must have the cores and GPUs that they want.
 
     Returns what each of the study's streams holds, as the first seed has it.
     """
@@ -71,7 +76,10 @@ def preflight(runs: Sequence[RunConfig]) -> list[dict[str, Any]]:
     streams: dict[str, Stream] = {}
     held: dict[str, dict[str, Any]] = {}
     for run in first_seed(runs):
-        check_room(run.training)
+        if here:
+            check_room(run.training)
+        else:
+            run = dataclasses.replace(run, training=dataclasses.replace(run.training, accelerator="cpu"))
         key = json.dumps(plain(run.stream), sort_keys=True)
         streams[key] = streams.get(key) or prepared_stream(run)
         held[key] = held.get(key) or read_tasks(run, streams[key])
@@ -126,13 +134,16 @@ def lay_out(study: StudyConfig, runs: Sequence[RunConfig], streams: Sequence[Map
     folder = Path(study.folder) / f"{study.name}-{stamp}-{secrets.token_hex(2)}"
     try:
         folder.mkdir(parents=True)
+        save(settled(study), folder / "study.yaml")
+        write_plan(folder, runs, streams)
+        lay_out_runs(folder, runs)
     except OSError as error:
+        # Half a study would be found and could not be resumed.
+        shutil.rmtree(folder, ignore_errors=True)
         raise ConfigError(
-            f"folder: {folder} cannot be made ({error.strerror}); name a folder that can be written"
+            f"folder: {folder} cannot be made ({error.strerror}); free some space there, or name a folder that can be "
+            "written"
         ) from error
-    save(settled(study), folder / "study.yaml")
-    write_plan(folder, runs, streams)
-    lay_out_runs(folder, runs)
     return folder
 
 
@@ -157,23 +168,27 @@ def settled(config: AnyConfig) -> AnyConfig:
     return dataclasses.replace(config, tracking=tracking)
 
 
-def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
-    """Run what has not finished yet among a study's runs, with the record of the whole study above them."""
+def carry_out(folder: Path, study: StudyConfig, console: Console, launcher: Launcher | None = None) -> Study:
+    """Run what has not finished yet among a study's runs, with the record of the whole study above them.
+
+    `launcher`: one that has been made ready for it already.
+    """
     from clplat.study_record import send_unsent, settle_study, start_study
 
     folders = run_folders(folder)
     open_runs = [run for run in folders if last_status(run) not in ENDED]
-    for run in open_runs:
+    for run in open_runs if study.launcher.kind == "local" else ():
         check_room(load_run(run / "config.yaml").training)
     check_unchanged(folder, open_runs)
-    workers, unsent = worker_count(study, len(open_runs), most_devices(open_runs)), ""
+    launcher, unsent = launcher or launcher_of(study, len(open_runs), most_devices(open_runs)), ""
     try:
         if study.tracking.enabled:
             start_study(folder)
-        outcomes = launch(open_runs, workers=workers, threads=study.training.threads, console=console)
-    except Interrupted as stop:
-        # Between the checks and the first run: runs that are under way save themselves.
-        stop.remedy = f"; `clplat resume {folder}` starts the runs of this study"
+        outcomes = launch(open_runs, launcher=launcher, console=console, retries=study.launcher.retries)
+    except (Interrupted, ClplatError) as stop:
+        # Between the checks and the first run, or by a scheduler that refuses: runs under way save themselves.
+        if isinstance(stop, Interrupted):
+            stop.remedy = f"; `clplat resume {folder}` starts the runs of this study"
         if study.tracking.enabled:
             settle_study(folder)
         raise
@@ -181,17 +196,6 @@ def carry_out(folder: Path, study: StudyConfig, console: Console) -> Study:
         unsent = send_unsent(folders)
         settle_study(folder)
     return Study(name=folder.name, folder=folder, outcomes=outcomes, unsent=unsent)
-
-
-def worker_count(study: StudyConfig, runs: int, devices: int) -> int:
-    """Runs side by side: as configured, or as many as have `devices` GPUs each, or as cores allow."""
-    if study.launcher.workers != "auto":
-        return max(1, min(int(study.launcher.workers), runs))
-    import torch
-
-    on_gpu = study.training.accelerator != "cpu" and torch.cuda.is_available()
-    room = torch.cuda.device_count() if on_gpu else cores() // study.training.threads
-    return max(1, min(room // devices, runs))
 
 
 def conclude(study: Study, console: Console) -> None:
@@ -202,15 +206,17 @@ def conclude(study: Study, console: Console) -> None:
 
     config = load_study(study.folder / "study.yaml")
     results = None
-    if config.tracking.enabled:
-        # Without a server the runs are done and on disk all the same.
+    if config.tracking.enabled and not study.unsent:
+        # Without a server, or with one that lacks a part, the runs are done and on disk all the same.
         with contextlib.suppress(ConfigError):
             results = load_study_results(str(study.folder))
     recorded, results = results is not None, results or journal_results(study.folder)
     console.print(report.compare_table(results, config.baseline))
     console.print(report.finding(results, config.baseline), soft_wrap=True)
-    page = write_report(results, str(study.folder), config.baseline)
-    console.print(f"report: {page}", soft_wrap=True)
+    try:
+        console.print(f"report: {write_report(results, str(study.folder), config.baseline)}", soft_wrap=True)
+    except ClplatError as error:
+        console.print(f"report: {error}", soft_wrap=True)
     if recorded:
         console.print(f"MLflow: clplat ui --uri {config.tracking.uri}", soft_wrap=True)
     if study.unsent or not recorded:
@@ -219,9 +225,13 @@ def conclude(study: Study, console: Console) -> None:
     busy = [outcome for outcome in study.outcomes if outcome.status == "BUSY"]
     if busy:
         console.print(f"{len(busy)} runs are in the hands of another process; nothing is wrong with them.")
+    failed = [outcome for outcome in study.outcomes if outcome.status == "FAILED"]
+    if any(outcome.cause for outcome in failed):
+        when = "When the disk has room, " if any(outcome.cause == "storage" for outcome in failed) else ""
+        console.print(f"{when}`clplat resume {study.folder}` goes on with them from what was saved.", soft_wrap=True)
     if any(outcome.status == "KILLED" for outcome in study.outcomes):
         console.print(f"`clplat resume {study.folder}` goes on with the runs that were stopped.", soft_wrap=True)
-    if any(outcome.status == "FAILED" for outcome in study.outcomes):
+    if any(not outcome.cause for outcome in failed):
         console.print(
             "A run that failed of itself will fail again: it needs a new study with the change that its message names.",
             soft_wrap=True,

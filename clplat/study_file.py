@@ -15,6 +15,7 @@ import yaml
 from clplat.components import checked
 from clplat.config import Experiment, RunConfig, StudyConfig, difference, load_run, parse, plain
 from clplat.errors import ConfigError, nearest
+from clplat.launchers.options import check_launcher
 from clplat.ranges import check_least, check_numbers
 from clplat.streams.budget import BUDGET_UNITS
 from clplat.yaml_text import parse_yaml
@@ -65,7 +66,7 @@ def load_study(config: str | Path | Mapping[str, Any], overrides: Sequence[tuple
             raise ConfigError(f"--{key}: {text!r} is not valid YAML") from error
     study = parse(StudyConfig, data)
     check_numbers(study)
-    check_least("launcher.workers", None if study.launcher.workers == "auto" else study.launcher.workers, 1)
+    check_launcher(study.launcher)
     check_least("seeds", min(study.seeds, default=0), 0)
     _check_names(study)
     return study

@@ -17,8 +17,9 @@ from clplat.errors import ClplatError, ConfigError, RunBusyError
 from clplat.journal import ENDED, NAME, last_status
 from clplat.mlflow_view import add_view
 from clplat.result_table import ResultTable
+from clplat.storage import read_json, write_json, writing
 from clplat.study_file import load_study, run_folders
-from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, absolute, client, experiment_id, read_json, short, write_json
+from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, absolute, client, experiment_id, short
 from clplat.yaml_text import parse_yaml
 
 
@@ -68,7 +69,7 @@ def finish_study(folder: Path, statuses: list[str]) -> None:
 
 def settle_study(folder: Path) -> None:
     """Give the parent run the status that its runs have, unless one of them is under way: whoever ends it does."""
-    from clplat.execution import is_busy
+    from clplat.lease import is_busy
 
     runs = run_folders(folder)
     if not any(is_busy(run) for run in runs):
@@ -80,13 +81,13 @@ def send_unsent(runs: list[Path]) -> str:
 
     What stays behind, in a sentence; empty when MLflow has it all or another process is at it.
     """
-    from clplat.execution import lock
+    from clplat.lease import held
 
     for run in runs:
         written = (run / NAME).stat().st_size if (run / NAME).is_file() else 0
         if written > (read_json(run / RUN_STATE) or {"offset": 0})["offset"]:
             try:
-                with lock(run):
+                with held(run):
                     _send(run)
             except RunBusyError:
                 continue
@@ -100,7 +101,7 @@ def sync(target: str | Path, uri: str | None = None) -> int:
 
     Raises when the server is away. A run that is under way is left to the process that works on it.
     """
-    from clplat.execution import lock
+    from clplat.lease import held
 
     folder = Path(target)
     is_study = (folder / "study.yaml").is_file()
@@ -115,7 +116,7 @@ def sync(target: str | Path, uri: str | None = None) -> int:
     for run in runs:
         if (run / NAME).is_file():
             try:
-                with lock(run):
+                with held(run):
                     _send(run)
                 sent += 1
             except RunBusyError:
@@ -127,10 +128,11 @@ def sync(target: str | Path, uri: str | None = None) -> int:
 
 def _send(run: Path) -> None:
     if not (run / "artifacts" / "results.csv").is_file():
-        # The process died before it could write them.
+        # The process died, or the disk was full, before it could write them.
         from clplat.record import write_artifacts
 
-        write_artifacts(run)
+        with writing(run, f"`clplat sync {run}` sends it"):
+            write_artifacts(run)
     feed, status = Feed(run, load_run(run / "config.yaml").tracking), last_status(run)
     if not feed.finish("KILLED" if status in ("RUNNING", "WAITING") else status):
         raise ClplatError(f"MLflow at {feed.tracking.uri} has not got the whole record ({feed.trouble})")

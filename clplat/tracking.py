@@ -13,6 +13,8 @@ import logging
 import os
 import re
 import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,15 @@ from clplat.journal import NAME, read
 from clplat.mlflow_view import COLOUR, KIND, colours
 from clplat.points import Translator, safe_key
 from clplat.run_note import NOTE, run_note
+from clplat.storage import read_json, write_json
 
 CHUNK = 900
 """Points in one request; MLflow takes 1000."""
 STUDY_STATE, RUN_STATE = "study.json", "mlflow.json"
 
 
-def client(uri: str) -> Any:
-    """An MLflow client that is quiet, sends no telemetry, and gives up on a dead server within seconds."""
+def quiet_mlflow() -> None:
+    """Before MLflow is imported: no telemetry, no bars, and seconds rather than minutes for a dead server."""
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "1",
@@ -39,10 +42,16 @@ def client(uri: str) -> Any:
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def client(uri: str) -> Any:
+    """An MLflow client that is quiet, sends no telemetry, and gives up on a dead server within seconds."""
+    quiet_mlflow()
     import mlflow
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # What the store raises is caught and said once; its own log would say it, with the traceback, at every attempt.
+    for name, level in {"mlflow": "ERROR", "alembic": "ERROR", "mlflow.store.db.utils": "CRITICAL"}.items():
+        logging.getLogger(name).setLevel(level)
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
@@ -88,6 +97,9 @@ class Feed:
         self._translator = Translator()
         self._translated = self._last_time = 0
         self._inputs: list[Any] = []
+        self._reason, self._fresh = "", False
+        self._facts: tuple[dict[str, str], dict[str, str]] = {}, {}
+        """Parameters and tags that wait for the next request."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._live, name="mlflow", daemon=True)
         self.trouble: str | None = None
@@ -104,11 +116,15 @@ class Feed:
 
     def close(self, status: str) -> None:
         """Send what is left, upload artifacts, and give the MLflow run its true status."""
+        self.leave()
+        self.finish(status)
+
+    def leave(self) -> None:
+        """Send nothing more."""
         self._closing.set()
         self._thread.join()
         if self._monitor is not None:
             self._monitor.finish()
-        self.finish(status)
 
     def finish(self, status: str) -> bool:
         """Send everything there is, now; whether that worked."""
@@ -119,8 +135,10 @@ class Feed:
     def _live(self) -> None:
         wait = 1.0
         while not self._closing.wait(wait):
+            began = time.thread_time()
             if self._try(self._send_new):
-                wait = 2.0
+                # Sending takes a hundredth of a core at most, also where a store is slow.
+                wait = min(10.0, max(4.0, 100 * (time.thread_time() - began)))
                 self._start_monitor()
             else:
                 wait = min(30.0, 2 * wait)
@@ -139,32 +157,41 @@ class Feed:
     def _connect(self) -> None:
         if self._client is not None and self._state["run_id"] is not None:
             return
-        connection = client(self.tracking.uri)
+        connection, above = client(self.tracking.uri), self._above()
         if self._state["run_id"] is None:
             config = load_run(self.folder / "config.yaml")
             # Also a run that fails before it can describe itself must be found under its variant.
             tags = {"study": config.study, "variant": config.variant, "seed": str(config.seed), "kind": "run"}
             started = next((int(entry["t"]) for entry in read(self.folder)), None)
             run = connection.create_run(
-                experiment_id(connection, self.tracking), start_time=started, tags=tags, run_name=self.folder.name
-            )
-            self._state["run_id"] = run.info.run_id
+                experiment_id(connection, self.tracking), start_time=started, tags=tags | above,
+                run_name=self.folder.name,
+            )  # fmt: skip
+            self._state["run_id"], self._fresh = run.info.run_id, True
             write_json(self.folder / RUN_STATE, self._state)
-        study = read_json(self.folder.parent / STUDY_STATE) or {}
-        if study.get("uri") == self._state["uri"]:
+        else:
             # Set at every start: the study's run may have come later than this one, when its server came back.
-            self._enter(connection, study)
-        connection.update_run(self._state["run_id"], status="RUNNING")
+            self._log(connection, {}, above)
+            connection.update_run(self._state["run_id"], status="RUNNING")
         self._client = connection
 
-    def _enter(self, connection: Any, study: dict[str, Any]) -> None:
-        """Put the run below its study, with what it is searched and told apart by there."""
-        from mlflow.entities import RunTag
-
+    def _above(self) -> dict[str, str]:
+        """What puts the run below its study, and what it is searched and told apart by there."""
+        study = read_json(self.folder.parent / STUDY_STATE) or {}
+        if study.get("uri") != self._state["uri"]:
+            return {}
         tags = {"mlflow.parentRunId": study["run_id"], "study_run": self.folder.parent.name}
         colour = colours(study.get("variants", [])).get(load_run(self.folder / "config.yaml").variant)
-        tags |= {COLOUR: colour} if colour else {}
-        connection.log_batch(self._state["run_id"], tags=[RunTag(key, value) for key, value in tags.items()])
+        return tags | ({COLOUR: colour} if colour else {})
+
+    def _log(self, connection: Any, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        """Parameters and tags in one request: each is a transaction of the store, dearer than what it writes."""
+        from mlflow.entities import Param, RunTag
+
+        connection.log_batch(
+            self._state["run_id"], params=[Param(key, value) for key, value in params.items()],
+            tags=[RunTag(key, value) for key, value in tags.items()],
+        )  # fmt: skip
 
     def _start_monitor(self) -> None:
         if self._monitor is None and self.tracking.system_metrics and not self._closing.is_set():
@@ -180,7 +207,8 @@ class Feed:
             self._send_lines()
         except Exception:
             # What was translated but not sent has to be translated again, rows of the table included.
-            self._translator, self._translated, self._inputs = Translator(), 0, []
+            self._translator, self._translated, self._inputs, self._reason = Translator(), 0, [], ""
+            self._facts = {}, {}
             raise
 
     def _send_lines(self) -> None:
@@ -196,6 +224,8 @@ class Feed:
                     if place > self._state["offset"]:
                         points += found
                         self._send_entry(entry)
+                    if entry["kind"] == "status":
+                        self._reason = entry["reason"]
                 if len(points) >= CHUNK:
                     self._send_points(points, place)
                     points = []
@@ -204,6 +234,7 @@ class Feed:
     def _send_points(self, points: list[Any], offset: int) -> None:
         from mlflow.entities import Metric
 
+        self._send_facts()
         self._send_inputs()
         for start in range(0, len(points), CHUNK):
             part = points[start : start + CHUNK]
@@ -214,17 +245,18 @@ class Feed:
             write_json(self.folder / RUN_STATE, self._state)
 
     def _send_entry(self, entry: dict[str, Any]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, RunTag
+        """Take up what is no point; it goes with the next request."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        run_id = self._state["run_id"]
+        params, tags = self._facts
         match entry["kind"]:
             case "params":
-                self._send_params({safe_key(key): value[:6000] for key, value in entry["values"].items()})
+                params |= {safe_key(key): value[:6000] for key, value in entry["values"].items()}
             case "tags":
-                tags = [RunTag(safe_key(key), str(value)[:5000]) for key, value in entry["values"].items()]
-                self._client.log_batch(run_id, tags=tags)
-            case "status" if entry["reason"]:
-                self._client.set_tag(run_id, "status_reason", entry["reason"][:5000])
+                tags |= {safe_key(key): str(value)[:5000] for key, value in entry["values"].items()}
+            case "status" if entry["reason"] or self._reason:
+                # A reason of before is no reason of now: empty where the run goes on, or has finished.
+                tags["status_reason"] = entry["reason"][:5000]
             case "dataset":
                 data = Dataset(
                     name=entry["name"], digest=entry["digest"], source_type="clplat",
@@ -246,17 +278,15 @@ class Feed:
             self._client.log_inputs(run_id, self._inputs)
         self._inputs = []
 
-    def _send_params(self, values: dict[str, str]) -> None:
+    def _send_facts(self) -> None:
         """MLflow keeps a parameter's first value; what a resumed run may change (devices, …) is told in tags."""
-        from mlflow.entities import Param, RunTag
-
-        run_id = self._state["run_id"]
-        known = self._client.get_run(run_id).data.params
-        params = [Param(key, value) for key, value in values.items() if key not in known]
-        for start in range(0, len(params), 100):
-            self._client.log_batch(run_id, params=params[start : start + 100])
-        changed = [RunTag(f"resumed.{key}", v) for key, v in values.items() if known.get(key, v) != v]
-        self._client.log_batch(run_id, tags=changed)
+        params, tags = self._facts
+        if not params and not tags:
+            return
+        known = self._client.get_run(self._state["run_id"]).data.params if params and not self._fresh else {}
+        changed = {f"resumed.{key}": v for key, v in params.items() if known.get(key, v) != v}
+        self._log(self._client, {key: v for key, v in params.items() if key not in known}, tags | changed)
+        self._facts = {}, {}
 
     def _end(self, status: str) -> None:
         if (self.folder / "artifacts").is_dir():
@@ -272,18 +302,6 @@ class Feed:
 
 def short(error: Exception) -> str:
     """An error on one line, cut to what fits into another message; of a dead connection only what the system said."""
-    text = " ".join(str(error).split())
+    text = re.sub(r" ?\(Background on this error at: \S+\)", "", " ".join(str(error).split()))
     system = re.search(r"\[Errno -?\d+\] ([^'\")]+)|(timed out)", text)
     return next(filter(None, system.groups())).lower() if system else text[:200] or type(error).__name__
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The content of a small state file; None when it is not there."""
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a small state file, whole or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content))
-    part.replace(path)

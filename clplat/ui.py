@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+from clplat.errors import ConfigError
 from clplat.mlflow_view import page_of_study
 
 SHOWN = 5
@@ -21,6 +24,7 @@ SHOWN = 5
 
 def serve(uri: str, port: int) -> int:
     """Start MLflow's server, say where the newest studies are once it answers, stay until it ends; its exit code."""
+    check_port(port)
     command = [sys.executable, "-P", "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
     # One process serves one person, and starts in a third of the time of four. Nothing is told to anybody.
     command += ["--workers", "1", "--backend-store-uri", uri]
@@ -39,6 +43,21 @@ def serve(uri: str, port: int) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
         server.wait()
+
+
+def check_port(port: int) -> None:
+    """Refuse a port that somebody listens on: what answers there would be taken for the server that is started."""
+    with socket.socket() as asked, socket.socket() as other:
+        # As servers do, so that a port is not refused for connections of before that the system has not forgotten yet.
+        asked.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            asked.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            other.bind(("127.0.0.1", 0))
+            free = other.getsockname()[1]
+            in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+            why = "is in use, perhaps by a server that was started before" if in_use else f"cannot be had ({error})"
+            raise ConfigError(f"--port: {port} {why}; `clplat ui --port {free}` takes one that is free") from error
 
 
 def _answers(base: str) -> bool:

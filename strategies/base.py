@@ -68,8 +68,9 @@ class Strategy:
     `replays`, True where rows of earlier tasks are stored; `restarts`, True where every task begins from the initial
     weights; `own_weights`, what the model's weights are called where a strategy keeps others beside them; `trains`,
     False where no weight is ever moved; `begins_memories`, True where side memories are begun; `fixed`, what of the
-    model must not grow from task to task; `hidden`, what the training's forward pass shows to `penalty` in
-    `output.hidden`: the head's input, or every layer; `paper`; `fidelity` to it.
+    model must not grow from task to task; `shards`, True where a process may hold a share of the weights alone while a
+    task is trained (not inherited: a subclass says so for itself); `hidden`, what the training's forward pass shows to
+    `penalty` in `output.hidden`: the head's input, or every layer; `paper`; `fidelity` to it.
     `context` is there from `setup` on.
     """
 
@@ -81,6 +82,7 @@ class Strategy:
     trains: ClassVar[bool] = True
     begins_memories: ClassVar[bool] = False
     fixed: ClassVar[Fixed] = "nothing"
+    shards: ClassVar[bool] = False
     hidden: Hidden | None = None
     paper: ClassVar[str] = ""
     fidelity: ClassVar[Fidelity] = "standard"

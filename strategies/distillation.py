@@ -28,6 +28,7 @@ class DERpp(ExperienceReplay):
     form; the paper has classification only).
     """
 
+    shards = True
     knobs: ClassVar[tuple[str, ...]] = ("ratio", "alpha", "beta", "weight", "long_share")
     paper = "Buzzega et al. 2020, arXiv:2004.07211, Eq. 6"
     fidelity: ClassVar[Fidelity] = "exact"

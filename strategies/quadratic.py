@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clplat.architectures.base import Output
 from clplat.strategies.base import Context, Fixed
-from clplat.strategies.weights import flat_parameters
+from clplat.strategies.weights import flat_parameters, held_part, is_sharded
 from clplat.streams.batch import Batch
 
 
@@ -33,7 +33,12 @@ class QuadraticPenalty:
     def penalty(self, output: Output, batch: Batch) -> Tensor | None:
         if self.importance is None or not self.strength:
             return None
-        quadratic = _Quadratic.apply(self.weights(), self.importance, self.anchor)
+        model = self.context.architecture
+        held = [held_part(model, vector) for vector in (self.importance, self.anchor) if vector is not None]
+        quadratic = _Quadratic.apply(self.weights(), *held)
+        if is_sharded(model):
+            # The value is that of all weights; the gradient goes to this process's share of them, which no other has.
+            quadratic = quadratic + (self.context.world.sum(quadratic.detach().clone()) - quadratic.detach())
         return self.factor * self.strength * (quadratic + self.constant)
 
     def pull(self, weights: Tensor) -> Tensor | float:
@@ -44,11 +49,12 @@ class QuadraticPenalty:
 
     def weights(self) -> Tensor:
         """All trainable weights (P,); refuses an architecture that grew."""
-        flat = flat_parameters(self.context.architecture)
-        if self.anchor is not None and len(flat) != len(self.anchor):
+        model = self.context.architecture
+        number = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if self.anchor is not None and number != len(self.anchor):
             raise ValueError(f"{type(self).__name__}: the architecture went from {len(self.anchor)} trainable weights "
-                             f"to {len(flat)} between tasks; use one that does not grow")  # fmt: skip
-        return flat
+                             f"to {number} between tasks; use one that does not grow")  # fmt: skip
+        return flat_parameters(model)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.kept} | {"constant": self.constant}

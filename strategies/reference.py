@@ -28,6 +28,8 @@ def refuse_learners(strategy: Strategy, context: Context, *beside: type[Strategy
 class Naive(Strategy):
     """Train on each task in turn and do nothing else: the lower reference."""
 
+    shards = True
+
 
 class Cumulative(Strategy):
     """Train on all data seen so far, for each task's own budget of steps: forgets only for lack of steps."""

@@ -23,6 +23,7 @@ class EWC(QuadraticPenalty, Strategy):
     """
 
     knobs: ClassVar[tuple[str, ...]] = ("strength",)
+    shards: ClassVar[bool] = True
     factor = 0.5
     paper = "Kirkpatrick et al. 2017, arXiv:1612.00796, Eq. 3"
     fidelity = "exact"

@@ -116,6 +116,7 @@ class ExperienceReplay(_Rehearsal):
     """
 
     knobs: ClassVar[tuple[str, ...]] = ("ratio", "weight", "long_share")
+    shards: ClassVar[bool] = True
     paper = "Chaudhry et al. 2019, arXiv:1902.10486"
     fidelity: ClassVar[Fidelity] = "mechanism"
 

@@ -7,12 +7,38 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def flat_parameters(architecture: nn.Module) -> Tensor:
-    """All trainable weights as one vector (P,), in float32 at least: one operation in place of one for each tensor."""
-    flat = torch.cat([p.flatten() for p in architecture.parameters() if p.requires_grad])
+    """All trainable weights as one vector (P,), in float32 at least: one operation in place of one for each tensor.
+
+    Of weights that are sharded over processes this one's share, in the same order."""
+    weights = [p for p in architecture.parameters() if p.requires_grad]
+    flat = torch.cat([(p.to_local() if isinstance(p, DTensor) else p).flatten() for p in weights])
     return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+def is_sharded(architecture: nn.Module) -> bool:
+    """Whether this process holds a share of the weights only."""
+    return any(isinstance(weight, DTensor) for weight in architecture.parameters())
+
+
+def held_part(architecture: nn.Module, flat: Tensor) -> Tensor:
+    """Of a vector (P,) over all trainable weights the entries of `flat_parameters`: all, unless they are sharded.
+
+    Shards are consecutive rows, as many on every process but the last ones (torch's `fully_shard`)."""
+    if not is_sharded(architecture):
+        return flat
+    weights = [p for p in architecture.parameters() if p.requires_grad]
+    parts = []
+    for weight, part in zip(weights, flat.split([p.numel() for p in weights]), strict=True):
+        if isinstance(weight, DTensor):
+            rows = -(-weight.shape[0] // weight.device_mesh.size())
+            first = weight.device_mesh.get_local_rank() * rows
+            part = part.view(weight.shape)[first : first + rows].flatten()
+        parts.append(part)
+    return torch.cat(parts)
 
 
 def flat_gradients(architecture: nn.Module) -> Tensor:

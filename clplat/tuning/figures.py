@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clplat.figures import PALETTE, name_above, new_figure
+from clplat.figures import PALETTE, draw_front, name_above, new_figure
 from clplat.tuning.front import Row
 from clplat.tuning.gain import Gain
 
@@ -29,6 +29,10 @@ def front_figure(rows: Sequence[Row], objectives: Mapping[str, int]) -> Figure:
             "front": ([r for r in finished if r.on_front], {"color": PALETTE[0], "marker": "s", "s": 34}),
             "default": ([r for r in finished if r.is_default], {"color": PALETTE[1], "marker": "D", "s": 46}),
         }
+        draw_front(
+            axis, [(r.objectives[other], r.objectives[names[0]]) for r in finished], objectives[other],
+            objectives[names[0]],
+        )  # fmt: skip
         for label, (points, style) in marked.items():
             places = [r.objectives[other] for r in points], [r.objectives[names[0]] for r in points]
             axis.scatter(*places, label=label if axis is axes[0] else None, **style)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from clplat.dominance import pareto
 from clplat.tuning.space import Space
 
 if TYPE_CHECKING:
@@ -36,17 +37,6 @@ class Row:
     def name(self) -> str:
         """Of its variant in the study of trials."""
         return f"t{self.number:04d}"
-
-
-def pareto(values: Sequence[Sequence[float]], directions: Sequence[int]) -> list[bool]:
-    """Which rows no other dominates: as good in every objective, and better in one."""
-    signed = [[d * v for d, v in zip(directions, row, strict=True)] for row in values]
-    return [not any(_dominates(other, row) for other in signed) for row in signed]
-
-
-def _dominates(one: Sequence[float], other: Sequence[float]) -> bool:
-    pairs = list(zip(one, other, strict=True))
-    return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
 
 def table(trials: Sequence[FrozenTrial], space: Space, objectives: Mapping[str, int]) -> list[Row]:

@@ -16,12 +16,13 @@ from clplat.journal import NAME
 from clplat.metrics import Interval, interval, paired, verdict
 from clplat.plan import write_plan
 from clplat.report import MEANING
+from clplat.storage import writing
 from clplat.study import Study, carry_out, lay_out_runs, preflight
 from clplat.study_file import expand
 from clplat.study_results import StudyResults, journal_results
 from clplat.tuning.front import Row
 from clplat.tuning.protocol import Protocol
-from clplat.tuning.search import mark, writing
+from clplat.tuning.search import mark
 
 DEFAULT, BEST = "default", "best"
 COSTS = {"cost/training_flops": "training operations", "cost/buffer_bytes": "bytes of replay"}
@@ -59,7 +60,7 @@ def carry_out_report(folder: Path, protocol: Protocol, best: Row, console: Conso
     study, place = report_study(protocol, best), folder / f"report-{best.name}"
     runs = expand(study)
     if not (place / "study.yaml").is_file():
-        streams = preflight(runs)
+        streams = preflight(runs, here=study.launcher.kind == "local")
         with writing(folder):
             place.mkdir(exist_ok=True)
             write_plan(place, runs, streams)

@@ -13,14 +13,14 @@ from typing import Any
 import yaml
 
 from clplat.config import StudyConfig, plain
+from clplat.storage import read_json, write_json, writing
 from clplat.study_file import expand
 from clplat.study_record import start_study
-from clplat.tracking import STUDY_STATE, client, read_json, short, write_json
+from clplat.tracking import STUDY_STATE, client, short
 from clplat.tuning import front
 from clplat.tuning.front import Row
 from clplat.tuning.gain import Gain
 from clplat.tuning.protocol import Protocol
-from clplat.tuning.search import writing
 from clplat.tuning.trials import Trials
 
 TAG_LENGTH = 5000

@@ -5,16 +5,12 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from clplat.page import STYLE, inline, table
+from clplat.html_parts import document, picture, table
 from clplat.tuning.figures import front_figure, gain_figure
 from clplat.tuning.front import Row, said
 from clplat.tuning.gain import COSTS, Gain, shown, signed
 from clplat.tuning.protocol import Protocol
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def write_page(
@@ -41,7 +37,7 @@ def write_page(
         f'{_numbers(protocol.report.seeds)}. <a href="{report}/report.html">Report of default and best</a>.</p>',
         *(["<h2>Default and best on the full stream</h2>", _gains(gains)] if gains else []),
         '<div class="figures">',
-        *(_picture(title, *drawn, folder / "figures") for title, drawn in pictures.items()),
+        *(picture(title, *drawn, folder / "figures") for title, drawn in pictures.items()),
         "</div><h2>Trials</h2>",
         '<p class="small">Those of the Pareto front first, best first; empty cells are of trials that did not finish. '
         "Their objectives were measured on what was tuned on, so the best of them are too good to be true: "
@@ -49,16 +45,8 @@ def write_page(
         _trials(protocol, rows, objectives),
     ]
     page = folder / "tuning.html"
-    page.write_text(
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(protocol.trials.name)}</title>'
-        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    page.write_text(document(protocol.trials.name, parts))
     return page
-
-
-def _picture(title: str, name: str, figure: Figure, folder: Path) -> str:
-    figure.savefig(folder / f"{name}.png", dpi=150)
-    return f"<div><h2>{title}</h2>{inline(figure, folder / f'{name}.svg')}</div>"
 
 
 def _numbers(values: Sequence[int]) -> str:

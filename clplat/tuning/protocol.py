@@ -65,7 +65,7 @@ def prepare(study: StudyConfig) -> Protocol:
     """
     _check_options(study)
     whole = _tuned_arm(study)
-    total = len(preflight(expand(whole))[0]["order"])
+    total = len(preflight(expand(whole), here=study.launcher.kind == "local")[0]["order"])
     trials, seen, tuned_on = _tuned_stream(study, whole, total)
     shared = {f.name: plain(getattr(trials, f.name)) for f in dataclasses.fields(Experiment)}
     protocol = Protocol(
@@ -156,6 +156,6 @@ def _check_corners(protocol: Protocol) -> Sequence[Mapping[str, Any]]:
         except ConfigError as error:
             raise ConfigError(f"{name}: {str(error).removeprefix('variants.trial.')}") from error
     try:
-        return preflight(runs)
+        return preflight(runs, here=protocol.trials.launcher.kind == "local")
     except ConfigError as error:
         raise ConfigError(str(error).removeprefix("variant ")) from error

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from clplat.config import StudyConfig, plain, save
-from clplat.errors import ClplatError, ConfigError, StorageError
-from clplat.execution import Outcome, is_busy
+from clplat.errors import ClplatError, ConfigError
+from clplat.execution import Outcome
 from clplat.journal import ENDED, NAME, Journal, last_status, read
+from clplat.lease import is_busy
 from clplat.plan import NAME as PLAN
 from clplat.plan import read_plan
+from clplat.storage import write_json, writing
 from clplat.study import lay_out_runs
 from clplat.study_file import expand, load_study
 from clplat.study_results import measured
-from clplat.tracking import write_json
 from clplat.tuning.protocol import Protocol
 from clplat.tuning.pruning import FIRST_BOUNDARY, worse_than_most
 from clplat.tuning.trials import Trial, Trials, storage_errors
@@ -35,13 +36,13 @@ class Search:
     ) -> None:
         self.folder, self.protocol, self.trials, self._say = folder, protocol, trials, say
         self.tune = study.tune
+        self._waits = study.launcher.kind == "local"
         self.trouble = ""
         """Why no more trials can be begun, though there should be; empty while nothing is wrong."""
         self._owners: dict[Path, Trial] = {}
         self._folders: dict[int, list[Path]] = {}
         self._variants = dict(load_study(folder / "study.yaml").variants)
         self._waiting: list[Path] = []
-        self._begun_again: set[Path] = set()
         self._tasks = len(protocol.streams[0]["order"])
         self._deadline = math.inf if study.tune.timeout is None else time.monotonic() + study.tune.timeout
 
@@ -75,10 +76,7 @@ class Search:
     def ended(self, outcome: Outcome) -> None:
         folder, trial = outcome.folder, self._owners[outcome.folder]
         with self._trouble_said():
-            if outcome.cause == "process" and outcome.status == "FAILED" and folder not in self._begun_again:
-                self._begun_again.add(folder)
-                self._waiting.insert(0, folder)
-            elif outcome.cause == "storage":
+            if outcome.cause == "storage":
                 # No fault of its settings: it goes on when there is room again.
                 self.trouble = outcome.reason
             elif outcome.status in ENDED:
@@ -167,8 +165,11 @@ class Search:
         return folders
 
     def _wait_for(self, folder: Path) -> None:
-        """A worker whose tune was killed ends the run that it has in hand; two must not work on one."""
-        if is_busy(folder):
+        """A worker whose tune was killed ends the run that it has in hand; two must not work on one.
+
+        Jobs of a scheduler are taken up by the launcher instead, which answers what they ask.
+        """
+        if self._waits and is_busy(folder):
             self._say(f"{folder.name}: a worker of the tune that was killed is still at it; waiting for it")
             while is_busy(folder):
                 time.sleep(0.5)
@@ -204,15 +205,3 @@ def mark(folder: Path, tags: Mapping[str, str]) -> None:
     journal = Journal(folder)
     journal.tags(tags)
     journal.flush()
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """A full disk, as what a person can do about it."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{folder}: cannot be written ({error.strerror}). Free some space, then `clplat resume {folder}` goes on; "
-            "what has finished is safe."
-        ) from error

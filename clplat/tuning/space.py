@@ -31,6 +31,7 @@ FIXED = {
     "training.threads": "changes no result but in its last bit",
     "training.accelerator": "changes no result",
     "training.devices": "changes no result but in its last bits",
+    "training.sharding": "changes no result but in its last bits",
     "training.workers": "changes no result",
 }
 """Keys that cannot be searched, and why."""

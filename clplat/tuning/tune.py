@@ -16,9 +16,11 @@ from rich.console import Console
 
 from clplat.config import StudyConfig, flat, plain, save, scientific
 from clplat.errors import ConfigError, StorageError, StudyFailedError
-from clplat.execution import lock
-from clplat.launch import serve
-from clplat.study import Study, conclude, settled, worker_count
+from clplat.launch import launcher_of, serve
+from clplat.launchers.network_disks import check_disk
+from clplat.lease import held
+from clplat.storage import writing
+from clplat.study import Study, conclude, settled
 from clplat.study_file import load_study, run_folders
 from clplat.study_record import send_unsent, settle_study
 from clplat.tuning import front, gain, outcome
@@ -27,13 +29,13 @@ from clplat.tuning.gain import Gain
 from clplat.tuning.options import TUNE_FILE
 from clplat.tuning.page import write_page
 from clplat.tuning.protocol import OBJECTIVES, TRIALS, Protocol, prepare
-from clplat.tuning.search import Search, enter_trials, writing
+from clplat.tuning.search import Search, enter_trials
 from clplat.tuning.trials import Trials, storage_errors
 
 FRONT, SETTINGS, PAGE = "front.csv", "best.yaml", "tuning.html"
 """What a tune leaves beside it."""
-CHANGEABLE = ("tune.trials", "tune.timeout", "launcher.workers")
-"""What a resumed tune may change."""
+CHANGEABLE = ("tune.trials", "tune.timeout", "launcher")
+"""What a resumed tune may change, with the keys below them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class Tuned:
 def run_tune(study: StudyConfig, console: Console) -> Tuned:
     """Check, lay out and carry out a tune. Nothing is written before everything has been checked."""
     study = settled(study)
+    _check_launcher(study)
     protocol = prepare(study)
     folder = Path(study.folder) / f"{study.name}-tune-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     try:
@@ -72,21 +75,33 @@ def run_tune(study: StudyConfig, console: Console) -> Tuned:
 def resume_tune(folder: Path, overrides: Sequence[tuple[str, str]], console: Console) -> Tuned:
     """Go on with a tune: unfinished runs from their checkpoints, finished trials never again."""
     for key, _ in overrides:
-        if key not in CHANGEABLE:
+        if not any(f"{key}.".startswith(f"{free}.") for free in CHANGEABLE):
             raise ConfigError(f"--{key}: a resumed tune stays the same search; {', '.join(CHANGEABLE)} may change")
     study = settled(load_study(folder / TUNE_FILE, overrides))
     if study.tune.sampler == "grid" and any(key == "tune.trials" for key, _ in overrides):
         raise ConfigError("--tune.trials: the points of a grid were chosen when it was begun; start a new tune")
+    _check_launcher(study)
     protocol = prepare(study)
     with writing(folder):
         save(study, folder / TUNE_FILE)
     return _carry_on(folder, study, protocol, console)
 
 
+def _check_launcher(study: StudyConfig) -> None:
+    """Refuse a launcher that cannot work here, or not for a search."""
+    launcher_of(study, study.tune.trials or TRIALS, study.training.devices)
+    if study.launcher.kind == "slurm" and study.launcher.workers == "auto":
+        raise ConfigError("launcher.workers: a tune begins as many trials at once; with slurm, say how many")
+    if study.launcher.kind != "local":
+        # The search's own database; in the folder of the tune where none is named.
+        default = f"sqlite:///{(Path(study.folder) / 'optuna.db').resolve()}"
+        check_disk("tune.storage", study.tune.storage or default)
+
+
 def _carry_on(folder: Path, study: StudyConfig, protocol: Protocol, console: Console) -> Tuned:
     objectives = {name: OBJECTIVES[name] for name in study.tune.objectives}
     console.print(f"{folder}: tuning on {protocol.tuned_on}", soft_wrap=True)
-    with lock(folder):
+    with held(folder):
         if not (folder / "study.yaml").is_file():
             with writing(folder):
                 enter_trials(folder, protocol, {})
@@ -115,9 +130,8 @@ def _search(search: Search, study: StudyConfig, limit: int, console: Console) ->
     runs, unsent = limit * len(study.tune.seeds), ""
     try:
         search.resume()
-        devices, threads = study.training.devices, study.training.threads
-        workers = worker_count(study, runs, devices)
-        code = serve(search, runs=runs, workers=workers, threads=threads, devices=devices, console=console)
+        launcher = launcher_of(study, runs, study.training.devices)
+        code = serve(search, runs=runs, launcher=launcher, console=console, retries=study.launcher.retries)
     finally:
         if study.tracking.enabled:
             unsent = send_unsent(run_folders(search.folder))

@@ -9,14 +9,16 @@ import pytest
 from records import cells
 
 from clplat.figures import (
+    draw_front,
     draw_run,
+    filled,
     final_scores,
     forgetting_curves,
     heat_maps,
     learned_and_lost,
     limits_of,
     look,
-    score_and_cost,
+    new_figure,
 )
 from clplat.metrics import Interval
 from clplat.result_table import ResultTable
@@ -46,16 +48,28 @@ def test_sixty_four_variants_can_be_told_apart() -> None:
     assert len({tuple(look(number).values()) for number in range(64)}) == 64
 
 
+def test_eight_variants_can_be_told_apart_without_colour_in_lines_and_in_bars() -> None:
+    lines = {(look(number)["marker"], look(number)["linestyle"]) for number in range(8)}
+    assert len(lines) == len({filled(number)["hatch"] for number in range(8)}) == 8
+    (axis,) = final_scores({name: {"x": Interval(mean=0.5, half=0.1, n=3)} for name in "ab"}).axes
+    assert len({bar.get_hatch() for bar in axis.patches}) == 2
+
+
+def test_the_front_is_a_stair_through_those_that_nothing_beats_whichever_way_is_better() -> None:
+    _, (axis,) = new_figure(2, 2)
+    places = [(3.0, 0.9), (1.0, 0.5), (2.0, 0.4)]
+    assert draw_front(axis, places) == [True, True, False]
+    assert [list(values) for values in axis.lines[0].get_data()] == [[1.0, 3.0], [0.5, 0.9]]
+    assert draw_front(axis, places, across=1, up=-1) == [True, False, True]
+    assert axis.lines[0].get_drawstyle() == "steps-post" and axis.lines[1].get_drawstyle() == "steps-pre"
+    draw_front(axis, [(1.0, 1.0)])
+    assert len(axis.lines) == 2, "one point is no front"
+
+
 def test_bars_of_losses_grow_upwards_from_zero() -> None:
     (axis,) = final_scores({"naive": {"x": Interval(mean=-2.0, half=float("nan"), n=1)}}).axes
     assert axis.yaxis_inverted() and "loss" in axis.get_ylabel()
     assert [bar.get_height() for bar in axis.patches] == [-2.0]
-
-
-def test_a_point_of_one_seed_has_no_interval_and_still_stands() -> None:
-    point = Interval(mean=0.5, half=float("nan"), n=1)
-    (axis,) = score_and_cost({"naive": (point, point)}, "seconds").axes
-    assert axis.lines[-1].get_xdata() == [0.5]
 
 
 def test_who_learned_nothing_stands_left_of_who_learned_and_arms_without_either_score_are_left_out() -> None:

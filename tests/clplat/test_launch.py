@@ -17,8 +17,9 @@ from rich.console import Console
 from studies import run_folder, study
 
 from clplat.journal import last_status
-from clplat.launch import _gpus_of, launch, most_devices
-from clplat.study import lay_out, worker_count
+from clplat.launch import launch, most_devices, worker_count
+from clplat.launchers.local import Local, _gpus_of
+from clplat.study import lay_out
 from clplat.study_file import expand, load_study
 
 
@@ -56,7 +57,7 @@ def stop_and_look(process: subprocess.Popen[str], folder: Path, number: int, cod
 def children(pid: int) -> list[str]:
     """Worker processes that have been started."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [child for child in found if "clplat.launch" in Path(f"/proc/{child}/cmdline").read_text()]
+    return [child for child in found if "clplat.launchers.local" in Path(f"/proc/{child}/cmdline").read_text()]
 
 
 def trains(run: Path) -> bool:
@@ -74,7 +75,7 @@ def test_a_stop_that_comes_while_a_worker_is_being_made_gives_it_no_run(tmp_path
         return made(*arguments, **options)
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    outcomes = launch(runs, workers=2, threads=1, console=Console(quiet=True))
+    outcomes = launch(runs, launcher=Local(workers=2, threads=1), console=Console(quiet=True))
     assert [(outcome.folder, outcome.status, outcome.code) for outcome in outcomes] == [(r, "KILLED", 75) for r in runs]
     assert not any((run / "journal.jsonl").exists() for run in runs)
 

@@ -77,7 +77,7 @@ def test_a_failure_is_said_in_words_and_once_by_whoever_started_the_processes(
     environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failed = Outcome(folder=Path("run"), status="FAILED", reason="no room", code=1)
-    monkeypatch.setattr(execution, "execute", lambda folder: failed)
+    monkeypatch.setattr(execution, "execute", lambda folder, **_: failed)
     monkeypatch.setattr(sys, "argv", ["clplat.execution", "run"])
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     for name, value in environment.items():

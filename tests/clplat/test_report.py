@@ -172,7 +172,7 @@ def test_the_page_opens_without_a_network_and_escapes_what_it_shows(store: str, 
     loaded = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
     assert all(target.startswith(("#", "data:")) for target in loaded), loaded
     drawn = {file.name for file in (tmp_path / "out" / "figures").iterdir()}
-    names = ("heat_maps", "forgetting", "learned_and_lost", "final_scores", "cost")
+    names = ("heat_maps", "forgetting", "learned_and_lost", "final_scores")
     assert drawn == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
 
 

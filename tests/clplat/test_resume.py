@@ -20,6 +20,7 @@ from clplat.errors import RunBusyError, StorageError
 from clplat.execution import execute
 from clplat.journal import last_status, table
 from clplat.launch import launch
+from clplat.launchers.local import Local
 from clplat.learner import Learner
 from clplat.strategies.regularization import OnlineEWC
 from clplat.streams.scorers import Scorer
@@ -148,9 +149,9 @@ def test_the_second_of_two_resumers_is_refused(tmp_path: Path) -> None:
     first = FORK.Process(target=slow)
     first.start()
     assert started.wait(300)
-    with pytest.raises(RunBusyError, match=f"process {first.pid} works on this run"):
+    with pytest.raises(RunBusyError, match=f"process {first.pid} on .* works on this run"):
         execute(folder)
-    outcome = launch([folder], workers=1, threads=1, console=Console(quiet=True))[0]
+    outcome = launch([folder], launcher=Local(workers=1, threads=1), console=Console(quiet=True))[0]
     assert (outcome.status, last_status(folder)) == ("BUSY", "RUNNING")
     go_on.set()
     first.join(300)

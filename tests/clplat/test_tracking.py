@@ -224,10 +224,12 @@ def test_compare_report_results_and_reproduce_read_mlflow_alone(
     assert results.interval("er", "final_score").mean == pytest.approx(sum(finals) / 2)
     assert "direction" in report.finding(results)
     html = page.write_report(results, tmp_path / "out").read_text()
-    assert html.count("<svg") == 5 and "http://" not in html.replace("http://www.w3.org", "").replace(
+    drawn = {file.stem for file in (tmp_path / "out" / "figures").glob("*.svg")}
+    assert drawn == {"paired", "ablation", "cost", "learned_and_lost", "forgetting", "heat_maps", "final_scores"}
+    assert html.count("<svg") == len(drawn) and "http://" not in html.replace("http://www.w3.org", "").replace(
         "http://purl.org", ""
     ).replace("http://creativecommons.org", "")
-    assert {file.name for file in (tmp_path / "out" / "figures").iterdir()} >= {"heat_maps.png", "heat_maps.svg"}
+    assert {file.stem for file in (tmp_path / "out" / "figures").glob("*.png")} == drawn
     frame = results_frame(results)
     assert set(frame["variant"]) == {"naive", "er", "cumulative"} and len(frame) == 6 * 4 * 3 * 2
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from searches import formulas, settings, tune
 
+from clplat.dominance import pareto
 from clplat.metrics import interval
 from clplat.tuning.figures import front_figure
-from clplat.tuning.front import Row, best, pareto, write_csv
+from clplat.tuning.front import Row, best, write_csv
 from clplat.tuning.gain import Gain, sentence
 from clplat.tuning.pruning import worse_than_most
 

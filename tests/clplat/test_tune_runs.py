@@ -21,6 +21,8 @@ from studies import assert_same, run_folder, study
 
 from clplat.journal import last_status, read, table
 from clplat.launch import serve
+from clplat.launchers.local import Local
+from clplat.lease import holder
 from clplat.streams.base import TensorData
 from clplat.study_file import load_study, run_folders
 from clplat.study_results import load_study_results
@@ -129,7 +131,7 @@ def test_a_run_in_a_worker_asks_at_its_boundaries_and_ends_where_it_is_told_to(t
 
     asked: list[tuple[str, int]] = []
     supply = Told([run_folder(tmp_path, study(), name) for name in ("first", "second")])
-    assert serve(supply, runs=2, workers=2, threads=1, console=quiet()) == 0
+    assert serve(supply, runs=2, launcher=Local(workers=2, threads=1), console=quiet()) == 0
     outcomes = supply.outcomes(0)
     assert [(o.status, o.reason, o.code) for o in outcomes] == [("PRUNED", "enough", 0), ("FINISHED", "", 0)]
     assert sorted(asked) == [("first", n) for n in range(3)] + [("second", n) for n in range(4)]
@@ -180,7 +182,7 @@ def test_a_worker_that_is_killed_takes_no_trial_with_it() -> None:
         while not (found := list(Path("runs").glob("*/t0002-s1000/checkpoints/*.pt"))):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.02)
-        os.kill(int((found[0].parent.parent / "lock").read_text()), signal.SIGKILL)
+        os.kill(holder(found[0].parent.parent).pid, signal.SIGKILL)
         said, _ = process.communicate(timeout=300)
     finally:
         with contextlib.suppress(ProcessLookupError):

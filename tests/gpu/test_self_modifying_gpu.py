@@ -31,7 +31,7 @@ HALF_CASES = [
     Case(**SIZES),
     Case(**SIZES, chunk=64),
     Case(**SIZES, chunk=32, momentum=False, damped=False, delta="single", max_gradient=1.0),
-    # Rounding grows a thousandfold over 300 tokens where each memory reads its own inputs: plain PyTorch's in fp32 does.
+    # Rounding grows a thousandfold over 300 tokens where each memory reads its own inputs; plain PyTorch's in fp32 too.
     Case(**SIZES | {"tokens": 100}, chunk=32, own=True),
     Case(**SIZES | {"tokens": 70}, chunk=64, own=True, self_targets=False),
     Case(**SIZES, chunk=64, decay=False, delta="none", max_gradient=None, unit_values=False),

@@ -165,14 +165,27 @@ class Walk:
     def open_the_report_without_network(self) -> None:
         """report.html asks for nothing and complains of nothing."""
         self.browser.without_network()
-        self.browser.open((self.study.folder / "report.html").as_uri())
-        self.browser.wait_for_text("Best final score", "Scores", "Costs")
-        self.browser.pause(1.0)
-        drawn = len(list((self.study.folder / "figures").glob("*.svg")))
-        assert self.browser.ask("document.querySelectorAll('svg').length") == drawn >= 4
-        assert self.browser.errors == [], self.browser.errors
-        asked = [address for address in self.browser.requests if not address.startswith(("file:", "data:"))]
-        assert asked == [], asked
+        opens_alone(self.browser, self.study.folder / "report.html", "Best final score", "Scores", "Costs",
+                    "Differences to naive", "Where the differences come from", "Score and cost")  # fmt: skip
+
+
+def opens_alone(browser: Browser, page: Path, *words: str) -> None:
+    """The page shows these words and a figure for each file of one, without a request or an error, in wide and in
+    narrow windows; figures are told to who cannot see them, and every link leads to a place on the page."""
+    browser.open(page.as_uri())
+    browser.wait_for_text(*words)
+    browser.pause(1.0)
+    drawn = len(list((page.parent / "figures").glob("*.svg")))
+    assert browser.ask("document.querySelectorAll('svg').length") == drawn >= 2
+    assert browser.ask("[...document.querySelectorAll('svg')].every(s => s.getAttribute('aria-label').length > 20)")
+    assert browser.ask("[...document.querySelectorAll('nav a')].every(a => document.querySelector(a.hash))")
+    for width in (1400, 390):
+        browser.call("Emulation.setDeviceMetricsOverride", width=width, height=850, deviceScaleFactor=1, mobile=False)
+        browser.pause(0.3)
+        assert browser.ask("document.documentElement.scrollWidth") <= width, f"wider than a window of {width}"
+    assert browser.errors == [], browser.errors
+    asked = [address for address in browser.requests if not address.startswith(("file:", "data:"))]
+    assert asked == [], asked
 
 
 def same(drawn: dict[str, float], held: dict[str, float]) -> bool:

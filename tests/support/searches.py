@@ -14,11 +14,11 @@ from records import cells
 from rich.console import Console
 from studies import REPLAY, study
 
-from clplat import launch
 from clplat.config import RunConfig, load_run
 from clplat.errors import Interrupted, Pruned
 from clplat.execution import Outcome
 from clplat.journal import Journal
+from clplat.launchers import local
 from clplat.progress import Progress
 from clplat.study_file import load_study
 from clplat.tuning import trials
@@ -122,7 +122,7 @@ def formulas(formula: Formula, *, pages: bool = False) -> Iterator[Formulas]:
     """While inside, runs are this formula; reports are drawn where `pages` are asked for."""
     found = Formulas(formula)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "execute_safely", found)
+        patch.setattr(local, "execute_safely", found)
         patch.setattr(trials, "_open", partial(_open_unsafely, trials._open))
         # Drawing takes longer than all else; pages have tests of their own.
         for name in () if pages else ("conclude", "write_page"):
