@@ -21,11 +21,8 @@ from clplat.errors import ConfigError, NotFiniteError
 from clplat.hooks import Hooks
 from clplat.loss_means import LossMeans
 from clplat.objective import Objective
-<<<<<<< HEAD
-from clplat.recording import Recorded
-=======
 from clplat.optimization import configured_optimizer
->>>>>>> 2a8cb995067fe7e90fb36dc40deb7b2cc1ac4b55
+from clplat.recording import Recorded
 from clplat.schedule import rate_factor
 from clplat.sharding import gathered, spread
 from clplat.strategies.world import World
@@ -65,20 +62,7 @@ class Learner(LightningModule):
         self.augment = compiled(augment, training.compile) if augment is not None else None
         # The step is written out in `_step`: Lightning's automatic one costs more than a small model's forward.
         self.automatic_optimization = False
-<<<<<<< HEAD
-        plain = answerer(
-            architecture, objective if hooks.objective is None else None, augment,
-            with_inputs=augment is not None and bool(hooks.with_penalty or hooks.objective),
-            open_logits=bool(hooks.with_penalty), hidden=hooks.hidden,
-        )  # fmt: skip
-        # A ResNet compiled for rows of any number takes 1.6 times as long as one for a single size; controllers change
-        # the rows of replay too often for that. In a tuple, so that no second module is registered.
-        dynamic = None if hooks.controllers else False
-        recorded = Recorded(plain, architecture) if training.compile == "cudagraphs" else None
-        self._answers = (plain, recorded or compiled(plain, training.compile, dynamic=dynamic))
-=======
         self.adopt(architecture)
->>>>>>> 2a8cb995067fe7e90fb36dc40deb7b2cc1ac4b55
         self.full_rows = training.batch_size
         self.carried: State = None
         self.window: dict[str, list[Tensor]] = {}
@@ -106,7 +90,9 @@ class Learner(LightningModule):
         # A ResNet compiled for rows of any number takes 1.6 times as long as one for a single size; controllers change
         # the rows of replay too often for that. In a tuple, so that no second module is registered.
         dynamic = None if hooks.controllers else False
-        self._answers = (plain, compiled(plain, self.training_config.compile, dynamic=dynamic))
+        mode = self.training_config.compile
+        recorded = Recorded(plain, architecture) if mode == "cudagraphs" else None
+        self._answers = (plain, recorded or compiled(plain, mode, dynamic=dynamic))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Plain values take the short way past torch's bookkeeping; Lightning sets one at every hook."""
@@ -254,13 +240,9 @@ class Learner(LightningModule):
 
     def on_train_end(self) -> None:
         """The optimizer's last state of the task, for a next task that keeps it."""
-<<<<<<< HEAD
-        self.optimizer_state, self._fitting = self.optimizer().state_dict(), False
+        self.optimizer_state, self._fitting = gathered(self.optimizer().state_dict()), False
         if isinstance(self._answers[1], Recorded):
             self._answers[1].forget()
-=======
-        self.optimizer_state, self._fitting = gathered(self.optimizer().state_dict()), False
->>>>>>> 2a8cb995067fe7e90fb36dc40deb7b2cc1ac4b55
         if self.watch is not None:
             self.watch.ended()
 
