@@ -55,8 +55,8 @@ class TrainingConfig:
     compile: bool | Literal["reduce-overhead", "cudagraphs"] = False
     """Compile the forward pass and the loss with torch.compile; `reduce-overhead` also replays them as CUDA graphs,
     which pays where a GPU computes faster than the host can launch (one process, `accumulate` 1). `cudagraphs` records
-    the kernels of a whole step as they are and replays them, for loops over many small operations, which take minutes to
-    compile and seconds to record; what cannot be replayed runs as it is, with a warning that says why."""
+    the kernels of a whole step as they are and replays them: loops over many small operations take minutes to compile
+    and seconds to record. What cannot be replayed runs as it is, with a warning that says why."""
     threads: int = 1
     """CPU threads a process; part of the result, since sums differ in the last bit between thread counts."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"

@@ -68,7 +68,7 @@ class Recorded:
         """`module`: whose weights and buffers `answer` reads; they have to stay where they are, else all is recorded
         again."""
         self.answer, self.module = answer, module
-        self._refused = False
+        self._refused = self._warned = False
         self.forget()
 
     def forget(self) -> None:
@@ -87,14 +87,11 @@ class Recorded:
         if shape not in self._recordings:
             if len(self._recordings) < MOST_SHAPES:
                 self._recordings[shape] = None
-            elif len(self._recordings) == MOST_SHAPES:
-                self._recordings[shape] = None
+            elif not self._warned:
+                self._warned = True
                 self._warn(f"a task's steps have rows of more than {MOST_SHAPES} shapes; further ones run as they are")
             return self.answer(batch, state)
-        recording = self._recordings[shape]
-        if recording is None and list(self._recordings).index(shape) >= MOST_SHAPES:
-            return self.answer(batch, state)
-        places = self._places()
+        recording, places = self._recordings[shape], self._places()
         if recording is None or recording.places != places:
             recording = self._recordings[shape] = self._record(batch, state, places, again=recording is not None)
         return self.answer(batch, state) if recording is None else recording(tensors)
@@ -150,8 +147,7 @@ class Recording:
         found, self._replay_backward = recorder.record(partial(self._backward, open_leaves))
         self.is_open = [leaf.requires_grad for leaf in leaves]
         # Without the graph of autograd, which would keep what accumulates weights' gradients on the recorder's stream.
-        self.results = [leaf.detach() for leaf in leaves]
-        self.gradients = found
+        self.results, self.gradients = [leaf.detach() for leaf in leaves], found
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor | None, Output, Tensor | None]:
         """The step on other rows."""
@@ -284,4 +280,4 @@ def _why(error: BaseException) -> str:
     inside = torch.__path__[0]
     frames = [f for f in extract_tb(error.__traceback__) if not f.filename.startswith((inside, __file__))]
     where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-    return f"a pass cannot be recorded: {str(error).splitlines()[0]}{where}"
+    return f"a pass cannot be recorded: {(str(error) or type(error).__name__).splitlines()[0]}{where}"

@@ -71,10 +71,9 @@ def test_replayed_steps_train_as_plain_ones(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("error:training.compile")
-@pytest.mark.parametrize("name", ["GatedDeltaNet", "Titans, depth 2"])
-def test_kernels_of_ours_are_replayed_too(name: str) -> None:
-    courses = both(MODELS[name], batches(), optimizer=SGD)
-    told(f"{name}, whatever backend is chosen", courses)
+def test_kernels_of_ours_are_replayed_too() -> None:
+    courses = both(MODELS["GatedDeltaNet"], batches(), optimizer=SGD)
+    told("GatedDeltaNet, whatever backend is chosen", courses)
     assert_close(courses, rtol=1e-3, atol=1e-4)
 
 
