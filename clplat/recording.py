@@ -25,6 +25,7 @@ from clplat.streams.batch import Batch
 T = TypeVar("T")
 Answer = Callable[[Batch, State], tuple[Tensor | None, Output, Tensor | None]]
 
+_NUMBERS = (bool, int, float)
 MOST_SHAPES = 4
 """Shapes of rows and state that are recorded in one task. Each holds a step's activations on the device."""
 
@@ -65,18 +66,18 @@ class Recorded:
     """
 
     def __init__(self, answer: Answer, module: nn.Module) -> None:
-        """`module`: whose weights and buffers `answer` reads; they have to stay where they are, else all is recorded
-        again."""
+        """`module`: whose weights, buffers and options `answer` reads; where they are others than when a shape was
+        recorded, it is recorded again."""
         self.answer, self.module = answer, module
         self._refused = self._warned = False
         self.forget()
 
     def forget(self) -> None:
-        """Give all recordings up. A new task may have changed what no recording sees: which weights are trained, the
-        options of a layer."""
+        """Give all recordings up, and the memory that they hold. A new task may have changed what nobody looks at."""
         self._recorder: Recorder | None = None
         self._recordings: dict[Any, Recording | None] = {}
         self._held: list[dict[str, Any]] = []
+        self._options: list[dict[str, Any]] = []
         self._moves = 0
 
     def __call__(self, batch: Batch, state: State) -> tuple[Tensor | None, Output, Tensor | None]:
@@ -91,35 +92,40 @@ class Recorded:
                 self._warned = True
                 self._warn(f"a task's steps have rows of more than {MOST_SHAPES} shapes; further ones run as they are")
             return self.answer(batch, state)
-        recording, places = self._recordings[shape], self._places()
-        if recording is None or recording.places != places:
-            recording = self._recordings[shape] = self._record(batch, state, places, again=recording is not None)
+        recording, premises = self._recordings[shape], self._premises()
+        if recording is None or recording.premises != premises:
+            recording = self._recordings[shape] = self._record(batch, state, premises, again=recording is not None)
         return self.answer(batch, state) if recording is None else recording(tensors)
 
     def _begun(self, device: torch.device) -> bool:
         if self._recorder is None and (recorder := recorder_for(device)) is not None:
             self._recorder = recorder
-            self._held = [held for m in self.module.modules() for held in (m._parameters, m._buffers) if held]
+            modules = list(self.module.modules())
+            self._held = [held for m in modules for held in (m._parameters, m._buffers) if held]
+            self._options = [vars(m) for m in modules if not type(m).__module__.startswith("torch.")]
         return self._recorder is not None
 
-    def _places(self) -> list[tuple[int, bool]]:
-        """Where the weights and buffers lie, and which of them are trained."""
+    def _premises(self) -> list[Any]:
+        """Where weights and buffers lie, which of them are trained, and what layers hold as numbers and names."""
         present = (tensor for held in self._held for tensor in held.values() if tensor is not None)
-        return [(tensor.data_ptr(), tensor.requires_grad) for tensor in present]
+        places = [(tensor.data_ptr(), tensor.requires_grad) for tensor in present]
+        return places + [tuple(v) if type(v) is list else v for o in self._options for v in o.values() if _is_option(v)]
 
-    def _record(self, batch: Batch, state: State, places: list[Any], *, again: bool) -> Recording | None:
+    def _record(self, batch: Batch, state: State, premises: list[Any], *, again: bool) -> Recording | None:
         assert self._recorder is not None
         try:
             self._moves += again
             if self._moves > MOST_SHAPES:
-                raise NotRecordable("its weights or buffers are others again and again, and replays read the first")
+                raise NotRecordable(
+                    "its weights, buffers or options are others again and again, and replays read the first"
+                )
             made = Recording(self.answer, self.module, batch, state, self._recorder)
         except RuntimeError as error:
             self.forget()
             self._refused = True
             self._warn(f"steps run as they are, launched one kernel at a time, because {_why(error)}")
             return None
-        made.places = places
+        made.premises = premises
         return made
 
     def _warn(self, what: str) -> None:
@@ -134,7 +140,8 @@ class Recording:
         tensors, _ = _flattened(batch, state)
         if any(tensor.requires_grad for tensor in tensors):
             raise NotRecordable("a gradient is asked for its rows or its carried state")
-        self.answer, self.turn, self.places = answer, 0, []
+        self.answer, self.turn = answer, 0
+        self.premises: list[Any] = []
         self.weights = [p for p in module.parameters() if p.requires_grad]
         self.batch = {name: tensor.clone() for name, tensor in batch.tensors().items()}
         self.state = pytree.tree_map_only(Tensor, torch.clone, state)
@@ -229,6 +236,12 @@ def _flattened(batch: Batch, state: State) -> tuple[list[Tensor], Any]:
     tensors = [*named.values(), *(leaf for leaf in leaves if isinstance(leaf, Tensor))]
     constants = tuple(None if isinstance(leaf, Tensor) else (leaf,) for leaf in leaves)
     return tensors, (tuple(named), spec, constants, tuple((one.shape, one.dtype) for one in tensors))
+
+
+def _is_option(value: object) -> bool:
+    """Numbers, and lists of numbers and names; a name alone is what a layer has noted of itself."""
+    kind = type(value)
+    return kind in _NUMBERS or (kind in (list, tuple) and all(type(item) in (*_NUMBERS, str) for item in value))
 
 
 def _cast_anew(device: torch.device) -> torch.autocast:

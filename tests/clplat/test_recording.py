@@ -268,8 +268,21 @@ def test_weights_that_are_others_are_recorded_again_and_at_last_no_more(tape: Ta
         net.linear.weight.data = net.linear.weight.data.clone()
     answer(rows(), None)
     net.linear.bias.requires_grad_(False)
-    with pytest.warns(UserWarning, match="weights or buffers are others again and again"):
+    with pytest.warns(UserWarning, match="weights, buffers or options are others again and again"):
         answer(rows(), None)[2].backward()
+
+
+def test_an_option_that_is_another_counts_from_the_next_step_on(tape: Tape) -> None:
+    found = []
+    for wrap in (lambda net: net.step, lambda net: Recorded(net.step, net)):
+        torch.manual_seed(0)
+        net = Net(lambda net, x: x * net.number)
+        answer, losses = wrap(net), []
+        for net.number in (1, 1, 1, 2, 2, 1):
+            losses += trained(net, answer, [5])
+        found.append(losses)
+    assert_equal(found)
+    assert tape.recordings == 2 * 3 and tape.replays == 2 * 5
 
 
 def test_a_gradient_that_is_kept_is_not_overwritten_by_the_next_step(tape: Tape) -> None:
