@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from traceback import extract_tb
@@ -108,17 +109,16 @@ class Recorded:
     def _premises(self) -> list[Any]:
         """Where weights and buffers lie, which of them are trained, and what layers hold as numbers and names."""
         present = (tensor for held in self._held for tensor in held.values() if tensor is not None)
-        places = [(tensor.data_ptr(), tensor.requires_grad) for tensor in present]
-        return places + [tuple(v) if type(v) is list else v for o in self._options for v in o.values() if _is_option(v)]
+        places = [(id(tensor), tensor.data_ptr(), tensor.requires_grad) for tensor in present]
+        options = (value for held in self._options for value in held.values() if _is_option(value))
+        return [*places, *(tuple(value) if isinstance(value, list) else value for value in options)]
 
     def _record(self, batch: Batch, state: State, premises: list[Any], *, again: bool) -> Recording | None:
         assert self._recorder is not None
         try:
             self._moves += again
             if self._moves > MOST_SHAPES:
-                raise NotRecordable(
-                    "its weights, buffers or options are others again and again, and replays read the first"
-                )
+                raise NotRecordable("its weights, buffers or options are others again and again")
             made = Recording(self.answer, self.module, batch, state, self._recorder)
         except RuntimeError as error:
             self.forget()
@@ -143,6 +143,8 @@ class Recording:
         self.answer, self.turn = answer, 0
         self.premises: list[Any] = []
         self.weights = [p for p in module.parameters() if p.requires_grad]
+        if any(weight._backward_hooks for weight in self.weights):
+            raise NotRecordable("a weight has a hook, which would change its gradient twice")
         self.batch = {name: tensor.clone() for name, tensor in batch.tensors().items()}
         self.state = pytree.tree_map_only(Tensor, torch.clone, state)
         self.given = [*self.batch.values(), *(t for t in pytree.tree_leaves(self.state) if isinstance(t, Tensor))]
@@ -240,8 +242,9 @@ def _flattened(batch: Batch, state: State) -> tuple[list[Tensor], Any]:
 
 def _is_option(value: object) -> bool:
     """Numbers, and lists of numbers and names; a name alone is what a layer has noted of itself."""
-    kind = type(value)
-    return kind in _NUMBERS or (kind in (list, tuple) and all(type(item) in (*_NUMBERS, str) for item in value))
+    if isinstance(value, list | tuple):
+        return all(type(item) in (*_NUMBERS, str) for item in value)
+    return type(value) in _NUMBERS
 
 
 def _cast_anew(device: torch.device) -> torch.autocast:
@@ -252,28 +255,22 @@ def _cast_anew(device: torch.device) -> torch.autocast:
     )
 
 
-class _unchanged:  # noqa: N801
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
     """Within it a step is rehearsed: buffers get their values back, and NotRecordable says what else it changed. A
-    replay changes no attribute of Python's, and reads none."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __enter__(self) -> None:
-        self.before = dict(_attributes(self.module))
-        self.buffers = list(self.module.buffers())
-        self.values = [buffer.clone() for buffer in self.buffers]
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    replay changes no attribute of Python's."""
+    before, buffers = dict(_attributes(module)), list(module.buffers())
+    values = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            for buffer, value in zip(self.buffers, self.values, strict=True):
+            for buffer, value in zip(buffers, values, strict=True):
                 buffer.copy_(value)
-        if kind is not None:
-            return
-        for name, value in _attributes(self.module):
-            before = self.before.get(name)
-            if value is not before and (isinstance(value, Tensor) or value != before):
-                raise NotRecordable(f"each of its passes sets `{name}`, which replaying does not")
+    for name, value in _attributes(module):
+        old = before.get(name)
+        if value is not old and (isinstance(value, Tensor) or value != old):
+            raise NotRecordable(f"each of its passes sets `{name}`, which replaying does not")
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
