@@ -59,7 +59,7 @@ class CudaGraphs:
         """Ending a capture that failed stops halfway: its stream is still the current one, memory still comes from its
         pool, and the generator counts draws for a graph that there is not."""
         torch.cuda.set_stream(current)
-        with suppress(RuntimeError):  # it had come so far
+        with suppress(RuntimeError, AttributeError):  # it had come so far, or torch has no such function
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
         fresh = torch.Generator(self.device)
         fresh.set_state(drawn)

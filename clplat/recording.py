@@ -185,7 +185,7 @@ class Recording:
                 kept.copy_(slope)
         self._replay_backward()
         # Nobody who keeps a gradient for longer than a step finds another's in its place.
-        own = [None if g is None else torch.empty_like(w) for w, g in zip(self.weights, self.gradients, strict=True)]
+        own = [None if g is None else torch.empty_like(g) for g in self.gradients]
         pairs = [(mine, g) for mine, g in zip(own, self.gradients, strict=True) if mine is not None]
         torch._foreach_copy_([mine for mine, _ in pairs], [g for _, g in pairs])
         return own
@@ -208,9 +208,11 @@ class Recording:
         self.leaves = [(isinstance(leaf, Tensor), None if isinstance(leaf, Tensor) else leaf) for leaf in leaves]
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    def _backward(self, open_leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+    def _backward(self, open_leaves: list[Tensor]) -> list[Tensor | None]:
+        """Gradients that lie as one copying kernel takes them all."""
         with _cast_anew(self.given[0].device):
-            return torch.autograd.grad(open_leaves, self.weights, self.slopes, allow_unused=True)
+            found = torch.autograd.grad(open_leaves, self.weights, self.slopes, allow_unused=True)
+        return [None if slope is None else slope.contiguous() for slope in found]
 
 
 class _Replay(torch.autograd.Function):

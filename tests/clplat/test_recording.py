@@ -1,4 +1,4 @@
-"""What records and replays a step, with a recorder that needs no GPU: replayed steps are those of the plain function."""
+"""What records and replays a step, with a recorder that needs no GPU: replayed steps are the plain function's."""
 
 from __future__ import annotations
 
