@@ -184,7 +184,8 @@ class Recording:
             else:
                 kept.copy_(slope)
         self._replay_backward()
-        # Nobody who keeps a gradient for longer than a step finds another's in its place.
+        # Copies, so that nobody who keeps a gradient finds the next step's in its place; all at once, where autograd
+        # would copy them one by one.
         own = [None if g is None else torch.empty_like(g) for g in self.gradients]
         pairs = [(mine, g) for mine, g in zip(own, self.gradients, strict=True) if mine is not None]
         torch._foreach_copy_([mine for mine, _ in pairs], [g for _, g in pairs])

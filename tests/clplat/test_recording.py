@@ -146,7 +146,9 @@ def test_what_cannot_be_replayed_runs_as_it_is_with_one_warning_that_says_why(
         assert_equal(found)
 
 
-def test_what_fails_while_it_is_recorded_runs_as_it_is(tape: Tape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_while_it_is_recorded_runs_as_it_is_and_draws_as_ever(
+    tape: Tape, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def record(part: Callable[[], Any]) -> Any:
         raise RuntimeError("out of graphs\nmore")
 

@@ -64,15 +64,17 @@ class Tape:
     def record(self, part: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         """Leaves all as it was but for the results, which hold nothing yet."""
         drawn, tape = torch.get_rng_state(), _Written()
-        with tape:
-            results = part()
+        try:
+            with tape:
+                results = part()
+        finally:
+            torch.set_rng_state(drawn)
         # Past autograd, to which nothing has happened.
         for tensor, before in reversed(tape.changed):
             tensor.data.copy_(before)
         for result in pytree.tree_leaves(results):
             if isinstance(result, Tensor) and result.is_floating_point():
                 result.data.fill_(torch.nan)
-        torch.set_rng_state(drawn)
         self.recordings += 1
         return results, lambda: self._replay(tape)
 
