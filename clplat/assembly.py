@@ -69,6 +69,10 @@ def assemble(config: RunConfig, world: World, stream: Stream | None = None) -> P
     mode = config.training.compile
     if replayed(mode) and max(config.training.accumulate, config.training.devices) > 1:
         raise ConfigError(f"training.compile: {mode} needs accumulate 1 and devices 1; use true instead")
+    if mode == "cudagraphs" and hooks.step_owner is not None:
+        owner = next(name for name, strategy in hooks.strategies.items() if strategy is hooks.step_owner)
+        raise ConfigError(f"training.compile: cudagraphs records the learner's own step, and strategies.{owner} owns "
+                          "the step; use false or true, or leave the strategy out")  # fmt: skip
     evaluator = Evaluator(
         architecture=architecture, objective=objective, hooks=hooks, tasks=stream.tasks, probes=stream.probes,
         world=world, batch_size=config.evaluation.batch_size, max_rows=config.evaluation.max_rows,

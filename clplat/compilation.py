@@ -1,4 +1,4 @@
-"""What torch.compile sees of a training step."""
+"""What torch.compile, or a recorder of kernels, sees of a training step."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from clplat.architectures.base import Architecture, Output, State
 from clplat.objective import Objective
+from clplat.recording import Answer
 from clplat.strategies.base import Hidden
 from clplat.streams.batch import Batch
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Answer = Callable[[Batch, State], tuple[Tensor | None, Output, Tensor | None]]
 
 
 def answerer(
@@ -44,9 +44,16 @@ def answerer(
         if objective is None:
             return inputs, output, None
         loss = objective(output, batch) if batch.origin is None else objective.by_origin(output, batch)
-        return inputs, output if open_logits else replace(output, logits=output.logits.detach()), loss
+        return inputs, output if open_logits else _closed(output, shown=hidden is not None), loss
 
     return answer
+
+
+def _closed(output: Output, *, shown: bool) -> Output:
+    """The output without a gradient through its logits, nor through activations that nobody has asked for."""
+    if shown or output.hidden is None:
+        return replace(output, logits=output.logits.detach())
+    return replace(output, logits=output.logits.detach(), hidden=output.hidden.detach())
 
 
 def replayed(mode: bool | str) -> bool:
@@ -55,9 +62,8 @@ def replayed(mode: bool | str) -> bool:
 
 
 def compiled(function: Callable[P, R], mode: bool | str, *, dynamic: bool | None = None) -> Callable[P, R]:
-    """The function as `training.compile` wants it; `dynamic` as in torch.compile."""
-    if not mode:
+    """The function as `training.compile` wants it; `dynamic` as in torch.compile. Kernels are recorded of whole steps
+    alone (`recording.py`)."""
+    if not mode or mode == "cudagraphs":
         return function
-    if mode == "cudagraphs":
-        return torch.compile(function, backend="cudagraphs", dynamic=dynamic)
     return torch.compile(function, mode=mode if isinstance(mode, str) else None, dynamic=dynamic)

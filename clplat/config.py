@@ -54,8 +54,9 @@ class TrainingConfig:
     precision: Precision = "32-true"
     compile: bool | Literal["reduce-overhead", "cudagraphs"] = False
     """Compile the forward pass and the loss with torch.compile; `reduce-overhead` also replays them as CUDA graphs,
-    which pays where a GPU computes faster than the host can launch (one process, `accumulate` 1). `cudagraphs` replays
-    the kernels as they are: loops over many small operations take minutes to compile and seconds to record."""
+    which pays where a GPU computes faster than the host can launch (one process, `accumulate` 1). `cudagraphs` records
+    the kernels of a whole step as they are and replays them: loops over many small operations take minutes to compile
+    and seconds to record. What cannot be replayed runs as it is, with a warning that says why."""
     threads: int = 1
     """CPU threads a process; part of the result, since sums differ in the last bit between thread counts."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"

@@ -22,6 +22,7 @@ from clplat.hooks import Hooks
 from clplat.loss_means import LossMeans
 from clplat.objective import Objective
 from clplat.optimization import configured_optimizer
+from clplat.recording import Recorded
 from clplat.schedule import rate_factor
 from clplat.sharding import gathered, spread
 from clplat.strategies.world import World
@@ -89,7 +90,9 @@ class Learner(LightningModule):
         # A ResNet compiled for rows of any number takes 1.6 times as long as one for a single size; controllers change
         # the rows of replay too often for that. In a tuple, so that no second module is registered.
         dynamic = None if hooks.controllers else False
-        self._answers = (plain, compiled(plain, self.training_config.compile, dynamic=dynamic))
+        mode = self.training_config.compile
+        recorded = Recorded(plain, architecture) if mode == "cudagraphs" else None
+        self._answers = (plain, recorded or compiled(plain, mode, dynamic=dynamic))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Plain values take the short way past torch's bookkeeping; Lightning sets one at every hook."""
@@ -238,6 +241,8 @@ class Learner(LightningModule):
     def on_train_end(self) -> None:
         """The optimizer's last state of the task, for a next task that keeps it."""
         self.optimizer_state, self._fitting = gathered(self.optimizer().state_dict()), False
+        if isinstance(self._answers[1], Recorded):
+            self._answers[1].forget()
         if self.watch is not None:
             self.watch.ended()
 

@@ -3,7 +3,9 @@
 A loss that is not a number tells nothing: by the time it is read, all weights are NaN. A normed answer hides a memory
 that grows, and clipping by a norm that is infinite spoils every weight at once. So each training pass notes, for every
 head, whether what goes into its memory and what comes out was finite, forwards and backwards. Nothing is read, and no
-device is waited for. Nothing is noted in evaluation, nor in compiled code, whose graphs take no hooks.
+device is waited for. Nothing is noted in evaluation, nor in compiled code, whose graphs take no hooks. Where a pass's
+kernels are recorded and replayed, notes are among them, so that passes too are counted on the device; each recording is
+rehearsed, which counts as a pass.
 
 Shapes: B rows, T tokens, C hidden size, W projected channels, H heads, E features of a head's answer.
 """
@@ -40,17 +42,19 @@ class Guard:
 
     def __init__(self, *, num_heads: int, head_size: int) -> None:
         """`head_size` of each projected part of a head."""
-        self.num_heads, self.head_size, self.passes = num_heads, head_size, 0
+        self.num_heads, self.head_size = num_heads, head_size
         self._since_QH: Tensor | None = None
+        self._passes: Tensor | None = None
 
     def notes(self, x_BTC: Tensor, qkv_BTW: Tensor, answers_BHTE: Tensor) -> None:
         """Notes one pass; its gradients once they flow."""
         if torch.compiler.is_compiling() or not (qkv_BTW.requires_grad and answers_BHTE.requires_grad):
             return
-        self.passes += 1
-        now, heads = self.passes, self.num_heads
-        if self._since_QH is None or self._since_QH.device != x_BTC.device:
+        heads = self.num_heads
+        if self._passes is None or self._since_QH is None or self._since_QH.device != x_BTC.device:
             self._since_QH = torch.zeros(len(QUANTITIES), heads, dtype=torch.long, device=x_BTC.device)
+            self._passes = torch.zeros((), dtype=torch.long, device=x_BTC.device)
+        now = self._passes.add_(1).clone()
         self._note(READ, x_BTC.detach().sum().expand(heads), now)
         self._note(ANSWERS, answers_BHTE.detach().sum((0, 2, 3)), now)
         answers_BHTE.register_hook(lambda slope: self._note(REACHES, slope.sum((0, 2, 3)), now))
@@ -68,7 +72,7 @@ class Guard:
         quantity = next(number for number, row in enumerate(since) if when in row)
         return Found(when, quantity, [head for head, pass_ in enumerate(since[quantity]) if pass_ == when])
 
-    def _note(self, quantity: int, sums_H: Tensor, now: int) -> None:
+    def _note(self, quantity: int, sums_H: Tensor, now: Tensor) -> None:
         assert self._since_QH is not None
         since_H = self._since_QH[quantity]
         since_H.copy_(torch.where((since_H == 0) & ~sums_H.isfinite(), now, since_H))

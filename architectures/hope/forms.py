@@ -169,7 +169,8 @@ def _stepped(
 def _behind(course: Course, tokens: Tokens) -> Course:
     """With one token's write."""
     bank = course.group.bank
-    before = MemoryState(course.W, course.S, course.anchor, torch.zeros(len(tokens.q), dtype=torch.long))
+    offset = torch.zeros(len(tokens.q), dtype=torch.long, device=tokens.q.device)
+    before = MemoryState(course.W, course.S, course.anchor, offset)
     after = written(bank.network, bank.copied(tokens), before)
     return replace(course, W=after.weights, S=after.momentum)
 

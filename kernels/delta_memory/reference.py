@@ -136,7 +136,8 @@ def chunk_step(
             R = R + f1[..., None] * (k @ S)
         # E = R − A E with A strictly lower triangular: each error knows the writes before it.
         A = (k @ k.mT).tril(-1) * G1 * rate[..., None, :]
-        E = torch.linalg.solve_triangular(A + torch.eye(A.shape[-1]).to(A), R, upper=False, unitriangular=True)
+        identity = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+        E = torch.linalg.solve_triangular(A + identity, R, upper=False, unitriangular=True)
     o = b[..., None] * (q @ W) - ((q @ k.mT) * G * rate[..., None, :]) @ E
     W1 = b[..., -1:, None] * W - (k * (G[..., -1, :] * rate)[..., None]).mT @ E
     if S is None:

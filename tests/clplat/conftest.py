@@ -1,5 +1,5 @@
 """What tests of runs share: an MLflow database, made once since its migrations take seconds, and copied for each; two
-question-answer tasks with a model that reads bytes."""
+question-answer tasks with a model that reads bytes; a recorder of steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from question_runs import BYTES
 from small_models import model_folder
+from tapes import Tape
 
+from clplat import recording
 from clplat.tracking import client
 
 
@@ -39,3 +41,11 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         for part, chosen in (("train", rows[::2]), ("eval", rows[1::4]), ("test", rows[3::4])):
             (root / name / f"{part}.json").write_text(json.dumps(chosen))
     return root, model_folder(tmp_path_factory.mktemp("models"), "llama", vocab_size=BYTES, eos_token_id=BYTES - 1)
+
+
+@pytest.fixture
+def tape(monkeypatch: pytest.MonkeyPatch) -> Tape:
+    """What records steps in place of CUDA graphs, on a CPU too."""
+    made = Tape()
+    monkeypatch.setattr(recording, "recorder_for", lambda device: made)
+    return made
