@@ -40,12 +40,8 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before: dict[int, Any] = {number: signal.signal(number, self._asked) for number in SIGNALS}
-        try:
+        with signals_to(self._asked):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None and number == signal.SIGINT:
@@ -66,7 +62,14 @@ def stopping_at_once() -> Iterator[None]:
             signal.signal(kind, lambda *_: os._exit(exit_code(name)))
         raise Interrupted(name)
 
-    before = {number: signal.signal(number, asked) for number in SIGNALS}
+    with signals_to(asked):
+        yield
+
+
+@contextmanager
+def signals_to(asked: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While inside, a request to stop is told to `asked`; afterwards to whom it was before."""
+    before: dict[int, Any] = {number: signal.signal(number, asked) for number in SIGNALS}
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from clplat.execution import Outcome, execute_safely
-from clplat.interruption import Interruption, exit_code
+from clplat.interruption import Interruption, exit_code, signals_to
 from clplat.launchers.desk import Desk
 from clplat.launchers.nursery import Nursery, tend
 from clplat.progress import Asking
@@ -182,13 +182,8 @@ class _Pool:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(worker.pid, signal.SIGKILL if again else number)
 
-        kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, asked) for number in kinds}
-        try:
+        with signals_to(asked):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _gpus_of(slot: int, devices: int) -> dict[str, str]:

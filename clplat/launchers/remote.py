@@ -14,7 +14,7 @@ from clplat import lease
 from clplat.config import load_run
 from clplat.errors import ClplatError, Interrupted
 from clplat.execution import Outcome
-from clplat.interruption import SIGNALS, exit_code
+from clplat.interruption import exit_code, signals_to
 from clplat.journal import ENDED, last_status
 from clplat.launchers import post
 from clplat.launchers.desk import Desk
@@ -153,9 +153,5 @@ class Remote:
             if len(self._asked) > 2:
                 raise Interrupted(signal.Signals(number).name)
 
-        before = {number: signal.signal(number, asked) for number in SIGNALS}
-        try:
+        with signals_to(asked):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
