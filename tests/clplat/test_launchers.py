@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
+from searches import TwoThatAsk
 from studies import assert_same, everything, run_folder, study
 
 from clplat.cli import main
@@ -26,7 +27,6 @@ from clplat.launchers.remote import End, Remote
 from clplat.launchers.slurm_script import script
 from clplat.lease import held
 from clplat.study_file import expand, load_study
-from clplat.supply import Listed
 
 FORK = multiprocessing.get_context("fork")
 
@@ -132,20 +132,10 @@ def test_a_stop_cancels_all_which_save_themselves_and_leaves_the_rest_unstarted(
 
 
 def test_a_run_elsewhere_asks_at_its_boundaries_and_ends_where_it_is_told_to(tmp_path: Path) -> None:
-    class Told(Listed):
-        asks = True
-
-        def boundary(self, folder: Path, row: int) -> str:
-            asked.append((folder.name, row))
-            return "enough" if (folder.name, row) == ("first", 2) else ""
-
-    asked: list[tuple[str, int]] = []
-    supply = Told([run_folder(tmp_path, study(), name) for name in ("first", "second")])
+    supply = TwoThatAsk(tmp_path)
     with held(tmp_path):
         assert serve(supply, runs=2, launcher=remote(Played()), console=quiet()) == 0
-    outcomes = supply.outcomes(0)
-    assert [(o.status, o.reason, o.code) for o in outcomes] == [("PRUNED", "enough", 0), ("FINISHED", "", 0)]
-    assert sorted(asked) == [("first", n) for n in range(3)] + [("second", n) for n in range(4)]
+    supply.assert_heard()
 
 
 def test_a_run_that_asks_when_nobody_is_there_goes_on(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
-from searches import folder_here, go_on, quiet, tune, tune_study
-from studies import assert_same, run_folder, study
+from searches import TwoThatAsk, folder_here, go_on, quiet, tune, tune_study
+from studies import assert_same
 
 from clplat.journal import last_status, read, table
 from clplat.launch import serve
@@ -26,7 +26,6 @@ from clplat.lease import holder
 from clplat.streams.base import TensorData
 from clplat.study_file import load_study, run_folders
 from clplat.study_results import load_study_results
-from clplat.supply import Listed
 from clplat.tracking import client
 from clplat.tuning import search
 from clplat.tuning import tune as tune_module
@@ -122,19 +121,9 @@ def test_a_trial_is_an_ordinary_run_that_can_be_resumed_alone(monkeypatch) -> No
 
 @pytest.mark.long
 def test_a_run_in_a_worker_asks_at_its_boundaries_and_ends_where_it_is_told_to(tmp_path: Path) -> None:
-    class Told(Listed):
-        asks = True
-
-        def boundary(self, folder: Path, row: int) -> str:
-            asked.append((folder.name, row))
-            return "enough" if (folder.name, row) == ("first", 2) else ""
-
-    asked: list[tuple[str, int]] = []
-    supply = Told([run_folder(tmp_path, study(), name) for name in ("first", "second")])
+    supply = TwoThatAsk(tmp_path)
     assert serve(supply, runs=2, launcher=Local(workers=2, threads=1), console=quiet()) == 0
-    outcomes = supply.outcomes(0)
-    assert [(o.status, o.reason, o.code) for o in outcomes] == [("PRUNED", "enough", 0), ("FINISHED", "", 0)]
-    assert sorted(asked) == [("first", n) for n in range(3)] + [("second", n) for n in range(4)]
+    supply.assert_heard()
     assert table(tmp_path / "first").rows() == [0, 1, 2] and last_status(tmp_path / "first") == "PRUNED"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from records import cells
 from rich.console import Console
-from studies import REPLAY, study
+from studies import REPLAY, run_folder, study
 
 from clplat.config import RunConfig, load_run
 from clplat.errors import Interrupted, Pruned
@@ -21,6 +21,7 @@ from clplat.journal import Journal
 from clplat.launchers import local
 from clplat.progress import Progress
 from clplat.study_file import load_study
+from clplat.supply import Listed
 from clplat.tuning import trials
 from clplat.tuning import tune as tune_module
 from clplat.tuning.tune import Tuned, resume_tune, run_tune
@@ -143,3 +144,23 @@ def _open_unsafely(original: Any, *arguments: Any) -> Any:
 def stopped() -> Interrupted:
     """What ends a process that was asked to stop between two runs."""
     return Interrupted("SIGTERM")
+
+
+class TwoThatAsk(Listed):
+    """Two runs, `first` and `second`, that ask at each boundary; the first is told to end behind its second task."""
+
+    asks = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__([run_folder(folder, study(), name) for name in ("first", "second")])
+        self.asked: list[tuple[str, int]] = []
+
+    def boundary(self, folder: Path, row: int) -> str:
+        self.asked.append((folder.name, row))
+        return "enough" if (folder.name, row) == ("first", 2) else ""
+
+    def assert_heard(self) -> None:
+        """Both have asked at all their boundaries, and ended as they were told."""
+        outcomes = [(o.status, o.reason, o.code) for o in self.outcomes(0)]
+        assert outcomes == [("PRUNED", "enough", 0), ("FINISHED", "", 0)]
+        assert sorted(self.asked) == [("first", n) for n in range(3)] + [("second", n) for n in range(4)]
