@@ -212,8 +212,6 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
 
 
 def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console: Console) -> int:
-    from pathlib import Path
-
     from clplat.study_file import load_study
 
     if options.config is not None and Path(options.config).is_dir():
@@ -248,25 +246,25 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
     from clplat.study_results import load_study_results
 
     found = [load_study_results(name, options.uri) for name in options.studies]
-    if options.command == "report":
-        if len(found) == 1:
-            from clplat.page import write_report
+    if len(found) > 1:
+        from clplat.side_by_side import side_by_side, side_table
+        from clplat.side_page import write_side_page
 
-            page = write_report(found[0], options.out, options.baseline)
-        else:
-            from clplat.side_by_side import side_by_side
-            from clplat.side_page import write_side_page
-
-            page = write_side_page(side_by_side(found, options.baseline), Path(options.out or "."))
-        console.print(f"report: {page}", soft_wrap=True)
-    elif len(found) == 1:
+        sides = side_by_side(found, options.baseline)
+        if options.command == "compare":
+            console.print(side_table(sides))
+            return
+        page = write_side_page(sides, Path(options.out or "."))
+    elif options.command == "compare":
         from clplat.report import compare_table
 
         console.print(compare_table(found[0], options.baseline))
+        return
     else:
-        from clplat.side_by_side import side_by_side, side_table
+        from clplat.page import write_report
 
-        console.print(side_table(side_by_side(found, options.baseline)))
+        page = write_report(found[0], options.out, options.baseline)
+    console.print(f"report: {page}", soft_wrap=True)
 
 
 def _chosen(options: argparse.Namespace) -> list[tuple[str, str]]:

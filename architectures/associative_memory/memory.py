@@ -191,11 +191,11 @@ class AssociativeMemory(nn.Module):
         if tokens.window is not None and tokens.window.shape[-1] != rule.window:
             raise ValueError(f"window: must weigh {rule.window} pairs, got {tokens.window.shape[-1]}")
         tokens = tokens if self.writes else tokens.resting()
-        q, k = self.features(tokens.q), self.features(tokens.k)
+        q, k, v = self.features(tokens.q), self.features(tokens.k), tokens.v
         if self.operation is not None:
             # Autocast norms in float32 on a GPU; operations take queries, keys and values of one type.
-            q, k = q.to(tokens.q.dtype), k.to(tokens.k.dtype)
-        return tokens._replace(q=q, k=k)
+            q, k, v = (part.to(tokens.q.dtype) for part in (q, k, v))
+        return tokens._replace(q=q, k=k, v=v)
 
     def _by_chunks(self, tokens: Tokens, state: MemoryState, fresh: bool) -> tuple[Tensor, MemoryState]:
         network, length = self._network(), tokens.q.shape[2]

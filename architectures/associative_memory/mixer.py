@@ -165,9 +165,7 @@ class MemoryMixer(CarryingMixer):
         """Values as the memory learns them."""
         if not self.options.short_values:
             return v_BHTE
-        # Autocast norms in float32; operations take queries, keys and values of one type.
-        longer = torch.linalg.vector_norm(v_BHTE, dim=-1, keepdim=True).clamp(min=1.0)
-        return v_BHTE / longer.to(v_BHTE.dtype)
+        return v_BHTE / torch.linalg.vector_norm(v_BHTE, dim=-1, keepdim=True).clamp(min=1.0)
 
     def _gates(self, x_BTC: Tensor, wide: torch.dtype) -> dict[str, Tensor]:
         """Gates by name before their squashing, (B, H, T), those of channels and of a window (B, H·each, T)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import nn
 
 from clplat.architectures.associative_memory.caching import check_weights, check_whole
@@ -37,7 +39,9 @@ class TitansBlock(LayerKind):
 
 
 class WindowedTitans(TitansBlock):
-    """Base of the two with window attention."""
+    """Base of the two with window attention; `mixer` is the layer of each."""
+
+    mixer: ClassVar[type[GatingMemory | LayeredMemory]]
 
     def __init__(
         self, *, layer: MemoryLayer | None = None, num_heads: int = 4, persistent: int = 4, window: int = 64
@@ -48,33 +52,27 @@ class WindowedTitans(TitansBlock):
         if window < 1:
             raise ValueError(f"{type(self).__name__}.window: must be at least 1, got {window}")
 
+    def build(self, hidden_size: int) -> nn.Module:
+        """The layer; ValueError where heads do not divide the stream."""
+        self._check_heads(hidden_size)
+        return self.mixer(
+            hidden_size=hidden_size, layer=self.layer, num_heads=self.num_heads, window=self.window,
+            persistent=self.persistent,
+        )  # fmt: skip
+
 
 class TitansMAG(WindowedTitans):
     """Memory as a gate of window attention."""
 
     paper = "Behrouz et al. 2024, arXiv:2501.00663"
-
-    def build(self, hidden_size: int) -> nn.Module:
-        """The layer; ValueError where heads do not divide the stream."""
-        self._check_heads(hidden_size)
-        return GatingMemory(
-            hidden_size=hidden_size, layer=self.layer, num_heads=self.num_heads, window=self.window,
-            persistent=self.persistent,
-        )  # fmt: skip
+    mixer = GatingMemory
 
 
 class TitansMAL(WindowedTitans):
     """Memory as a layer before window attention."""
 
     paper = "Behrouz et al. 2024, arXiv:2501.00663"
-
-    def build(self, hidden_size: int) -> nn.Module:
-        """The layer; ValueError where heads do not divide the stream."""
-        self._check_heads(hidden_size)
-        return LayeredMemory(
-            hidden_size=hidden_size, layer=self.layer, num_heads=self.num_heads, window=self.window,
-            persistent=self.persistent,
-        )  # fmt: skip
+    mixer = LayeredMemory
 
 
 class TitansMAC(TitansBlock):
