@@ -216,9 +216,14 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean=float(kept.mean()), half=float(spread), n=len(kept))
 
 
+def differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[int, float]:
+    """ours − theirs of each seed that both have, by seed."""
+    return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+
+
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval:
     """Interval of the differences ours − theirs over the seeds that both have."""
-    return interval([ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())])
+    return interval(list(differences(ours, theirs).values()))
 
 
 def verdict(difference: Interval) -> str:

@@ -13,7 +13,7 @@ from clplat import figures
 from clplat.comparison_figures import Ablated, Panel, ablation_bars, paired_differences, score_and_costs
 from clplat.dominance import pareto
 from clplat.html_parts import picture
-from clplat.metrics import Interval, paired
+from clplat.metrics import Interval, differences, paired
 from clplat.report import mean_scores
 from clplat.study_results import StudyResults
 
@@ -90,7 +90,7 @@ def _panel(study: StudyResults, metric: str, baseline: str, others: Sequence[str
     gaps = {variant: paired(values, base) for variant, values in ours.items()}
     if not any(gap.n for gap in gaps.values()):
         return None
-    by_seed = {v: [values[seed] - base[seed] for seed in values.keys() & base.keys()] for v, values in ours.items()}
+    by_seed = {variant: list(differences(values, base).values()) for variant, values in ours.items()}
     label = f"{metric.replace('_', ' ')} − {baseline}\n({BETTER[metric]})"
     return Panel(label=label, by_seed=by_seed, differences=gaps)
 

@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Group
 
 from clplat.errors import ConfigError, nearest
-from clplat.metrics import Interval, interval, verdict
+from clplat.metrics import Interval, differences, interval, verdict
 from clplat.report import MEANING, number_table
 from clplat.study_results import StudyResults
 
@@ -42,7 +42,7 @@ class SideBySide:
         """Final score minus the baseline's, seed by seed."""
         assert self.baseline is not None
         ours, base = (self.studies[column].by_seed(v, "final_score") for v in (variant, self.baseline))
-        return {seed: ours[seed] - base[seed] for seed in sorted(ours.keys() & base.keys())}
+        return differences(ours, base)
 
     def difference(self, variant: str, column: str) -> Interval:
         """The interval of those."""

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from clplat.config import StudyConfig, save
 from clplat.journal import NAME
-from clplat.metrics import Interval, interval, paired, verdict
+from clplat.metrics import Interval, differences, interval, paired, verdict
 from clplat.plan import write_plan
 from clplat.report import MEANING
 from clplat.storage import writing
@@ -99,7 +99,7 @@ def _gain(metric: str, default: dict[int, float], best: dict[int, float]) -> Gai
     return Gain(
         metric=metric, default=interval(list(default.values())), best=interval(list(best.values())),
         difference=paired(best, default),
-        by_seed={seed: best[seed] - default[seed] for seed in sorted(best.keys() & default.keys())},
+        by_seed=differences(best, default),
     )  # fmt: skip
 
 
