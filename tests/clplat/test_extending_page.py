@@ -34,15 +34,12 @@ def blocks(kind: str) -> list[str]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path) -> Path:
     """An outside folder with every file of the page, in which clplat is started."""
     for text in blocks("python") + blocks("yaml"):
         name = re.match(r"# (\S+\.(?:py|yaml))\n", text)
         assert name, f"a block without a file's name: {text[:60]}"
         (tmp_path / name[1]).write_text(text)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    for module in ("my_strategy", "my_controller", "my_architecture", "my_growing", "my_stream"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
     return tmp_path
 
 
