@@ -37,9 +37,10 @@ from clplat import record
 from clplat.config import save
 from clplat.execution import execute
 from clplat.metrics import interval
+from clplat.mlflow_store import client
 from clplat.storage import read_json
 from clplat.study_file import expand, load_study
-from clplat.tracking import RUN_STATE, Feed, client
+from clplat.tracking import RUN_STATE, Feed
 
 Spent = tuple[float, float, float]
 """Seconds of a run by the clock, of CPU time, and of CPU time in the record's own threads and calls."""

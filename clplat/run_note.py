@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from clplat.config import load_run
-from clplat.journal import last_status, read, table
+from clplat.config import RunConfig
+from clplat.journal import read, table_of
 from clplat.metrics import summary
 from clplat.result_table import ResultTable
 
@@ -30,17 +30,18 @@ NUMBERS = {
 }
 
 
-def run_note(folder: Path, run_id: str) -> str:
+def run_note(folder: Path, config: RunConfig, run_id: str) -> str:
     """The description of a run folder's run, for MLflow's run `run_id`."""
-    config, found = load_run(folder / "config.yaml"), table(folder)
-    tags = {name: value for entry in read(folder) if entry["kind"] == "tags" for name, value in entry["values"].items()}
+    entries = list(read(folder))
+    found = table_of(entries)
+    tags = {name: value for entry in entries if entry["kind"] == "tags" for name, value in entry["values"].items()}
     facts = [tags[name] for name in ("strategy", "architecture", "stream", "budget") if name in tags]
     parts = [
         f"**{escaped(config.variant)}**, seed {config.seed}, of {escaped(config.study)}: {escaped(' · '.join(facts))}"
     ]
-    reasons = [entry["reason"] for entry in read(folder) if entry["kind"] == "status"]
-    if last_status(folder) != "FINISHED" and reasons:
-        parts.append(f"**{last_status(folder)}** {escaped(reasons[-1][:1000])}")
+    last = [entry for entry in entries if entry["kind"] == "status"][-1:]
+    parts += [f"**{entry['status']}** {escaped(entry['reason'][:1000])}" for entry in last
+              if entry["status"] != "FINISHED"]  # fmt: skip
     numbers = summary(found)
     if numbers:
         shown = {head: numbers[name] for name, head in NUMBERS.items() if name in numbers}

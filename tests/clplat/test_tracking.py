@@ -17,10 +17,11 @@ import clplat.metrics
 from clplat import page, report, tracking
 from clplat.execution import execute
 from clplat.journal import read, table
+from clplat.mlflow_store import client
 from clplat.study import conclude
 from clplat.study_record import sync
 from clplat.study_results import journal_results, load_study_results, results_frame
-from clplat.tracking import RUN_STATE, client
+from clplat.tracking import RUN_STATE
 
 TRACKED = {"enabled": True, "log_every": 5, "system_metrics": False}
 DEAD = "http://127.0.0.1:9"
