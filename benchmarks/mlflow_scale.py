@@ -30,7 +30,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 import clplat
 from clplat import record
@@ -44,7 +43,7 @@ from clplat.tracking import RUN_STATE, Feed
 
 Spent = tuple[float, float, float]
 """Seconds of a run by the clock, of CPU time, and of CPU time in the record's own threads and calls."""
-COUNTED = ((Feed, "_live"), (Feed, "close"), (record, "write_artifacts"), (SystemMetricsMonitor, "monitor"))
+COUNTED = ((Feed, "_live"), (Feed, "close"), (record, "write_artifacts"))
 VARIANTS = 20
 KEYS = 40
 """Metrics with a history in every copied run."""

@@ -55,6 +55,7 @@ class Feed:
         self.trouble: str | None = None
         """Why the last attempt failed, None after one that did not; whoever ends a study says so once."""
         self._monitor: Any = None
+        self._samples: list[Point] = []
 
     def start(self) -> None:
         """Begin sending in the background."""
@@ -73,8 +74,6 @@ class Feed:
         """Send nothing more."""
         self._closing.set()
         self._thread.join()
-        if self._monitor is not None:
-            self._monitor.finish()
 
     def finish(self, status: str) -> bool:
         """Send everything there is, now; whether that worked."""
@@ -84,10 +83,14 @@ class Feed:
         wait = 1.0
         while not self._closing.wait(wait):
             began = time.thread_time()
+            if self._monitor is not None:
+                # What a driver of the machine raises loses its sample alone.
+                with contextlib.suppress(Exception):
+                    self._samples += self._sample()
             if self._try(self._send_new):
+                self._start_monitor()
                 # Every sending is a few transactions, dearer than what they write: few of many points cost less.
                 wait = min(SELDOM, max(OFTEN, (time.thread_time() - began) / SHARE))
-                self._start_monitor()
             else:
                 wait = min(30.0, 2 * wait)
 
@@ -158,12 +161,24 @@ class Feed:
         )  # fmt: skip
 
     def _start_monitor(self) -> None:
-        if self._monitor is None and self.tracking.system_metrics and not self._closing.is_set():
+        """MLflow's monitors of the machine, without its thread: that asks for the run and writes to it at every sample,
+        which costs as much as all the rest, while here samples go with what is sent anyway."""
+        if self._monitor is None and self.tracking.system_metrics:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-            # What a run has had so far is read from the store, and a new one has had nothing.
-            self._monitor = SystemMetricsMonitor(self._state["run_id"], resume_logging=not self._fresh)
-            self._monitor.start()
+            self._monitor = SystemMetricsMonitor(self._state["run_id"])
+            # From here on: the first of all is of no time.
+            self._sample()
+
+    def _sample(self) -> list[Point]:
+        """What the machine has done since the last sample; its step is seconds since the run began."""
+        self._monitor.collect_metrics()
+        found = self._monitor.aggregate_metrics()
+        for one in self._monitor.monitors:
+            one.clear_metrics()
+        now = int(time.time() * 1000)
+        began = next((int(entry["t"]) for entry in read(self.folder)), now)
+        return [(f"system/{name}", float(value), now, (now - began) // 1000) for name, value in found.items()]
 
     def _send_new(self, status: str = "") -> None:
         """Send the whole lines after the last offset, in chunks; the offset moves with every success.
@@ -181,7 +196,7 @@ class Feed:
 
     def _send_lines(self, status: str) -> None:
         with (self.folder / NAME).open("rb") as file:
-            points: list[Point] = []
+            points = list(self._samples)
             file.seek(self._translated)
             while line := file.readline():
                 if not line.endswith(b"\n"):
@@ -203,6 +218,7 @@ class Feed:
                 # MLflow has no such status: there the run was ended before its end, and a tag says why.
                 self._facts[1]["pruned"] = "true"
             self._send_points(points, self._translated)
+            self._samples.clear()
 
     def _send_points(self, points: list[Point], offset: int) -> None:
         """Send what has come together, facts with the first points, and note how far that goes."""
