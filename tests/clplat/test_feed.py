@@ -113,6 +113,37 @@ def test_a_run_costs_its_store_one_request_of_each_kind_and_one_more_each_time_i
     assert len(mlflow_run(journal, store).data.metrics) > 100
 
 
+def test_samples_of_the_machine_go_with_what_is_sent_and_wait_where_that_fails(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = journal_of(Made(store, ["naive"], [0]))
+    journal.status("RUNNING")
+    journal.flush()
+    feed = Feed(journal.folder, TrackingConfig(uri=store))
+    feed._send_new()
+    feed._start_monitor()
+    feed._samples += feed._sample()
+    original, sizes = mlflow.MlflowClient.log_batch, []
+
+    def away(*_: Any, **__: Any) -> None:
+        raise ConnectionError("gone")
+
+    def noted(self: Any, run_id: str, metrics: Any, *args: Any) -> None:
+        sizes.append(len(metrics))
+        original(self, run_id, metrics, *args)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", away)
+    assert not feed.finish("FINISHED")
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", noted)
+    journal.metrics(1, {"a": 0.5})
+    journal.flush()
+    assert feed.finish("FINISHED") and not feed._samples
+    metrics = mlflow_run(journal, store).data.metrics
+    system = {key for key in metrics if key.startswith("system/")}
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= system
+    assert metrics["system/system_memory_usage_megabytes"] > 0 and sizes == [len(system) + 1]
+
+
 def test_a_run_whose_files_could_not_be_sent_is_sent_again_at_the_studys_end(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
