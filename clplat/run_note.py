@@ -46,10 +46,10 @@ def run_note(folder: Path, config: RunConfig, run_id: str) -> str:
     if numbers:
         shown = {head: numbers[name] for name, head in NUMBERS.items() if name in numbers}
         parts.append(markdown_table(list(shown), [[f"{value:.3f}" for value in shown.values()]]))
-    files = [name for name in ("heatmap.png", "scores.png") if (folder / "artifacts" / name).is_file()]
+    files = [name for name in ("heatmap.svg", "scores.svg") if (folder / "artifacts" / name).is_file()]
     if found.rows() and len(found.tasks()) <= WIDEST:
         parts += ["Scores of every task, before training and after each task (higher is better):", _scores(found)]
-    parts += [f"![{name.removesuffix('.png')}]({artifact(run_id, name)})" for name in files]
+    parts += [f"![{name.removesuffix('.svg')}]({artifact(run_id, name)})" for name in files]
     return fitted(parts)
 
 

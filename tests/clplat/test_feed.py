@@ -166,7 +166,7 @@ def test_a_run_whose_files_could_not_be_sent_is_sent_again_at_the_studys_end(
     run = mlflow_run(journal, store)
     names = {file.path for file in client(store).list_artifacts(run.info.run_id)}
     assert run.info.status == "FINISHED"
-    assert names == {"config.yaml", "environment.txt", "results.csv", "heatmap.png", "scores.png"}
+    assert names == {"config.yaml", "environment.txt", "results.csv", "heatmap.svg", "scores.svg"}
 
 
 def test_names_that_mlflow_refuses_are_changed_and_block_nothing(store: str) -> None:

@@ -24,7 +24,7 @@ def test_a_run_is_described_by_its_scores_table_and_pictures_and_found_in_its_st
     tags = client(store).get_run(state["run_id"]).data.tags
     note = tags[NOTE]
     assert "| after c | 0.500 | 0.800 |" in note and "a\\|b" in note
-    assert f"![heatmap](get-artifact?path=heatmap.png&run_uuid={state['run_id']})" in note
+    assert f"![heatmap](get-artifact?path=heatmap.svg&run_uuid={state['run_id']})" in note
     assert tags["study_run"] == study.folder.name and tags["kind"] == "run"
     # The second variant's colour in the report.
     assert tags["mlflow.runColor"] == "#D55E00"

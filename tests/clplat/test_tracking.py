@@ -73,7 +73,7 @@ def test_a_run_is_one_mlflow_run_with_params_tags_curves_tables_data_and_its_tru
         clplat.metrics.summary(table(folder))["cumulative_forgetting"]
     )
     names = {file.path for file in client(store).list_artifacts(run.info.run_id)}
-    assert {"config.yaml", "results.csv", "heatmap.png", "scores.png", "environment.txt"} <= names
+    assert {"config.yaml", "results.csv", "heatmap.svg", "scores.svg", "environment.txt"} <= names
     assert {item.dataset.name for item in run.inputs.dataset_inputs} == {
         f"{task}/{part}" for task in table(folder).tasks() for part in ("train", "test")
     }
