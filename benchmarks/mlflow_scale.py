@@ -30,20 +30,20 @@ from typing import Any
 from unittest import mock
 
 import torch
-from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 import clplat
 from clplat import record
 from clplat.config import save
 from clplat.execution import execute
 from clplat.metrics import interval
+from clplat.mlflow_store import client
 from clplat.storage import read_json
 from clplat.study_file import expand, load_study
-from clplat.tracking import RUN_STATE, Feed, client
+from clplat.tracking import RUN_STATE, Feed
 
 Spent = tuple[float, float, float]
 """Seconds of a run by the clock, of CPU time, and of CPU time in the record's own threads and calls."""
-COUNTED = ((Feed, "_live"), (Feed, "close"), (record, "write_artifacts"), (SystemMetricsMonitor, "monitor"))
+COUNTED = ((Feed, "_live"), (Feed, "close"), (record, "write_artifacts"))
 VARIANTS = 20
 KEYS = 40
 """Metrics with a history in every copied run."""

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from clplat.errors import ClplatError
 from clplat.metrics import Interval, interval
+from clplat.mlflow_store import client
 from clplat.page import write_report
 from clplat.report import COSTS, difference, finding, known_costs, notes
 from clplat.study_results import RunRecord, StudyResults, load_study_results
-from clplat.tracking import client
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
 SCORES = (

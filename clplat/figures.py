@@ -1,16 +1,15 @@
-"""Figures of runs and studies, in colours that colour-blind readers can tell apart (Okabe & Ito)."""
+"""Figures of studies, in colours that colour-blind readers can tell apart (Okabe & Ito)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clplat.dominance import pareto
-from clplat.metrics import Interval, whole_curve
-from clplat.result_table import Curve, ResultTable, Scores
+from clplat.metrics import Interval
+from clplat.result_table import Scores
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,29 +36,16 @@ def filled(number: int) -> dict[str, str]:
     return {"color": PALETTE[number % 8], "hatch": HATCHES[(number + number // 8) % 8], "edgecolor": "white"}
 
 
-def new_figure(
-    width: float,
-    height: float,
-    panels: int = 1,
-    columns: int = 1,
-    margins: tuple[float, float, float, float] | None = None,
-) -> tuple[Figure, list[Axes]]:
-    """A figure of panels in rows of `columns`, drawn without a window and without global state.
-
-    `margins`: left, right, bottom and top in inches, for figures that are drawn by the thousand: finding them takes as
-    long as drawing.
-    """
+def new_figure(width: float, height: float, panels: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of panels in rows of `columns`, drawn without a window and without global state."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.hashsalt": "clplat", "font.size": 9}):
-        figure = Figure(figsize=(width, height), layout=None if margins else "constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         axes = [figure.add_subplot(-(-panels // columns), columns, number + 1) for number in range(panels)]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    if margins:
-        left, right, bottom, top = margins
-        figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
     return figure, axes
 
 
@@ -230,21 +216,3 @@ def connectivity_panels(walks: Mapping[str, tuple[Sequence[float], Mapping[str, 
         axis.set(xlabel="α", ylabel="loss (nats)")
     name_above(figure)
     return figure
-
-
-def draw_run(table: ResultTable, curve: Curve, folder: Path) -> None:
-    """A run's own pictures: its result table, and each task's score over the stream."""
-    scores, tasks = table.scores(), table.tasks()
-    shown = min(12, len(tasks))
-    figure, (axis,) = new_figure(1.5 + 0.7 * shown, 1.4 + 0.4 * shown, margins=(0.75, 0.1, 0.9, 0.25))
-    heat_map(axis, scores, tasks, "result table", limits_of([scores]))
-    figure.savefig(folder / "heatmap.png", dpi=120)
-    figure, (axis,) = new_figure(5.4, 3.2, margins=(0.7, 0.1, 0.5, 0.5))
-    whole = whole_curve(table, curve)
-    for number, task in enumerate(tasks[:8]):
-        points = [(step, now[number]) for step, now in whole if np.isfinite(now[number])]
-        steps, values = zip(*points, strict=True) if points else ((), ())
-        axis.plot(steps, values, **look(number), markersize=4, label=short(task))
-    axis.set(xlabel="optimizer steps", ylabel="score (higher is better)")
-    axis.legend(loc="lower left", bbox_to_anchor=(-0.1, 1.0), ncols=4, frameon=False, fontsize=7, columnspacing=1.0)
-    figure.savefig(folder / "scores.png", dpi=120)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -153,17 +153,22 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
 
 def table(folder: Path) -> ResultTable:
     """The result table of a run."""
+    return table_of(read(folder))
+
+
+def table_of(entries: Iterable[Mapping[str, Any]]) -> ResultTable:
+    """The result table that a run's entries tell."""
     found = ResultTable()
-    for entry in read(folder):
+    for entry in entries:
         if entry["kind"] == "results":
             found.add(entry["row"], entry["step"], cells_of(entry))
     return found
 
 
-def curve_table(folder: Path) -> ResultTable:
+def curve_of(entries: Iterable[Mapping[str, Any]]) -> ResultTable:
     """The scores measured inside tasks, a row for each optimizer step."""
     found = ResultTable()
-    for entry in read(folder):
+    for entry in entries:
         if entry["kind"] == "curve":
             found.add(entry["step"], entry["step"], cells_of(entry))
     return found

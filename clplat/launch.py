@@ -16,9 +16,9 @@ from clplat.launchers.desk import Desk
 from clplat.launchers.local import Local
 from clplat.launchers.network_disks import check_disk
 from clplat.machine import cores
+from clplat.mlflow_store import absolute
 from clplat.progress import Board
 from clplat.supply import Listed, Supply
-from clplat.tracking import absolute
 
 
 class Launcher(Protocol):

@@ -11,6 +11,7 @@ import numpy as np
 from clplat.errors import ClplatError, ConfigError
 from clplat.html_parts import contents, document, heading, small, table
 from clplat.metrics import interval, paired
+from clplat.mlflow_store import client, short
 from clplat.page_figures import few_points, pictures
 from clplat.report import (
     ABILITY,
@@ -26,7 +27,6 @@ from clplat.report import (
 )  # fmt: skip
 from clplat.storage import writing
 from clplat.study_results import StudyResults
-from clplat.tracking import client, short
 
 MEASURED = "strategy/"
 """Names of what strategies measure begin so."""

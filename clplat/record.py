@@ -13,7 +13,7 @@ from pathlib import Path
 from clplat.assembly import Parts
 from clplat.config import RunConfig, config_hash, flat, plain
 from clplat.errors import ConfigError
-from clplat.journal import Journal, curve_table, read, table
+from clplat.journal import Journal, curve_of, read, table_of
 
 PACKAGES = (
     "clplat", "torch", "triton", "lightning", "mlflow", "torchvision", "avalanche-lib", "datasets",
@@ -85,6 +85,7 @@ def git_sha() -> str:
     return found.stdout.strip() if found.returncode == 0 else ""
 
 
+@cache
 def environment() -> str:
     """Python, platform and the versions of the packages that results depend on."""
     lines = [f"python {platform.python_version()}", f"platform {platform.platform()}"]
@@ -102,16 +103,17 @@ def write_artifacts(folder: Path) -> None:
     target.mkdir(exist_ok=True)
     shutil.copyfile(folder / "config.yaml", target / "config.yaml")
     (target / "environment.txt").write_text(environment())
-    decisions = [entry for entry in read(folder) if entry["kind"] == "decision"]
+    entries = list(read(folder))
+    decisions = [entry for entry in entries if entry["kind"] == "decision"]
     if decisions:
         rows = [{**{k: v for k, v in d.items() if k not in ("t", "kind")}, "kind": d["event"]} for d in decisions]
         (target / "decisions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    curve = curve_table(folder)
+    curve = curve_of(entries)
     if curve.rows():
         curve.to_csv(target / "curve.csv")
-    results = table(folder)
+    results = table_of(entries)
     if results.rows():
         results.to_csv(target / "results.csv")
-        from clplat.figures import draw_run
+        from clplat.run_figures import draw_run
 
         draw_run(results, curve.as_curve(), target)

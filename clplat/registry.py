@@ -22,9 +22,10 @@ from clplat.checkpoint import Checkpoints
 from clplat.config import RunConfig, load_run, parse
 from clplat.errors import ConfigError
 from clplat.journal import last_status
+from clplat.mlflow_store import client, short
 from clplat.storage import read_json
 from clplat.streams.base import Spec, Stream
-from clplat.tracking import RUN_STATE, client, short
+from clplat.tracking import RUN_STATE
 from clplat.yaml_text import parse_yaml
 
 if TYPE_CHECKING:

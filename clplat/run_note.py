@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from clplat.config import load_run
-from clplat.journal import last_status, read, table
+from clplat.config import RunConfig
+from clplat.journal import read, table_of
 from clplat.metrics import summary
 from clplat.result_table import ResultTable
 
@@ -30,25 +30,26 @@ NUMBERS = {
 }
 
 
-def run_note(folder: Path, run_id: str) -> str:
+def run_note(folder: Path, config: RunConfig, run_id: str) -> str:
     """The description of a run folder's run, for MLflow's run `run_id`."""
-    config, found = load_run(folder / "config.yaml"), table(folder)
-    tags = {name: value for entry in read(folder) if entry["kind"] == "tags" for name, value in entry["values"].items()}
+    entries = list(read(folder))
+    found = table_of(entries)
+    tags = {name: value for entry in entries if entry["kind"] == "tags" for name, value in entry["values"].items()}
     facts = [tags[name] for name in ("strategy", "architecture", "stream", "budget") if name in tags]
     parts = [
         f"**{escaped(config.variant)}**, seed {config.seed}, of {escaped(config.study)}: {escaped(' · '.join(facts))}"
     ]
-    reasons = [entry["reason"] for entry in read(folder) if entry["kind"] == "status"]
-    if last_status(folder) != "FINISHED" and reasons:
-        parts.append(f"**{last_status(folder)}** {escaped(reasons[-1][:1000])}")
+    last = [entry for entry in entries if entry["kind"] == "status"][-1:]
+    parts += [f"**{entry['status']}** {escaped(entry['reason'][:1000])}" for entry in last
+              if entry["status"] != "FINISHED"]  # fmt: skip
     numbers = summary(found)
     if numbers:
         shown = {head: numbers[name] for name, head in NUMBERS.items() if name in numbers}
         parts.append(markdown_table(list(shown), [[f"{value:.3f}" for value in shown.values()]]))
-    files = [name for name in ("heatmap.png", "scores.png") if (folder / "artifacts" / name).is_file()]
+    files = [name for name in ("heatmap.svg", "scores.svg") if (folder / "artifacts" / name).is_file()]
     if found.rows() and len(found.tasks()) <= WIDEST:
         parts += ["Scores of every task, before training and after each task (higher is better):", _scores(found)]
-    parts += [f"![{name.removesuffix('.png')}]({artifact(run_id, name)})" for name in files]
+    parts += [f"![{name.removesuffix('.svg')}]({artifact(run_id, name)})" for name in files]
     return fitted(parts)
 
 

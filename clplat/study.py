@@ -162,7 +162,7 @@ def lay_out_runs(folder: Path, runs: Sequence[RunConfig]) -> list[str]:
 
 def settled(config: AnyConfig) -> AnyConfig:
     """The configuration with a tracking URI that means the same from any folder."""
-    from clplat.tracking import absolute
+    from clplat.mlflow_store import absolute
 
     tracking = dataclasses.replace(config.tracking, uri=absolute(config.tracking.uri))
     return dataclasses.replace(config, tracking=tracking)

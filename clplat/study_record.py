@@ -15,11 +15,12 @@ import yaml
 from clplat.config import RunConfig, load_run, parse
 from clplat.errors import ClplatError, ConfigError, RunBusyError
 from clplat.journal import ENDED, NAME, last_status
+from clplat.mlflow_store import absolute, client, experiment_id, short
 from clplat.mlflow_view import add_view
 from clplat.result_table import ResultTable
-from clplat.storage import read_json, write_json, writing
+from clplat.storage import full_disk, read_json, write_json, writing
 from clplat.study_file import load_study, run_folders
-from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, absolute, client, experiment_id, short
+from clplat.tracking import RUN_STATE, STUDY_STATE, Feed
 from clplat.yaml_text import parse_yaml
 
 
@@ -46,7 +47,10 @@ def _start(folder: Path) -> None:
                 "architecture": study.architecture.class_path.rpartition(".")[2],
             }  # fmt: skip
             run = connection.create_run(where, tags=tags, run_name=folder.name)
-            state = {"run_id": run.info.run_id, "uri": study.tracking.uri, "experiment": where, "variants": variants}
+            state = {
+                "run_id": run.info.run_id, "uri": study.tracking.uri, "variants": variants,
+                "experiment": where, "experiment_name": study.tracking.experiment,
+            }  # fmt: skip
             write_json(folder / STUDY_STATE, state)
             connection.log_artifact(state["run_id"], str(folder / "study.yaml"))
             add_view(connection, where, folder.name, int(time.time() * 1000))
@@ -84,8 +88,9 @@ def send_unsent(runs: list[Path]) -> str:
     from clplat.lease import held
 
     for run in runs:
-        written = (run / NAME).stat().st_size if (run / NAME).is_file() else 0
-        if written > (read_json(run / RUN_STATE) or {"offset": 0})["offset"]:
+        written, state = (run / NAME).stat().st_size if (run / NAME).is_file() else 0, read_json(run / RUN_STATE) or {}
+        # A record of before this was noted has ended.
+        if written and (written > state.get("offset", 0) or not state.get("ended", True)):
             try:
                 with held(run):
                     _send(run)
@@ -93,6 +98,8 @@ def send_unsent(runs: list[Path]) -> str:
                 continue
             except ClplatError as error:
                 return str(error)
+            except OSError as error:
+                return str(full_disk(run, error, f"`clplat sync {run.parent}` sends it"))
     return ""
 
 

@@ -19,11 +19,12 @@ from clplat.config import load_run
 from clplat.errors import ClplatError, ConfigError, nearest
 from clplat.machine import no_collector
 from clplat.metrics import Interval, forgetting_over_time, interval, through_view, whole_curve
+from clplat.mlflow_store import client, short
 from clplat.points import Translator
 from clplat.result_table import Curve, ResultTable, Scores
 from clplat.study_file import load_study, run_folders
 from clplat.study_record import default_uri
-from clplat.tracking import STUDY_STATE, client, short
+from clplat.tracking import STUDY_STATE
 
 if TYPE_CHECKING:
     import pandas

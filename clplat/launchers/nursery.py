@@ -24,8 +24,8 @@ from clplat.components import WINGS, catalogue
 
 HEADER = struct.Struct("!I")
 MODULES = (
-    "lightning", "jsonargparse", "matplotlib.figure", "matplotlib.backends.backend_agg", "clplat.loop",
-    "clplat.study_record", "clplat.figures",
+    "lightning", "jsonargparse", "matplotlib.markers", "matplotlib.ticker", "clplat.loop", "clplat.study_record",
+    "clplat.run_figures",
 )  # fmt: skip
 """What every run imports, at its beginning or its end."""
 RECORD = ("mlflow.system_metrics.system_metrics_monitor", "mlflow.store.tracking.sqlalchemy_store")
@@ -87,7 +87,7 @@ class Nursery:
 
 def tend(descriptor: int, record: bool, work: Callable[[int], None]) -> None:
     """The nursery's life, which ends when whoever wants workers is gone; `work(link)` is a worker's."""
-    from clplat.tracking import quiet_mlflow
+    from clplat.mlflow_store import quiet_mlflow
 
     quiet_mlflow()
     for module in MODULES + (RECORD if record else ()):

@@ -17,7 +17,7 @@ from clplat.launchers.desk import Desk
 from clplat.launchers.options import LauncherConfig
 from clplat.launchers.remote import End, Remote
 from clplat.machine import cores
-from clplat.tracking import short
+from clplat.mlflow_store import short
 
 POLL_SECONDS = 0.2
 

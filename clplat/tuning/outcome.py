@@ -13,10 +13,11 @@ from typing import Any
 import yaml
 
 from clplat.config import StudyConfig, plain
+from clplat.mlflow_store import client, short
 from clplat.storage import read_json, write_json, writing
 from clplat.study_file import expand
 from clplat.study_record import start_study
-from clplat.tracking import STUDY_STATE, client, short
+from clplat.tracking import STUDY_STATE
 from clplat.tuning import front
 from clplat.tuning.front import Row
 from clplat.tuning.gain import Gain

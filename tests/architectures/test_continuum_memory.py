@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from token_rows import assert_reads_in_parts, batch_of, tokens
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,7 +21,6 @@ from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransf
 from clplat.architectures.transformer import Transformer
 from clplat.components import Component, build, checked
 from clplat.streams.base import Spec
-from clplat.streams.batch import Batch
 from clplat.study_file import expand, load_study
 from clplat.yaml_text import parse_yaml
 
@@ -49,14 +49,6 @@ def model(*levels: CMSLevel, layers: Any = None, **options: Any) -> MemoryTransf
     memory = ContinuumMemory(levels=levels, **options) if levels else None
     kinds = layers or [AttentionLayer(num_heads=2)] * 2
     return MemoryTransformer(spec=TEXT, hidden_size=16, layers=kinds, feed_forward=memory).double().eval()
-
-
-def batch_of(rows: Tensor) -> Batch:
-    return Batch(inputs=rows, targets=rows, task=torch.zeros(len(rows), dtype=torch.long))
-
-
-def tokens(rows: int = 2, length: int = 16) -> Tensor:
-    return torch.randint(23, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 def swiglu(weights: list[Tensor], x: Tensor) -> Tensor:
@@ -108,18 +100,13 @@ def test_a_token_level_comes_closer_to_its_targets() -> None:
 def test_a_row_read_in_parts_with_carried_state_equals_one_pass(carry: str) -> None:
     levels = (CMSLevel(), CMSLevel(period=5, clock="token"), CMSLevel(period=3, clock="token", reduction="mean"))
     made, row = model(*levels, carry=carry, layers=[TitansLMM(num_heads=2, chunk=4), AttentionLayer()]), tokens()
-    state, parts = made.init_state(2), []
-    for part in row.split([4, 1, 1, 7, 3], dim=1):
-        output = made(batch_of(part), state)
-        state = output.state
-        parts.append(output.logits)
-    torch.testing.assert_close(torch.cat(parts, 1), made(batch_of(row)).logits, rtol=0, atol=1e-11)
+    assert_reads_in_parts(made, row, [4, 1, 1, 7, 3], atol=1e-11)
 
 
 def test_a_packed_document_begins_with_the_trained_weights_and_a_new_period() -> None:
     made, row = model(CMSLevel(period=3, clock="token", lr=0.3), layers=[TitansLMM(num_heads=2, chunk=4)]), tokens(1)
     segments = torch.tensor([[0] * 5 + [1] * 11])
-    packed = made(Batch(inputs=row, targets=row, task=torch.zeros(1, dtype=torch.long), segment_ids=segments)).logits
+    packed = made(batch_of(row, segments)).logits
     torch.testing.assert_close(packed[:, 5:], made(batch_of(row[:, 5:])).logits, rtol=0, atol=1e-11)
     assert (packed - made(batch_of(row)).logits).abs().max() > 1e-6
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from token_rows import assert_reads_documents_alone, assert_reads_in_parts, batch_of, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from clplat.architectures.associative_memory.rule import NetworkOptions
@@ -22,7 +23,6 @@ from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransf
 from clplat.architectures.probing import Contract
 from clplat.components import Component, build, checked
 from clplat.streams.base import Spec
-from clplat.streams.batch import Batch
 
 TEXT = Spec(kind="language", input_shape=(12,), num_outputs=23)
 LEVELS = [CMSLevel(period=1), CMSLevel(period=3, clock="token")]
@@ -43,14 +43,6 @@ MODELS: dict[str, Callable[[Spec], MemoryTransformer]] = {
 }
 
 
-def rows(count: int = 2, length: int = 12) -> torch.Tensor:
-    return torch.randint(23, (count, length), generator=torch.Generator().manual_seed(1))
-
-
-def batch_of(tokens: torch.Tensor, segments: torch.Tensor | None = None) -> Batch:
-    return Batch(inputs=tokens, targets=tokens, task=torch.zeros(len(tokens), dtype=torch.long), segment_ids=segments)
-
-
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("name", MODELS)
 def test_contract(name: str, check: Callable[[Contract], None]) -> None:
@@ -59,25 +51,15 @@ def test_contract(name: str, check: Callable[[Contract], None]) -> None:
 
 def test_a_packed_document_is_read_as_if_it_stood_alone() -> None:
     torch.manual_seed(0)
-    made, packed = hope(TEXT, layer=TITANS).double().eval(), rows()
-    segments = torch.tensor([[0] * 5 + [1] + [2] * 6, [4] * 9 + [3] * 3])
-    read = made(batch_of(packed, segments)).logits
-    for row, start, stop in [(0, 0, 5), (0, 5, 6), (0, 6, 12), (1, 0, 9), (1, 9, 12)]:
-        alone = made(batch_of(packed[row : row + 1, start:stop])).logits[0]
-        torch.testing.assert_close(read[row, start:stop], alone, rtol=0, atol=1e-11)
+    made = hope(TEXT, layer=TITANS).double().eval()
+    assert_reads_documents_alone(made, tokens(length=12), [[5, 1, 6], [9, 3]], atol=1e-11)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_read_in_parts_with_carried_state_equals_one_pass_and_the_state_does_not_grow(name: str) -> None:
     torch.manual_seed(0)
-    made, row = MODELS[name](TEXT).double().eval(), rows()
-    state, parts, sizes = made.init_state(2), [], []
-    for part in row.split([5, 1, 1, 1, 4], dim=1):
-        output = made(batch_of(part), state)
-        state = output.state
-        parts.append(output.logits)
-        sizes.append(sum(leaf.numel() for leaf in torch.utils._pytree.tree_leaves(state)))
-    torch.testing.assert_close(torch.cat(parts, dim=1), made(batch_of(row)).logits, rtol=0, atol=1e-10)
+    made = MODELS[name](TEXT).double().eval()
+    sizes = assert_reads_in_parts(made, tokens(length=12), [5, 1, 1, 1, 4], atol=1e-10)
     if name != "hope-attention":
         assert sizes[1] == sizes[2] == sizes[3]
 
@@ -124,7 +106,7 @@ def test_flops_are_those_that_torch_counts_within_a_tenth(layer: SelfModifyingTi
     torch.manual_seed(0)
     made = MemoryTransformer(spec=TEXT, hidden_size=64, layers=[layer], mlp_ratio=2.0)
     with FlopCounterMode(display=False) as counter:
-        made(batch_of(rows(1)))
+        made(batch_of(tokens(1, length=12)))
     assert made.flops_per_row() == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
@@ -133,7 +115,7 @@ def test_hope_is_its_layers_by_name_and_hope_attention_attends() -> None:
     for block in page.split("```yaml")[1:]:
         component = Component(**yaml.safe_load(block.split("```")[0])["architecture"])
         made = build(checked(component, "architecture", "a"), "architecture", "a", {"spec": TEXT})
-        assert made(batch_of(rows())).logits.shape == (2, 12, 23)
+        assert made(batch_of(tokens(length=12))).logits.shape == (2, 12, 23)
     attends = HopeAttention(spec=TEXT, hidden_size=16, num_layers=1, num_heads=2)
     assert type(attends.blocks[0].attention) is type(AttentionLayer(num_heads=2).build(16))
     assert Hope(spec=TEXT, hidden_size=16, num_layers=1).facts()["memory_backend"] == "chunked PyTorch"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from token_rows import assert_reads_documents_alone, assert_reads_in_parts, batch_of, tokens
 from torch.func import functional_call, grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from clplat.architectures.mamba import Mamba
 from clplat.kernels.selective_scan import token_loop
 from clplat.streams.base import Spec
-from clplat.streams.batch import Batch
 
 TEXT = Spec(kind="language", input_shape=(16,), num_outputs=29)
 
@@ -20,14 +20,6 @@ def mamba(**options) -> Mamba:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_layers": 2, "state_size": 8}
     return Mamba(spec=TEXT, **(sizes | options)).double().eval()
-
-
-def tokens(rows: int = 2, length: int = 16) -> torch.Tensor:
-    return torch.randint(29, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-def batch_of(inputs: torch.Tensor, segment_ids: torch.Tensor | None = None) -> Batch:
-    return Batch(inputs=inputs, targets=inputs, segment_ids=segment_ids)
 
 
 def test_the_mixing_layer_is_the_one_of_the_paper_written_token_by_token() -> None:
@@ -59,34 +51,23 @@ def test_it_starts_with_the_rates_and_steps_of_the_authors() -> None:
 
 
 def test_a_packed_document_is_read_as_if_it_stood_alone() -> None:
-    model, packed = mamba(), tokens()
-    segments = torch.tensor([0] * 5 + [1] + [2] * 10).expand(2, -1)
-    read = model(batch_of(packed, segments)).logits
-    for place in (slice(0, 5), slice(5, 6), slice(6, 16)):
-        alone = model(batch_of(packed[:, place])).logits
-        torch.testing.assert_close(read[:, place], alone, rtol=0, atol=1e-12)
+    assert_reads_documents_alone(mamba(), tokens(vocabulary=29), [[5, 1, 10], [9, 7]], atol=1e-12)
 
 
 def test_document_mask_off_reads_the_row_as_one_text() -> None:
-    model, packed = mamba(document_mask=False), tokens()
+    model, packed = mamba(document_mask=False), tokens(vocabulary=29)
     segments = (torch.arange(16) >= 5).long().expand(2, -1)
     assert torch.equal(model(batch_of(packed, segments)).logits, model(batch_of(packed)).logits)
 
 
 def test_a_row_read_in_parts_with_carried_state_equals_one_pass() -> None:
-    model, row = mamba(), tokens()
-    state, parts = model.init_state(2), []
-    for part in row.split([5, 1, 10], dim=1):
-        output = model(batch_of(part), state)
-        state = output.state
-        parts.append(output.logits)
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(batch_of(row)).logits, rtol=0, atol=1e-10)
+    assert_reads_in_parts(mamba(), tokens(vocabulary=29), [5, 1, 10], atol=1e-10)
 
 
 def test_decoding_keeps_a_state_of_one_size_however_much_was_read() -> None:
     model, sizes = mamba(), []
     state, lengths = model.init_state(2), torch.zeros(2, dtype=torch.long)
-    for token in tokens(length=5).split(1, dim=1):
+    for token in tokens(length=5, vocabulary=29).split(1, dim=1):
         _, state = model.decode(token, state, lengths)
         lengths = lengths + 1
         sizes.append([part.shape for part in state[0]])
@@ -95,7 +76,7 @@ def test_decoding_keeps_a_state_of_one_size_however_much_was_read() -> None:
 
 @pytest.mark.parametrize("conv_width", [1, 2, 6])
 def test_a_row_continues_where_its_own_tokens_end_and_not_after_its_padding(conv_width: int) -> None:
-    model, row = mamba(conv_width=conv_width), tokens(3)
+    model, row = mamba(conv_width=conv_width), tokens(3, vocabulary=29)
     lengths = torch.tensor([2, 7, 4])
     _, state = model.decode(row[:, :7], model.init_state(3), torch.zeros(3, dtype=torch.long))
     for _ in range(2):  # several tokens at once, padding among them again
@@ -109,7 +90,7 @@ def test_a_row_continues_where_its_own_tokens_end_and_not_after_its_padding(conv
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_decoding_runs_in_bfloat16_with_a_precise_state(weights: torch.dtype) -> None:
-    model, row = mamba(mlp_size=32).to(weights), tokens()
+    model, row = mamba(mlp_size=32).to(weights), tokens(vocabulary=29)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=weights == torch.float32):
         logits, state = model.decode(row[:, :9], model.init_state(2), torch.zeros(2, dtype=torch.long))
         logits, state = model.decode(row[:, 9:], state, torch.full((2,), 9))
@@ -118,7 +99,7 @@ def test_decoding_runs_in_bfloat16_with_a_precise_state(weights: torch.dtype) ->
 
 
 def test_gradients_of_each_row_by_vmap_equal_those_one_by_one() -> None:
-    model, rows = mamba(num_layers=1), tokens(3)
+    model, rows = mamba(num_layers=1), tokens(3, vocabulary=29)
 
     def loss(weights: dict[str, torch.Tensor], row: torch.Tensor) -> torch.Tensor:
         return functional_call(model, weights, (batch_of(row.unsqueeze(0)),)).logits.square().mean()
@@ -135,7 +116,7 @@ def test_gradients_of_each_row_by_vmap_equal_those_one_by_one() -> None:
 def test_flops_are_those_that_torch_counts_and_the_scan_by_hand() -> None:
     model = mamba(mlp_size=40)
     with FlopCounterMode(display=False) as counter:
-        model(batch_of(tokens(rows=1)))
+        model(batch_of(tokens(rows=1, vocabulary=29)))
     # torch counts products with weights; neither the scan, one operator to it, nor the convolution.
     by_hand = 2 * 16 * (64 * 8 * (2 + 5) + 2 * 4 * 64)
     assert model.flops_per_row() == counter.get_total_flops() + by_hand

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from token_rows import assert_reads_in_parts, batch_of, tokens
 from torch import Tensor
 
 from clplat.architectures.associative_memory.layout import documents_of
@@ -16,7 +17,6 @@ from clplat.architectures.continuum_memory.nested import NestedLevel
 from clplat.architectures.continuum_memory.options import CMSLevel, ContinuumMemory
 from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransformer
 from clplat.streams.base import Spec
-from clplat.streams.batch import Batch
 
 TEXT = Spec(kind="language", input_shape=(16,), num_outputs=23)
 SLOW, FAST = CMSLevel(clock="token", period=6, lr=0.1), CMSLevel(clock="token", period=2, lr=0.3)
@@ -42,14 +42,6 @@ def model(*levels: CMSLevel, carry: Any = "nested", **options: Any) -> MemoryTra
     memory = ContinuumMemory(levels=levels, carry=carry, **options)
     kinds = [AttentionLayer(num_heads=2), TitansLMM(num_heads=2, chunk=4)]
     return MemoryTransformer(spec=TEXT, hidden_size=16, layers=kinds, feed_forward=memory).double().eval()
-
-
-def batch_of(rows: Tensor, segment_ids: Tensor | None = None) -> Batch:
-    return Batch(inputs=rows, targets=rows, task=torch.zeros(len(rows), dtype=torch.long), segment_ids=segment_ids)
-
-
-def tokens(rows: int = 2, length: int = 16) -> Tensor:
-    return torch.randint(23, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 def by_hand(made: NestedLevel, x_TC: Tensor) -> Tensor:
@@ -134,12 +126,7 @@ def test_a_model_of_nested_levels_reads_in_parts_what_it_reads_at_once() -> None
     assert [type(one).__name__ for one in made.blocks[0].mlp.levels.values()] == [
         "StepLevel", "TokenLevel", "NestedLevel", "NestedLevel"
     ]  # fmt: skip
-    state, parts = made.init_state(2), []
-    for part in row.split([4, 1, 1, 7, 3], dim=1):
-        output = made(batch_of(part), state)
-        state = output.state
-        parts.append(output.logits)
-    torch.testing.assert_close(torch.cat(parts, 1), made(batch_of(row)).logits, rtol=0, atol=1e-11)
+    assert_reads_in_parts(made, row, [4, 1, 1, 7, 3], atol=1e-11)
     sequential = model(CMSLevel(), SLOW, FAST, CMSLevel(clock="token", period=1, lr=0.2), carry="sequential")
     assert bool((sequential(batch_of(row)).logits - made(batch_of(row)).logits).abs().max() > 1e-9)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from token_rows import assert_reads_documents_alone, assert_reads_in_parts, batch_of, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
 from clplat.architectures.layers import Attention, causal_document_mask, extend, rotary_angles, rotate
 from clplat.architectures.transformer import Transformer
 from clplat.streams.base import Spec
-from clplat.streams.batch import Batch
 
 TEXT = Spec(kind="language", input_shape=(16,), num_outputs=29)
 
@@ -17,14 +17,6 @@ TEXT = Spec(kind="language", input_shape=(16,), num_outputs=29)
 def transformer(**options) -> Transformer:
     torch.manual_seed(0)
     return Transformer(spec=TEXT, hidden_size=32, num_layers=2, num_heads=4, **options).double().eval()
-
-
-def tokens(rows: int = 2, length: int = 16) -> torch.Tensor:
-    return torch.randint(29, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-def batch_of(inputs: torch.Tensor, segment_ids: torch.Tensor | None = None) -> Batch:
-    return Batch(inputs=inputs, targets=inputs, segment_ids=segment_ids)
 
 
 def test_rotated_scores_depend_on_the_distance_of_positions_alone() -> None:
@@ -36,7 +28,7 @@ def test_rotated_scores_depend_on_the_distance_of_positions_alone() -> None:
 
 
 def test_hidden_states_of_all_layers_begin_with_the_embeddings_and_end_with_the_input_of_the_head() -> None:
-    model, batch = transformer(), batch_of(tokens())
+    model, batch = transformer(), batch_of(tokens(vocabulary=29))
     found, plain = model(batch, None, "all"), model(batch)
     assert found.hidden.shape == (2, 3, 16, 32) and plain.hidden.shape == (2, 16, 32)
     assert torch.equal(found.hidden[:, 0], model.embedding(batch.inputs)) and torch.equal(found.logits, plain.logits)
@@ -62,37 +54,27 @@ def test_one_document_a_row_needs_no_mask_and_two_are_kept_apart() -> None:
 
 
 def test_a_packed_document_is_read_as_if_it_stood_alone() -> None:
-    model, packed = transformer(), tokens()
-    segments = (torch.arange(16) >= 5).long().expand(2, -1)
-    read = model(batch_of(packed, segments)).logits
-    torch.testing.assert_close(read[:, :5], model(batch_of(packed[:, :5])).logits)
-    torch.testing.assert_close(read[:, 5:], model(batch_of(packed[:, 5:])).logits, rtol=1e-5, atol=1e-6)
+    assert_reads_documents_alone(transformer(), tokens(vocabulary=29), [[5, 11], [9, 7]], atol=1e-9)
 
 
 def test_document_mask_off_reads_the_row_as_one_text() -> None:
-    model, packed = transformer(document_mask=False), tokens()
+    model, packed = transformer(document_mask=False), tokens(vocabulary=29)
     segments = (torch.arange(16) >= 5).long().expand(2, -1)
     assert torch.equal(model(batch_of(packed, segments)).logits, model(batch_of(packed)).logits)
 
 
 def test_a_row_read_in_parts_with_carried_state_equals_one_pass() -> None:
-    model, row = transformer(num_kv_heads=2), tokens()
-    state, parts = model.init_state(2), []
-    for part in row.split([5, 1, 10], dim=1):
-        output = model(batch_of(part), state)
-        state = output.state
-        parts.append(output.logits)
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(batch_of(row)).logits, rtol=0, atol=1e-10)
+    assert_reads_in_parts(transformer(num_kv_heads=2), tokens(vocabulary=29), [5, 1, 10], atol=1e-10)
 
 
 def test_a_carried_state_refuses_document_marks() -> None:
-    model, row = transformer(), tokens()
+    model, row = transformer(), tokens(vocabulary=29)
     with pytest.raises(ValueError, match="pass no segment_ids"):
         model(batch_of(row, torch.zeros_like(row)), model.init_state(2))
 
 
 def test_decoding_goes_on_past_the_length_of_training_rows() -> None:
-    model, long = transformer(), tokens(length=40)
+    model, long = transformer(), tokens(length=40, vocabulary=29)
     logits, state = model.decode(long[:, :39], model.init_state(2), torch.zeros(2, dtype=torch.long))
     logits, state = model.decode(long[:, 39:], state, torch.full((2,), 39))
     torch.testing.assert_close(logits[:, 0], model(batch_of(long)).logits[:, -1], rtol=0, atol=1e-10)
@@ -100,7 +82,7 @@ def test_decoding_goes_on_past_the_length_of_training_rows() -> None:
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_decoding_runs_in_bfloat16(weights: torch.dtype) -> None:
-    model, row = transformer(num_kv_heads=2).to(weights), tokens()
+    model, row = transformer(num_kv_heads=2).to(weights), tokens(vocabulary=29)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=weights == torch.float32):
         logits, state = model.decode(row[:, :9], model.init_state(2), torch.zeros(2, dtype=torch.long))
         logits, state = model.decode(row[:, 9:], state, torch.full((2,), 9))
@@ -119,7 +101,7 @@ def test_a_cache_grows_and_the_one_passed_in_stays() -> None:
 def test_flops_are_those_that_torch_counts_and_half_of_its_attention(tie_head: bool) -> None:
     model = transformer(num_kv_heads=2, tie_head=tie_head)
     with FlopCounterMode(display=False) as counter:
-        model(batch_of(tokens(rows=1)))
+        model(batch_of(tokens(rows=1, vocabulary=29)))
     counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
     products = sum(count for name, count in counts.items() if "attention" not in name)
     pairs = 16 * 17 // 2
@@ -132,7 +114,7 @@ def test_the_tied_head_adds_no_parameter() -> None:
 
 
 def test_first_predictions_are_near_uniform() -> None:
-    probabilities = transformer()(batch_of(tokens())).logits.log_softmax(-1)
+    probabilities = transformer()(batch_of(tokens(vocabulary=29))).logits.log_softmax(-1)
     assert (probabilities + torch.tensor(29.0).log()).abs().max() < 1.0
 
 

@@ -12,7 +12,7 @@ from small_models import model_folder
 from tapes import Tape
 
 from clplat import recording
-from clplat.tracking import client
+from clplat.mlflow_store import client
 
 
 @pytest.fixture(scope="session")

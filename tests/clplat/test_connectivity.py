@@ -19,9 +19,9 @@ from clplat.cli import main
 from clplat.connectivity import Walk, _product_distance, _set_adapters, analyze, between, distance, walk
 from clplat.errors import ConfigError, StorageError
 from clplat.execution import execute
+from clplat.mlflow_store import client
 from clplat.storage import read_json
 from clplat.streams.base import Spec
-from clplat.tracking import client
 
 KEPT = {"every_seconds": 0, "snapshots": "boundary"}
 SPEC = Spec(kind="language", input_shape=(12,), num_outputs=60, end_token=2)

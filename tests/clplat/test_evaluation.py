@@ -12,7 +12,7 @@ from studies import REPLAY, run_folder, study
 from clplat.assembly import assemble
 from clplat.checkpoint import Checkpoints
 from clplat.execution import execute
-from clplat.journal import curve_table, read
+from clplat.journal import curve_of, read
 from clplat.strategies.world import World
 from clplat.study_file import expand, load_study
 
@@ -54,7 +54,7 @@ def test_scoring_every_five_steps_or_never_gives_bit_equal_weights(tmp_path: Pat
     often_folder = run_folder(tmp_path, study(strategies=arms, evaluation__every=5), "often")
     often = final_weights(often_folder)
     assert all(torch.equal(never[name], often[name]) for name in never)
-    assert [step for step, _ in curve_table(often_folder).as_curve()] == [5, 10, 15, 20, 25, 30, 35]
+    assert [step for step, _ in curve_of(read(often_folder)).as_curve()] == [5, 10, 15, 20, 25, 30, 35]
     views = {cell["view"] for entry in read(often_folder) if entry["kind"] == "curve" for cell in entry["cells"]}
     assert views == {"default", "shaken"}
 

@@ -15,8 +15,10 @@ from records import Made, cells
 from clplat.config import TrackingConfig
 from clplat.journal import Journal, record_lost
 from clplat.lease import held
+from clplat.mlflow_store import client
+from clplat.record import write_artifacts
 from clplat.study_record import finish_study, send_unsent, start_study, sync
-from clplat.tracking import RUN_STATE, STUDY_STATE, Feed, client
+from clplat.tracking import RUN_STATE, STUDY_STATE, Feed
 
 
 def journal_of(study: Made, variant: str = "naive", seed: int = 0) -> Journal:
@@ -31,7 +33,10 @@ def mlflow_run(journal: Journal, uri: str) -> Any:
     return client(uri).get_run(json.loads((journal.folder / RUN_STATE).read_text())["run_id"])
 
 
-@pytest.mark.parametrize("failing", range(4))
+REQUESTS = ("create_run", "log_inputs", "log_batch", "log_artifacts", "set_terminated")
+
+
+@pytest.mark.parametrize("failing", range(len(REQUESTS)))
 def test_whichever_request_fails_the_next_attempt_sends_everything(
     failing: int, store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,6 +49,7 @@ def test_whichever_request_fails_the_next_attempt_sends_everything(
     journal.results(0, 0, cells([0.1, 0.2], ["a", "b"]))
     journal.status("KILLED", "because")
     journal.flush()
+    write_artifacts(journal.folder)
     calls = 0
 
     def shaky(name: str) -> Any:
@@ -58,7 +64,7 @@ def test_whichever_request_fails_the_next_attempt_sends_everything(
 
         return call
 
-    for name in ("log_batch", "log_inputs", "set_tag"):
+    for name in REQUESTS:
         monkeypatch.setattr(mlflow.MlflowClient, name, shaky(name))
     feed = feed_of(journal, store)
     assert not feed.finish("KILLED") and feed.finish("KILLED")
@@ -69,6 +75,98 @@ def test_whichever_request_fails_the_next_attempt_sends_everything(
     assert run.data.metrics["eval/b/accuracy"] == 0.2
     assert [item.dataset.digest for item in run.inputs.dataset_inputs] == ["0123"]
     assert run.info.status == "KILLED"
+
+
+def test_a_run_costs_its_store_one_request_of_each_kind_and_one_more_each_time_it_is_sent_meanwhile(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = journal_of(Made(store, ["naive"], [0]))
+    asked: list[str] = []
+
+    def noted(name: str) -> Any:
+        original = getattr(mlflow.MlflowClient, name)
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            asked.append(name)
+            return original(self, *args, **kwargs)
+
+        return call
+
+    for name in [name for name in vars(mlflow.MlflowClient) if not name.startswith("_")]:
+        if callable(getattr(mlflow.MlflowClient, name)):
+            monkeypatch.setattr(mlflow.MlflowClient, name, noted(name))
+    feed = feed_of(journal, store)
+    journal.params({"x.y": 1})
+    for task in ("a", "b"):
+        journal.tags({f"stream.{task}": "s"})
+        journal.dataset(task, "0123", "train")
+    for step in range(3):
+        journal.metrics(step, {f"m{number}": 0.5 for number in range(100)})
+        journal.flush()
+        feed._send_new()
+    journal.results(0, 3, cells([0.1, 0.2], ["a", "b"]))
+    journal.status("FINISHED")
+    journal.flush()
+    write_artifacts(journal.folder)
+    assert feed.finish("FINISHED")
+    assert asked == [*REQUESTS[:3], "log_batch", "log_batch", "log_batch", *REQUESTS[3:]]
+    assert len(mlflow_run(journal, store).data.metrics) > 100
+
+
+def test_samples_of_the_machine_go_with_what_is_sent_and_wait_where_that_fails(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = journal_of(Made(store, ["naive"], [0]))
+    journal.status("RUNNING")
+    journal.flush()
+    feed = Feed(journal.folder, TrackingConfig(uri=store))
+    feed._send_new()
+    feed._start_monitor()
+    feed._samples += feed._sample()
+    original, sizes = mlflow.MlflowClient.log_batch, []
+
+    def away(*_: Any, **__: Any) -> None:
+        raise ConnectionError("gone")
+
+    def noted(self: Any, run_id: str, metrics: Any, *args: Any) -> None:
+        sizes.append(len(metrics))
+        original(self, run_id, metrics, *args)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", away)
+    assert not feed.finish("FINISHED")
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", noted)
+    journal.metrics(1, {"a": 0.5})
+    journal.flush()
+    assert feed.finish("FINISHED") and not feed._samples
+    metrics = mlflow_run(journal, store).data.metrics
+    system = {key for key in metrics if key.startswith("system/")}
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= system
+    assert metrics["system/system_memory_usage_megabytes"] > 0 and sizes == [len(system) + 1]
+
+
+def test_a_run_whose_files_could_not_be_sent_is_sent_again_at_the_studys_end(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = journal_of(Made(store, ["naive"], [0]))
+    journal.results(0, 0, cells([0.1, 0.2], ["a", "b"]))
+    journal.status("FINISHED")
+    journal.flush()
+    write_artifacts(journal.folder)
+
+    def away(*_: Any) -> None:
+        raise ConnectionError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "log_artifacts", away)
+        assert not feed_of(journal, store).finish("FINISHED")
+        assert "gone" in send_unsent([journal.folder])
+    run = mlflow_run(journal, store)
+    assert run.info.status == "RUNNING"
+    assert send_unsent([journal.folder]) == ""
+    run = mlflow_run(journal, store)
+    names = {file.path for file in client(store).list_artifacts(run.info.run_id)}
+    assert run.info.status == "FINISHED"
+    assert names == {"config.yaml", "environment.txt", "results.csv", "heatmap.svg", "scores.svg"}
 
 
 def test_names_that_mlflow_refuses_are_changed_and_block_nothing(store: str) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from records import cells
 
 from clplat.figures import (
     draw_front,
-    draw_run,
     filled,
     final_scores,
     forgetting_curves,
@@ -21,7 +17,6 @@ from clplat.figures import (
     new_figure,
 )
 from clplat.metrics import Interval
-from clplat.result_table import ResultTable
 
 SCORES = np.array([[np.nan, np.nan], [0.9, np.nan], [0.3, 0.8]])
 
@@ -82,12 +77,3 @@ def test_who_learned_nothing_stands_left_of_who_learned_and_arms_without_either_
     found = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0], line.get_color()) for line in axis.lines
              if not line.get_label().startswith("_")}  # fmt: skip
     assert found == {"frozen": (0.2, 0.0, look(0)["color"]), "naive": (0.9, 0.6, look(2)["color"])}
-
-
-@pytest.mark.parametrize("tasks", [1, 2, 60])
-def test_a_run_of_any_length_draws_its_own_pictures(tasks: int, tmp_path: Path) -> None:
-    table = ResultTable()
-    for row in range(tasks + 1):
-        table.add(row, row, cells([0.5] * tasks, [f"a task with a long name {k}" for k in range(tasks)]))
-    draw_run(table, [(1, np.full(tasks, np.nan))], tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} >= {"heatmap.png", "scores.png"}

@@ -167,7 +167,8 @@ def test_what_a_run_cannot_have_on_its_machine_is_its_outcome(tmp_path: Path) ->
 
 
 def test_a_run_elsewhere_leaves_a_sqlite_record_to_whoever_launched_it(tmp_path: Path, store: str) -> None:
-    from clplat.tracking import RUN_STATE, client
+    from clplat.mlflow_store import client
+    from clplat.tracking import RUN_STATE
 
     folder = run_folder(tmp_path, study(tracking__enabled=True, tracking__uri=store))
     assert post.work(folder).status == "FINISHED" and not (folder / RUN_STATE).exists()

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from records import Made
 
+from clplat.mlflow_store import client
 from clplat.mlflow_view import KEPT, VIEW, add_view, page_of_study
 from clplat.page import write_report
 from clplat.run_note import LONGEST, NOTE, escaped, fitted, markdown_table
 from clplat.storage import read_json
 from clplat.study_results import load_study_results
-from clplat.tracking import RUN_STATE, STUDY_STATE, client
+from clplat.tracking import RUN_STATE, STUDY_STATE
 
 
 def test_a_run_is_described_by_its_scores_table_and_pictures_and_found_in_its_study(store: str) -> None:
@@ -23,7 +24,7 @@ def test_a_run_is_described_by_its_scores_table_and_pictures_and_found_in_its_st
     tags = client(store).get_run(state["run_id"]).data.tags
     note = tags[NOTE]
     assert "| after c | 0.500 | 0.800 |" in note and "a\\|b" in note
-    assert f"![heatmap](get-artifact?path=heatmap.png&run_uuid={state['run_id']})" in note
+    assert f"![heatmap](get-artifact?path=heatmap.svg&run_uuid={state['run_id']})" in note
     assert tags["study_run"] == study.folder.name and tags["kind"] == "run"
     # The second variant's colour in the report.
     assert tags["mlflow.runColor"] == "#D55E00"

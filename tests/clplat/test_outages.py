@@ -23,8 +23,8 @@ from studies import REPLAY, study
 import clplat
 from clplat.cli import main
 from clplat.journal import last_status, read, table
+from clplat.mlflow_store import client
 from clplat.study_results import load_study_results
-from clplat.tracking import client
 
 
 def on_a_small_disk(where: str, kib: int) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from studies import REPLAY, study
 
 import clplat
 from clplat.errors import ConfigError
+from clplat.mlflow_store import client
 from clplat.registry import register
 from clplat.streams.batch import Batch
-from clplat.tracking import RUN_STATE, client
+from clplat.tracking import RUN_STATE
 
 
 @pytest.fixture

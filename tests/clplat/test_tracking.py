@@ -17,10 +17,11 @@ import clplat.metrics
 from clplat import page, report, tracking
 from clplat.execution import execute
 from clplat.journal import read, table
+from clplat.mlflow_store import client
 from clplat.study import conclude
 from clplat.study_record import sync
 from clplat.study_results import journal_results, load_study_results, results_frame
-from clplat.tracking import RUN_STATE, client
+from clplat.tracking import RUN_STATE
 
 TRACKED = {"enabled": True, "log_every": 5, "system_metrics": False}
 DEAD = "http://127.0.0.1:9"
@@ -72,7 +73,7 @@ def test_a_run_is_one_mlflow_run_with_params_tags_curves_tables_data_and_its_tru
         clplat.metrics.summary(table(folder))["cumulative_forgetting"]
     )
     names = {file.path for file in client(store).list_artifacts(run.info.run_id)}
-    assert {"config.yaml", "results.csv", "heatmap.png", "scores.png", "environment.txt"} <= names
+    assert {"config.yaml", "results.csv", "heatmap.svg", "scores.svg", "environment.txt"} <= names
     assert {item.dataset.name for item in run.inputs.dataset_inputs} == {
         f"{task}/{part}" for task in table(folder).tasks() for part in ("train", "test")
     }

@@ -23,10 +23,10 @@ from clplat.journal import last_status, read, table
 from clplat.launch import serve
 from clplat.launchers.local import Local
 from clplat.lease import holder
+from clplat.mlflow_store import client
 from clplat.streams.base import TensorData
 from clplat.study_file import load_study, run_folders
 from clplat.study_results import load_study_results
-from clplat.tracking import client
 from clplat.tuning import search
 from clplat.tuning import tune as tune_module
 

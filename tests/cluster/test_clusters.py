@@ -18,8 +18,8 @@ from studies import REPLAY, assert_same, everything, study
 
 from clplat.journal import last_status, read
 from clplat.lease import holder
+from clplat.mlflow_store import client
 from clplat.study_file import run_folders
-from clplat.tracking import client
 
 pytestmark = pytest.mark.cluster
 LIMIT = 600

@@ -7,13 +7,13 @@ What needs no GPU is tested in tests/kernels. Every kind of case costs seconds f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import delta_memories as delta
 import mlp_memories as mlp
 import pytest
 import torch
+from gpu_work import captured, no_waiting
 from memory_problems import TOKENWISE, Problems, Sizes, Tensors
 from torch import Tensor
 
@@ -67,18 +67,11 @@ def test_every_run_gives_the_same_bits(problems: Problems, case: Sizes) -> None:
         assert not [name for name in first if not torch.equal(first[name], again[name])]
 
 
-@pytest.fixture
-def waiting_fails() -> Iterator[Any]:
-    """Switches on that the host may not wait for the GPU."""
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
-
-
 WAITING = [(DELTA, delta.Case(mode="frozen", **DELTA_SIZES | PACKED)), (MLP, mlp.Case(**MLP_SIZES | PACKED))]
 
 
 @pytest.mark.parametrize(("problems", "case"), WAITING, ids=str)
-def test_the_host_waits_for_nothing(problems: Problems, case: Sizes, waiting_fails: Any) -> None:
+def test_the_host_waits_for_nothing(problems: Problems, case: Sizes) -> None:
     given, arguments = given_for(problems, case), case.arguments(DEVICE)
     leaves = {name: given[name].requires_grad_() for name in (*TOKENWISE, *problems.states)}
     tokens, state = [leaves[name] for name in TOKENWISE], problems.state_of(case, leaves)
@@ -88,10 +81,8 @@ def test_the_host_waits_for_nothing(problems: Problems, case: Sizes, waiting_fai
         return torch.autograd.grad([o, end[0]], list(leaves.values()), [given["do"], given["d" + problems.states[0]]])
 
     expected = both()
-    torch.cuda.synchronize()
-    waiting_fails()
-    found = both()
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        found = both()
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
@@ -104,15 +95,7 @@ REPLAYED = [
 @pytest.mark.parametrize(("problems", "case"), REPLAYED, ids=str)
 def test_a_replayed_graph_computes_what_a_call_does(problems: Problems, case: Sizes) -> None:
     given = given_for(problems, case)
-    problems.read(case, given, "triton")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        problems.read(case, given, "triton")
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        o = problems.read(case, given, "triton")
+    graph, o = captured(lambda: problems.read(case, given, "triton"))
     for name in ("v", problems.states[0]):
         given[name].mul_(-0.5)
     graph.replay()

@@ -8,12 +8,12 @@ there are few, the most telling first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from delta_memories import Tensors, distances
+from gpu_work import captured, no_waiting
 from self_modifying_ops import READ, STATES, TOKENWISE, Case, by, called, definition, problem
 from torch import Tensor
 
@@ -98,14 +98,7 @@ def test_every_run_gives_the_same_bits() -> None:
         assert not [name for name in first if not torch.equal(first[name], again[name])]
 
 
-@pytest.fixture
-def waiting_fails() -> Iterator[Any]:
-    """Switches on that the host may not wait for the GPU."""
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
-
-
-def test_the_host_waits_for_nothing(waiting_fails: Any) -> None:
+def test_the_host_waits_for_nothing() -> None:
     case = Case(**SIZES)
     given = given_for(case)
     leaves = {name: given[name].requires_grad_() for name in (*TOKENWISE, *READ, *STATES) if name in given}
@@ -115,10 +108,8 @@ def test_the_host_waits_for_nothing(waiting_fails: Any) -> None:
         return torch.autograd.grad([o, end.W], list(leaves.values()), [given["do"], given["dW"]])
 
     expected = both()
-    torch.cuda.synchronize()
-    waiting_fails()
-    found = both()
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        found = both()
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
@@ -130,15 +121,7 @@ def test_a_replayed_graph_computes_what_a_call_does() -> None:
         with torch.no_grad():
             return called(case, given, backend="triton")[0]
 
-    read()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        read()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        o = read()
+    graph, o = captured(read)
     for name in ("x", "W"):
         given[name].mul_(-0.5)
     graph.replay()

@@ -8,11 +8,11 @@ must be those of the definition exactly, many ties included.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from gpu_work import captured, no_waiting
 from topk_reads import Case, assert_close, definition, problem, solved
 from torch import Tensor
 
@@ -95,24 +95,15 @@ def test_every_run_gives_the_same_bits() -> None:
         assert not [name for name in first if not torch.equal(first[name], again[name])]
 
 
-@pytest.fixture
-def waiting_fails() -> Iterator[Any]:
-    """Switches on that the host may not wait for the GPU."""
-    yield lambda: torch.cuda.set_sync_debug_mode("error")
-    torch.cuda.set_sync_debug_mode("default")
-
-
-def test_the_host_waits_for_nothing(waiting_fails: Any) -> None:
+def test_the_host_waits_for_nothing() -> None:
     case = Case(**LARGE)
     given, experts = problem(case, torch.bfloat16, DEVICE), torch.randint(0, 8, (300, 2), device=DEVICE)
     count = torch.tensor(4000, device=DEVICE)
     expected = solved(case, given, "triton", valid=count)
-    torch.cuda.synchronize()
-    waiting_fails()
-    found = solved(case, given, "triton", valid=count)
-    solved(case, given, "triton", valid=4000)
-    expert_order(experts, 8)
-    torch.cuda.set_sync_debug_mode("default")
+    with no_waiting():
+        found = solved(case, given, "triton", valid=count)
+        solved(case, given, "triton", valid=4000)
+        expert_order(experts, 8)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -125,14 +116,7 @@ def test_a_replayed_graph_reads_with_the_count_that_then_holds() -> None:
             found = topk_read(given["q"], given["keys"], given["values"], case.k, valid=count)
             return found.output, expert_order(found.indices % 7, 7).order
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        both()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replayed = both()
+    graph, replayed = captured(both)
     count.fill_(900)
     graph.replay()
     assert all(torch.equal(one, other) for one, other in zip(replayed, both(), strict=True))

@@ -23,7 +23,8 @@ from pathlib import Path
 from chromium import Browser
 
 from clplat.api import run
-from clplat.tracking import RUN_STATE, STUDY_STATE, client
+from clplat.mlflow_store import client
+from clplat.tracking import RUN_STATE, STUDY_STATE
 
 DEMO = {
     "name": "demo", "baseline": "naive", "seeds": [0, 1, 2], "evaluation": {"every": 10},

@@ -1,0 +1,72 @@
+"""Reaching MLflow's store: a quiet client, an address and an experiment, and what its errors come to."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from clplat.config import TrackingConfig
+from clplat.mlflow_view import KIND
+
+
+def quiet_mlflow() -> None:
+    """Before MLflow is imported: no telemetry, no bars, and seconds rather than minutes for a dead server."""
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def client(uri: str) -> Any:
+    """An MLflow client that is quiet, sends no telemetry, and gives up on a dead server within seconds."""
+    quiet_mlflow()
+    import mlflow
+
+    # What the store raises is caught and said once; its own log would say it, with the traceback, at every attempt.
+    for name, level in {"mlflow": "ERROR", "alembic": "ERROR", "mlflow.store.db.utils": "CRITICAL"}.items():
+        logging.getLogger(name).setLevel(level)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
+    mlflow.set_tracking_uri(uri)
+    return mlflow.MlflowClient(uri)
+
+
+def absolute(uri: str) -> str:
+    """The URI with a relative SQLite file made absolute, so that it means the same from any folder."""
+    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    return uri
+
+
+def experiment_id(connection: Any, tracking: TrackingConfig) -> str:
+    """The experiment, made if it is new; a local database keeps its artifacts in a folder beside it."""
+    found = connection.get_experiment_by_name(tracking.experiment)
+    if found is not None:
+        return found.experiment_id
+    uri = absolute(tracking.uri)
+    place = None
+    if uri.startswith("sqlite:///"):
+        place = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / tracking.experiment).as_uri()
+    try:
+        return connection.create_experiment(tracking.experiment, artifact_location=place, tags=KIND)
+    except Exception:
+        # Another process made it in the meantime.
+        found = connection.get_experiment_by_name(tracking.experiment)
+        if found is None:
+            raise
+        return found.experiment_id
+
+
+def short(error: Exception) -> str:
+    """An error on one line, cut to what fits into another message; of a dead connection only what the system said."""
+    text = re.sub(r" ?\(Background on this error at: \S+\)", "", " ".join(str(error).split()))
+    system = re.search(r"\[Errno -?\d+\] ([^'\")]+)|(timed out)", text)
+    return next(filter(None, system.groups())).lower() if system else text[:200] or type(error).__name__
