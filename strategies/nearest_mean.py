@@ -61,11 +61,16 @@ class NearestMean:
         return self._means
 
     def _measured(self) -> tuple[Tensor, Tensor]:
-        rows, classes = self.buffer.batch(), self.context.spec.num_outputs
-        parts = [rows.rows(slice(start, start + 256)) for start in range(0, len(rows), 256)]
-        features = torch.cat([unit_length(self.context.architecture(part, return_hidden="last")) for part in parts])
-        sums = features.new_zeros(classes, features.shape[1]).index_add(0, rows.targets, features)
-        return F.normalize(sums), rows.targets.bincount(minlength=classes) > 0
+        classes = self.context.spec.num_outputs
+        found, labels = [], []
+        # In parts, so that where several processes share the buffer none ever has more rows of the others.
+        for start in range(0, len(self.buffer), 256):
+            part = self.buffer.batch(slice(start, start + 256))
+            found.append(unit_length(self.context.architecture(part, return_hidden="last")))
+            labels.append(part.targets)
+        features, targets = torch.cat(found), torch.cat(labels)
+        sums = features.new_zeros(classes, features.shape[1]).index_add(0, targets, features)
+        return F.normalize(sums), targets.bincount(minlength=classes) > 0
 
 
 def unit_length(output: Output) -> Tensor:
