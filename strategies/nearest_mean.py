@@ -18,7 +18,8 @@ class NearestMean:
     """The nearest-mean classifier of iCaRL and SCR, over the rows of a buffer as the model sees them now.
 
     Features are the inputs of the model's last layer at unit length, and so are the means of each class's rows. Means
-    are worked out when they are first asked for after a change of weights or rows.
+    are worked out when they are first asked for after a change of weights or rows; several processes, which share the
+    rows, do so together.
     """
 
     def __init__(self, context: Context, buffer: Buffer, name: str) -> None:
@@ -51,6 +52,11 @@ class NearestMean:
         if self.context.spec.scenario == "class" and self.context.task is not None:
             scores = scores.masked_fill(~self.seen[self.context.task.index], float("-inf"))
         return self.context.masked(Output(logits=scores), batch)
+
+    def prepare(self) -> None:
+        """Work the means out where that is due; all processes together, of which some may have nothing to answer."""
+        if len(self.buffer):
+            self.means()
 
     def means(self) -> tuple[Tensor, Tensor]:
         """The mean of each class's features (C, H), and which classes have rows (C,)."""

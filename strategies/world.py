@@ -124,7 +124,8 @@ def rows_at(fields: Mapping[str, Tensor], places: Tensor) -> dict[str, Tensor]:
 def packed(fields: Mapping[str, Tensor]) -> Tensor:
     """The bytes of B rows of some fields, side by side, (B, bytes a row)."""
     rows = [tensor.reshape(len(tensor), math.prod(tensor.shape[1:])) for tensor in fields.values()]
-    return torch.cat([part.contiguous().view(torch.uint8) for part in rows], 1)
+    # Strided anew: of a single column `contiguous` leaves any stride as it is, and bytes need one of 1.
+    return torch.cat([p.contiguous().as_strided(p.shape, (p.shape[1], 1)).view(torch.uint8) for p in rows], 1)
 
 
 def unpacked(rows: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
