@@ -193,7 +193,8 @@ class Buffer:
         """This process's share of consecutive rows: every size-th, beginning with the one that its rank counts."""
         (start, stop, _), rank, size = rows.indices(self.size), self.world.rank, self.world.size
         if start % size:
-            return self._drawn(torch.arange(start, stop))
+            places = torch.arange(start, stop)
+            return self._batch(self.world.deal(self.rows, places, torch.arange(len(places)) % size))
         # Those that it holds.
         first = start // size
         own = slice(first, first + len(range(start + rank, stop, size)))

@@ -134,7 +134,7 @@ def unpacked(rows: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for (name, tensor), part in zip(like.items(), rows.split(widths, 1), strict=True):
         # A copy of its own, also of one row: what begins in the middle of a row cannot be read as another type.
-        own = part.clone(memory_format=torch.contiguous_format)
+        own = part.clone(memory_format=torch.contiguous_format).view(-1)
         found[name] = own.view(tensor.dtype).view(len(rows), *tensor.shape[1:])
     return found
 

@@ -19,13 +19,18 @@ def alone() -> dict[str, dict[str, Any]]:
     return {case: seen(case, World(), CPU) for case in CASES}
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def ranks(
-    request: pytest.FixtureRequest, alone: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
+@pytest.fixture(scope="module")
+def groups(
+    alone: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("groups")
     torch.save({case: record["middle"] for case, record in alone.items()}, folder / "middle.pt")
-    return together(folder, request.param)
+    return together(folder, (3, 2))
+
+
+@pytest.fixture(params=[2, 3])
+def ranks(request: pytest.FixtureRequest, groups: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return groups[request.param]
 
 
 def assert_equal_bits(ours: Any, theirs: Any, name: str = "") -> None:

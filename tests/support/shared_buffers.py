@@ -1,6 +1,6 @@
-"""One process of a group whose buffers are put through one script; writes what it saw. One alone is the reference.
+"""One process of several whose buffers are put through one script; writes what it saw. One alone is the reference.
 
-python shared_buffers.py RANK SIZE FOLDER cpu|gpu      # goes on from FOLDER/middle.pt, which one alone has written
+python shared_buffers.py RANK FOLDER cpu|gpu SIZE …      # in groups of so many, one after another; the largest first
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -135,36 +135,42 @@ def means(world: World) -> list[Tensor]:
         return list(nearest.means())
 
 
-def together(folder: Path, size: int, accelerator: str = "cpu") -> list[dict[str, Any]]:
-    """What each process of a group sees, which goes on from the states of one process alone in `folder`."""
+def together(folder: Path, sizes: Sequence[int], accelerator: str = "cpu") -> dict[int, list[dict[str, Any]]]:
+    """What each process of a group sees, by the group's size; they go on from `middle.pt`, the states of one alone."""
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(size), str(folder), accelerator],
+            [sys.executable, __file__, str(rank), str(folder), accelerator, *map(str, sizes)],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
-        for rank in range(size)
+        for rank in range(sizes[0])
     ]
-    assert [process.wait(timeout=300) for process in running] == [0] * size
-    return [torch.load(folder / f"{rank}.pt", map_location="cpu", weights_only=True) for rank in range(size)]
+    assert [process.wait(timeout=300) for process in running] == [0] * sizes[0]
+    return {
+        size: [torch.load(folder / f"{size}-{rank}.pt", map_location="cpu", weights_only=True) for rank in range(size)]
+        for size in sizes
+    }
 
 
-def main(rank: int, size: int, folder: Path, accelerator: str) -> None:
+def main(rank: int, folder: Path, accelerator: str, sizes: Sequence[int]) -> None:
     torch.set_num_threads(1)
-    device = torch.device("cuda", rank) if accelerator == "gpu" else torch.device("cpu")
-    if accelerator == "gpu":
+    gpu, device = accelerator == "gpu", torch.device("cpu")
+    if gpu:
+        device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if accelerator == "gpu" else "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size,
-        timeout=timedelta(seconds=60), device_id=device if accelerator == "gpu" else None,
-    )  # fmt: skip
-    middle, world = torch.load(folder / "middle.pt", weights_only=True), World.current()
-    found: dict[str, Any] = {case: seen(case, world, device, middle[case]) for case in CASES}
-    if accelerator == "cpu":
-        found["means"] = means(world)
-    torch.save(found, folder / f"{rank}.pt")
-    dist.barrier()  # one that leaves early can make the other fail at its end
-    dist.destroy_process_group()
+    middle = torch.load(folder / "middle.pt", weights_only=True)
+    for size in [size for size in sizes if rank < size]:
+        dist.init_process_group(
+            "nccl" if gpu else "gloo", init_method=f"file://{folder}/meeting{size}", rank=rank, world_size=size,
+            timeout=timedelta(seconds=60), device_id=device if gpu else None,
+        )  # fmt: skip
+        world = World.current()
+        found: dict[str, Any] = {case: seen(case, world, device, middle[case]) for case in CASES}
+        if not gpu:
+            found["means"] = means(world)
+        torch.save(found, folder / f"{size}-{rank}.pt")
+        dist.barrier()  # one that leaves early can make the other fail at its end
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], [int(size) for size in sys.argv[4:]])
