@@ -103,8 +103,9 @@ def test_one_process_goes_on_from_what_several_have_saved(
 def test_the_nearest_means_of_shared_rows_are_those_of_one_process_also_where_one_has_nothing_to_answer(
     ranks: list[dict[str, Any]],
 ) -> None:
+    expected = dict(enumerate(means(World())))
     for record in ranks:
-        assert_equal_bits(dict(enumerate(record["means"])), dict(enumerate(means(World()))))
+        assert_equal_bits(dict(enumerate(record["means"])), expected)
 
 
 def test_rows_of_every_type_are_packed_into_bytes_and_unpacked_bit_for_bit() -> None:
