@@ -122,8 +122,8 @@ class Buffer:
         if self.tracks:
             self.best[slots.to(self.best.device, non_blocking=True)] = rows_at({BEST: losses}, taken)[BEST]
         rank, size = self.world.rank, self.world.size
-        mine, takers = slots[slots % size == rank] // size, slots % size
-        for name, tensor in self.world.deal(fields, taken, takers).items():
+        mine = slots if size == 1 else slots[slots % size == rank] // size
+        for name, tensor in self.world.deal(fields, taken, slots % size).items():
             # Not blocking: the indices come from the CPU, and waiting for the device would stall the step.
             self.rows[name][mine.to(tensor.device, non_blocking=True)] = tensor
 
