@@ -161,11 +161,14 @@ class Strategy:
         return {}
 
     def stored_bytes(self) -> int:
-        """Bytes kept for rows of earlier tasks (samples, tokens, stored logits): the replay budget."""
+        """Bytes kept for rows of earlier tasks (samples, tokens, stored logits), by all processes together: the replay
+        budget. The first process alone may ask."""
         return 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that must survive an interruption: tensors and plain data."""
+        """Everything that must survive an interruption: tensors and plain data, the same on all processes and whole.
+
+        All of them ask at once, so that what they share can be brought together, though the first alone writes."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
