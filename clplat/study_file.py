@@ -18,6 +18,7 @@ from clplat.errors import ConfigError, nearest
 from clplat.launchers.options import check_launcher
 from clplat.ranges import check_least, check_numbers
 from clplat.streams.budget import BUDGET_UNITS
+from clplat.tuning.options import TUNE_FILE
 from clplat.yaml_text import parse_yaml
 
 
@@ -199,6 +200,13 @@ def check_unchanged(folder: Path, runs: Sequence[Path]) -> None:
                 f"{run}: its journal.jsonl is gone, and with it what was measured; remove the folder, and "
                 f"`clplat resume {folder}` runs it anew"
             )
+
+
+def record_name(folder: Path) -> str:
+    """What a study is called in MLflow: by its folder, and the report of a tune by that of the tune too, since the
+    folders of two reports may have one name."""
+    folder = folder.absolute()
+    return f"{folder.parent.name}-{folder.name}" if (folder.parent / TUNE_FILE).is_file() else folder.name
 
 
 def run_folders(folder: Path) -> list[Path]:

@@ -200,9 +200,13 @@ def load_study_results(study: str, uri: str | None = None) -> StudyResults:
 def _find(connection: Any, study: str, uri: str) -> Any:
     experiments = [experiment.experiment_id for experiment in connection.search_experiments()]
     studies = connection.search_runs(experiments, "tags.kind = 'study'", order_by=["attributes.start_time DESC"])
-    for run in studies:
-        if study in (run.info.run_id, run.info.run_name, run.data.tags.get("study")):
-            return run
+    exact = [run for run in studies if study in (run.info.run_id, run.info.run_name)]
+    if len(exact) > 1:
+        ids = " or ".join(f"{run.info.run_id} ({run.data.tags['folder']})" for run in exact)
+        raise ConfigError(f"study {study!r}: MLflow at {uri} has {len(exact)} of this name; give a run id: {ids}")
+    found = exact or [run for run in studies if run.data.tags.get("study") == study]
+    if found:
+        return found[0]
     names = {run.info.run_name for run in studies} | {run.data.tags["study"] for run in studies}
     raise ConfigError(f"study {study!r}: MLflow at {uri} has none of this name or id{nearest(study, names)}")
 
