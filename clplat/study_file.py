@@ -31,10 +31,20 @@ def find(config: str | Path) -> Path:
     named = shipped / f"{config}.yaml"
     if named.is_file():
         return named
+    if path.is_dir():
+        raise ConfigError(f"configuration {str(config)!r}: is {_kind_of(path)}")
     names = [str(file.relative_to(shipped).with_suffix("")) for file in shipped.rglob("*.yaml")]
     raise ConfigError(
         f"configuration {str(config)!r}: no such file, and no shipped study has this name{nearest(str(config), names)}"
     )
+
+
+def _kind_of(folder: Path) -> str:
+    """What a folder is that was given in place of a configuration, and what can be done with it."""
+    for name, kind in ((TUNE_FILE, "a tune's folder"), ("study.yaml", "a study's folder"), ("config.yaml", "a run's")):
+        if (folder / name).is_file():
+            return f"{kind}; `clplat resume {folder}` goes on with it, and its {name} is the configuration"
+    return "a folder; name a file in it, or a shipped study (`clplat list studies`)"
 
 
 def shipped_folder() -> Path:

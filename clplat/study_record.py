@@ -41,8 +41,9 @@ def _start(folder: Path) -> None:
             where = experiment_id(connection, study.tracking)
             variants = list(study.variants) or [study.name]
             tags = {
-                "study": study.name, "kind": "study", "study_run": record_name(folder), "baseline": study.baseline or "",
-                "folder": str(folder.resolve()), "variants": json.dumps(variants), "seeds": json.dumps(study.seeds),
+                "study": study.name, "kind": "study", "study_run": record_name(folder),
+                "baseline": study.baseline or "", "folder": str(folder.resolve()),
+                "variants": json.dumps(variants), "seeds": json.dumps(study.seeds),
                 "stream": study.stream.class_path.rpartition(".")[2],
                 "architecture": study.architecture.class_path.rpartition(".")[2],
             }  # fmt: skip

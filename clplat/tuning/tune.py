@@ -21,14 +21,15 @@ from clplat.launchers.network_disks import check_disk
 from clplat.lease import held
 from clplat.storage import writing
 from clplat.study import Study, conclude, settled
-from clplat.study_file import load_study, run_folders
+from clplat.study_file import run_folders
 from clplat.study_record import send_unsent, settle_study
 from clplat.tuning import front, gain, outcome
+from clplat.tuning.checks import OBJECTIVES, TRIALS, load_tune
 from clplat.tuning.front import Row
 from clplat.tuning.gain import Gain
 from clplat.tuning.options import TUNE_FILE
 from clplat.tuning.page import write_page
-from clplat.tuning.protocol import OBJECTIVES, TRIALS, Protocol, prepare
+from clplat.tuning.protocol import Protocol, prepare
 from clplat.tuning.search import Search, enter_trials
 from clplat.tuning.trials import Trials, storage_errors
 
@@ -77,7 +78,7 @@ def resume_tune(folder: Path, overrides: Sequence[tuple[str, str]], console: Con
     for key, _ in overrides:
         if not any(f"{key}.".startswith(f"{free}.") for free in CHANGEABLE):
             raise ConfigError(f"--{key}: a resumed tune stays the same search; {', '.join(CHANGEABLE)} may change")
-    study = settled(load_study(folder / TUNE_FILE, overrides))
+    study = settled(load_tune(folder / TUNE_FILE, overrides))
     if study.tune.sampler == "grid" and any(key == "tune.trials" for key, _ in overrides):
         raise ConfigError("--tune.trials: the points of a grid were chosen when it was begun; start a new tune")
     _check_launcher(study)
