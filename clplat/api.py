@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas
 
     from clplat.architectures.base import Architecture
-    from clplat.tuning.tune import Tuned
+    from clplat.tuning.outcome import Tuned
 
 Config = str | Path | Mapping[str, Any]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from clplat.study import Study
-    from clplat.tuning.tune import Tuned
+    from clplat.tuning.outcome import Tuned
 
 DESCRIPTION = """Continual-learning experiments: train on a sequence of tasks, measure what is forgotten,
 compare strategies in MLflow."""

@@ -50,7 +50,7 @@ def test_settings_that_are_worse_on_the_full_stream_are_reported_as_worse() -> N
         tuned = tune()
     assert tuned.gains[0].difference.mean < 0
     assert tuned.gains[1].metric == "final_score_unseen_tasks" and tuned.gains[1].difference.mean < 0
-    assert f"final score {tuned.gains[0].difference.mean:+.3f}" in tuned.text
+    assert f"final score −{abs(tuned.gains[0].difference.mean):.3f}" in tuned.text
     assert "The default settings score higher" in tuned.text
     assert "never saw: -" in tuned.text
 

@@ -33,7 +33,7 @@ def test_two_tunes_on_one_storage_share_the_trials_and_the_one_that_ends_last_re
     assert before == ["t0000-s1000", "t0001-s1000", "t0002-s1000"]
     mine = [name for name in runs.ran[len(before) :] if name.startswith("t")]
     assert mine == ["t0003-s1000", "t0004-s1000", "t0005-s1000"]
-    assert second.status == "KILLED" and "1 trials have not ended" in second.text and second.report is None
+    assert second.status == "KILLED" and "5 finished, 1 not ended" in second.text and second.report is None
     with formulas(planted) as rest:
         resumed = go_on(first)
         assert rest.ran[0] == "t0002-s1000" and len(resumed.rows) == 6

@@ -24,7 +24,8 @@ from clplat.supply import Listed
 from clplat.tuning import trials
 from clplat.tuning import tune as tune_module
 from clplat.tuning.checks import load_tune
-from clplat.tuning.tune import Tuned, resume_tune, run_tune
+from clplat.tuning.outcome import Tuned
+from clplat.tuning.tune import resume_tune, run_tune
 
 LR, RATIO, CAPACITY = (
     "training.optimizer.init_args.lr", "strategies.replay.init_args.ratio", "strategies.replay.init_args.capacity",
