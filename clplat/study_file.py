@@ -90,8 +90,20 @@ def _override(data: dict[str, Any], key: str, value: Any) -> None:
         _keep_variants(data, value.split(",") if isinstance(value, str) else value)
     elif value is None and (name := key.removeprefix("variants.")) in variants and name != key:
         _keep_variants(data, [one for one in variants if one != name])
+    elif written := next((one for one in data.get("space") or {} if f"{key}.".startswith(f"space.{one}.")), None):
+        # A dotted key stands in the file as one word: what is given for all of it takes its place.
+        inner = key.removeprefix(f"space.{written}").removeprefix(".")
+        data["space"] = data["space"] | {written: _with_key(data["space"][written], inner, value)}
     else:
         set_key(data, key, value)
+
+
+def _with_key(data: Any, key: str, value: Any) -> Any:
+    if not key:
+        return value
+    found = {"data": data}
+    set_key(found, f"data.{key}", value)
+    return found["data"]
 
 
 def _keep_variants(data: dict[str, Any], names: Sequence[str]) -> None:

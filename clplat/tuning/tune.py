@@ -30,7 +30,7 @@ from clplat.tuning.outcome import Tuned
 from clplat.tuning.page import write_page
 from clplat.tuning.protocol import Protocol, prepare
 from clplat.tuning.search import Search, enter_trials
-from clplat.tuning.trials import Trials, storage_errors
+from clplat.tuning.trials import Trials, check_storage, storage_errors
 
 FRONT, SETTINGS, PAGE = "front.csv", "best.yaml", "tuning.html"
 """What a tune leaves beside it."""
@@ -43,6 +43,8 @@ def run_tune(study: StudyConfig, console: Console) -> Tuned:
     study = settled(study)
     _check_launcher(study)
     protocol = prepare(study)
+    if study.tune.storage:
+        check_storage(study.tune.storage)
     folder = Path(study.folder) / f"{study.name}-tune-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     try:
         folder.mkdir(parents=True)
@@ -83,7 +85,6 @@ def _check_launcher(study: StudyConfig) -> None:
 
 def _carry_on(folder: Path, study: StudyConfig, protocol: Protocol, console: Console) -> Tuned:
     objectives = {name: OBJECTIVES[name] for name in study.tune.objectives}
-    console.print(f"{folder}: tuning on {protocol.tuned_on}", soft_wrap=True)
     with held(folder):
         if not (folder / "study.yaml").is_file():
             with writing(folder):
@@ -98,6 +99,7 @@ def _carry_on(folder: Path, study: StudyConfig, protocol: Protocol, console: Con
         )  # fmt: skip
         with storage_errors(url), trials.beating():
             trials.begin(_facts(study, protocol), points)
+            console.print(f"{folder}: tuning on {protocol.tuned_on} ({trials.progress()})", soft_wrap=True)
             if study.tracking.enabled:
                 outcome.start_record(folder, study, protocol, trials)
             search = Search(folder, study, protocol, trials, lambda text: console.print(text, soft_wrap=True))
@@ -114,7 +116,7 @@ def _search(search: Search, study: StudyConfig, limit: int, console: Console) ->
     try:
         search.resume()
         launcher = launcher_of(study, runs, study.training.devices)
-        code = serve(search, runs=runs, launcher=launcher, console=console, retries=study.launcher.retries)
+        code = serve(search, runs=None, launcher=launcher, console=console, retries=study.launcher.retries)
     finally:
         if study.tracking.enabled:
             unsent = send_unsent(run_folders(search.folder))

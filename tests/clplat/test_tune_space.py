@@ -16,6 +16,7 @@ from clplat.errors import ConfigError
 from clplat.study_file import load_study
 from clplat.tuning.checks import load_tune
 from clplat.tuning.protocol import Protocol, prepare
+from clplat.tuning.space import dimensions_of
 
 OPTIMIZER = "training.optimizer"
 
@@ -89,6 +90,13 @@ def test_nested_and_dotted_keys_say_the_same_and_are_joined() -> None:
     assert prepared(space=nested).space.dimensions == dotted
     joined = load_tune(tune_study(space={LR: SPACE[LR]}), [(f"space.{LR}.high", "0.5")])
     assert prepare(joined).space.dimensions[LR].high == 0.5
+    stepped = tune_study(space={RATIO: {"low": 0.25, "high": 2.0, "step": 0.25}})
+    chosen = load_tune(stepped, [(f"space.{RATIO}", "{choices: [0.25, 1.0]}")])
+    assert chosen.space == {RATIO: {"choices": [0.25, 1.0]}}
+    whole = load_tune(stepped, [(f"space.{RATIO}", "{low: 0.25, high: 1.0}"), (f"space.{LR}.low", "0.1"),
+                                (f"space.{LR}.high", "0.2")])  # fmt: skip
+    assert whole.space[RATIO] == {"low": 0.25, "high": 1.0}
+    assert dimensions_of(whole.space, lambda _: 0.1)[LR].high == 0.2
 
 
 def test_a_range_is_of_whole_numbers_where_its_ends_and_the_own_value_are() -> None:

@@ -75,11 +75,15 @@ def test_a_search_of_another_configuration_is_not_joined(tmp_path: Path) -> None
 
 
 def test_a_storage_that_cannot_be_used_is_said_with_what_to_do_and_without_its_password() -> None:
-    with pytest.raises(StorageError, match="sqlite:////nowhere/at/all.db cannot be used .*then continue with `clplat"):
+    with pytest.raises(StorageError, match="sqlite:////nowhere/at/all.db cannot be used .*nothing has been begun"):
         tune(tune={"storage": "sqlite:////nowhere/at/all.db"})
-    with pytest.raises(StorageError) as raised:
+    driver = "needs a driver that is not installed: pip install 'psycopg|pip install psycopg2-binary"
+    with pytest.raises(ConfigError, match=driver) as raised:
         tune(tune={"storage": "postgresql://me:secret@localhost:1/db"})
     assert "secret" not in str(raised.value) and "localhost:1/db" in str(raised.value)
+    with pytest.raises(ConfigError, match="tune.storage: foo://x is the address of no database that is known"):
+        tune(tune={"storage": "foo://x"})
+    assert not Path("runs").exists()
 
 
 def test_a_storage_that_fails_on_the_way_ends_the_search_and_the_trial_goes_on_afterwards(monkeypatch) -> None:
