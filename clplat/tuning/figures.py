@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+COLUMNS = 2
+"""Panels beside each other: MLflow shows pictures as wide as they are, and text beside them no narrower."""
+
 
 def front_figure(rows: Sequence[Row], objectives: Mapping[str, int]) -> Figure:
     """The first objective against each other one, front and default marked; of one objective its course over trials."""
     names = list(objectives)
     if len(names) == 1:
         return course_figure(rows, names[0], objectives[names[0]])
-    figure, axes = new_figure(0.6 + 4.2 * (len(names) - 1), 3.6, len(names) - 1, len(names) - 1)
+    panels = len(names) - 1
+    columns = min(COLUMNS, panels)
+    figure, axes = new_figure(5.4 if panels == 1 else 6.2, 3.4 * -(-panels // columns), panels, columns)
     finished = [row for row in rows if row.objectives]
     for axis, other in zip(axes, names[1:], strict=True):
         marked: dict[str, tuple[list[Row], dict[str, object]]] = {
@@ -81,8 +86,8 @@ def _ticks_below(axis: Axes, rows: Sequence[Row], state: str, colour: str) -> No
 
 def gain_figure(gains: Sequence[Gain]) -> Figure:
     """best − default of each metric: a point a seed, and the mean with its 95 % interval."""
-    columns = min(3, len(gains))
-    figure, axes = new_figure(0.6 + 2.8 * columns, 2.9 * -(-len(gains) // columns), len(gains), columns)
+    columns = min(COLUMNS, len(gains))
+    figure, axes = new_figure(0.6 + 2.8 * columns, 2.7 * -(-len(gains) // columns), len(gains), columns)
     for axis, gain in zip(axes, gains, strict=True):
         found = gain.difference
         axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)

@@ -59,7 +59,7 @@ def _pictures(
     drawn = []
     if scored := [gain for gain in gains if gain.metric not in COSTS]:
         figure = gain_figure(scored)
-        drawn.append(picture("The gain, seed by seed", "gain", figure, folder, GAIN_CAPTION, broad=len(scored) > 2))
+        drawn.append(picture("The gain, seed by seed", "gain", figure, folder, GAIN_CAPTION))
     if any(row.objectives for row in rows):
         shape = (
             "The objective of each trial in the order in which they began; below, trials without one."
@@ -67,7 +67,7 @@ def _pictures(
             else "Each trial by its objectives; the dashed stair is the Pareto front, which no trial is beyond."
         )
         figure = front_figure(rows, objectives)
-        drawn.append(picture("The search", "front", figure, folder, shape, broad=len(objectives) > 3))
+        drawn.append(picture("The search", "front", figure, folder, shape))
     return drawn
 
 

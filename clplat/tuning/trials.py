@@ -26,8 +26,8 @@ BEAT_SECONDS, GRACE_SECONDS = 30, 180
 DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 """Of databases, by the module that is missing: the package that brings it, where it has another name."""
 REMEDY = (
-    "if its disk is full, free some space; if it is a server, see that it is there; then continue with `clplat resume`. "
-    "What has finished is safe in the run folders."
+    "if its disk is full, free some space; if it is a server, see that it is there; then continue with `clplat "
+    "resume`. What has finished is safe in the run folders."
 )
 RETRIES = 2
 """How often the settings of a lost trial are begun again."""
