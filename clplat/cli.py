@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from clplat.study import Study
-    from clplat.tuning.tune import Tuned
+    from clplat.tuning.outcome import Tuned
 
 DESCRIPTION = """Continual-learning experiments: train on a sequence of tasks, measure what is forgotten,
 compare strategies in MLflow."""
@@ -145,11 +145,14 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
         case "run":
             return _run(options, overrides, console)
         case "tune":
-            from clplat.study_file import load_study
-            from clplat.tuning.tune import run_tune
+            from clplat.tuning.checks import load_tune
 
             asked = [("tune.on_test_sequence", "true")] if options.on_test_sequence else []
-            return _conclude(run_tune(load_study(options.config, overrides + asked), console), console)
+            study = load_tune(options.config, overrides + asked)
+            # After that: it loads all that trains, which takes seconds.
+            from clplat.tuning.tune import run_tune
+
+            return _conclude(run_tune(study, console), console)
         case "resume":
             from clplat.api import resume
 

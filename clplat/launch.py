@@ -40,8 +40,8 @@ def launch(folders: Sequence[Path], *, launcher: Launcher, console: Console, ret
     return listed.outcomes(code)
 
 
-def serve(supply: Supply, *, runs: int, launcher: Launcher, console: Console, retries: int = 1) -> int:
-    """Carry out what a supply gives; `runs` is how many a person is told to expect.
+def serve(supply: Supply, *, runs: int | None, launcher: Launcher, console: Console, retries: int = 1) -> int:
+    """Carry out what a supply gives; `runs` is how many a person is told to expect, None where the supply tells itself.
 
     A run whose process is lost is begun again `retries` times. Returns the exit code of the stop that was asked for, 0
     when nobody did.

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from clplat.errors import ConfigError, nearest
 from clplat.journal import ENDED
-from clplat.metrics import paired, verdict
+from clplat.metrics import amount, paired, verdict
 from clplat.result_table import Scores
 from clplat.study_results import StudyResults
 
@@ -134,7 +134,7 @@ def notes(study: StudyResults, baseline: str | None = None) -> list[str]:
         means = {variant: study.interval(variant, name).mean for variant in group}
         values = [value for value in means.values() if not math.isnan(value)]
         if values and max(values) > 1.02 * min(values):
-            listed = ", ".join(f"{variant} {value:,.4g}" for variant, value in means.items())
+            listed = ", ".join(f"{variant} {amount(value)}" for variant, value in means.items())
             found.append(f"unequal {name.removeprefix('cost/')}: {listed}; these arms are not on one budget")
     return found
 

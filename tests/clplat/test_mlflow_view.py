@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from records import Made
 
+from clplat.errors import ConfigError
 from clplat.mlflow_store import client
 from clplat.mlflow_view import KEPT, VIEW, add_view, page_of_study
 from clplat.page import write_report
 from clplat.run_note import LONGEST, NOTE, escaped, fitted, markdown_table
 from clplat.storage import read_json
+from clplat.study_record import start_study
 from clplat.study_results import load_study_results
 from clplat.tracking import RUN_STATE, STUDY_STATE
 
@@ -71,3 +74,23 @@ def test_a_note_is_never_longer_than_mlflow_takes_and_shows_text_as_it_is() -> N
     assert fitted(["a", "x" * LONGEST, "b"]) == "a\n\nb"
     assert escaped("a*b_[c]") == "a\\*b\\_\\[c\\]"
     assert markdown_table(["", "x"], [["r", "1"]]).splitlines()[1] == "| :--- | ---: |"
+
+
+def test_reports_of_two_tunes_that_found_the_same_trial_best_are_told_apart(store: str) -> None:
+    names = []
+    for tune in ("one", "two"):
+        study = Made(store, ["default"], [0])
+        place = study.folder.parent / tune / "report-t0001"
+        place.parent.mkdir()
+        (place.parent / "tune.yaml").touch()
+        study.folder = study.folder.rename(place)
+        (place / STUDY_STATE).unlink()
+        start_study(place)
+        study.run("default", 0, [[0.1, 0.1], [0.9, 0.1], [0.3, 0.8]])
+        names.append(f"{tune}-report-t0001")
+        found = load_study_results(names[-1], store)
+        assert found.folder == str(place.resolve()) and found.runs[0].tags["study_run"] == names[-1]
+        assert f"{VIEW}clplat.{names[-1]}" in client(store).get_experiment("1").tags
+    client(store).set_tag(found.run_id, "mlflow.runName", names[0])
+    with pytest.raises(ConfigError, match=r"has 2 of this name; give a run id: \w+ \(.*two/report-t0001\)"):
+        load_study_results(names[0], store)
