@@ -106,8 +106,6 @@ def short(error: Exception) -> str:
     """An error on one line, cut to what fits into another message; of a dead connection only what the system said."""
     text = re.sub(r" ?\(Background on this error at: \S+\)", "", " ".join(str(error).split()))
     system = re.search(r"\[Errno -?\d+\] ([^'\")]+)|(timed out)", text)
-    return (
-        next(filter(None, system.groups())).lower()
-        if system
-        else textwrap.shorten(text, 200, placeholder=" …") or type(error).__name__
-    )
+    if system:
+        return next(filter(None, system.groups())).lower()
+    return textwrap.shorten(text, 200, placeholder=" …") or type(error).__name__
