@@ -139,8 +139,8 @@ def test_a_controller_that_does_not_answer_is_asked_again(monkeypatch: pytest.Mo
 def test_where_no_cluster_answers_a_study_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     fake_slurm.install(tmp_path / "bin")
     (tmp_path / "bin" / "squeue").write_text(
-        "#!/bin/sh\nprintf 'squeue: error: DNS SRV lookup failed\\nsqueue: fatal: Could not establish a source\\n' >&2\n"
-        "exit 1\n"
+        "#!/bin/sh\necho 'squeue: error: DNS SRV lookup failed' >&2\n"
+        "echo 'squeue: fatal: Could not establish a source' >&2\nexit 1\n"
     )
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     with pytest.raises(ConfigError, match=r"no Slurm answers here \(.*DNS SRV lookup failed; fatal: .*kind local"):
