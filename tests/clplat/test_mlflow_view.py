@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
+from PIL import Image
 from records import Made
 
 from clplat.errors import ConfigError
@@ -52,6 +55,12 @@ def test_a_study_is_described_by_finding_table_and_report(store: str, tmp_path: 
     tags = client(store).get_run(state["run_id"]).data.tags
     assert tags["finding"].startswith("Best final score: er, 0.750") and tags["finding"][:20] in tags[NOTE]
     assert "| er | 2 | 0.750" in tags[NOTE]
+    # The page becomes as wide as its widest picture, beside which text would run out of the window.
+    pictures = re.findall(r"!\[[^]]*\]\(get-artifact\?path=([^&]+)&", tags[NOTE])
+    assert len(pictures) == 2
+    for name in pictures:
+        with Image.open(tmp_path / "out" / unquote(name)) as picture:
+            assert picture.width <= 850
     assert f"[Open the report](get-artifact?path=report.html&run_uuid={state['run_id']})" in tags[NOTE]
 
 
@@ -62,6 +71,10 @@ def test_a_study_has_a_view_and_only_the_newest_of_ours_are_kept(store: str) -> 
     key = f"{VIEW}clplat.{study.folder.name}"
     view = json.loads(connection.get_experiment("1").tags[key])
     assert study.folder.name in json.loads(view["state"])["searchFilter"]
+    columns = json.loads(view["state"])["selectedColumns"]
+    # MLflow's order is that of the names; about three fit into a window, and scores must be among them.
+    metrics = sorted(column for column in columns if column.startswith("metrics."))
+    assert metrics == [f"metrics.`{name}`" for name in ("final_forgetting", "final_score", "learning_score")]
     assert page_of_study("1", study.folder.name).endswith(f"viewStateShareKey=clplat.{study.folder.name}")
     for number in range(KEPT):
         add_view(connection, "1", f"later-{number}", view["createdAt"] + 1 + number)
