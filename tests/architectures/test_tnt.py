@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from associative_memories import RULES, memory, tokens
+from memory_presets import PRESETS, taken_by
 
 from clplat.architectures.associative_memory.bulk import takes
 from clplat.architectures.associative_memory.presets import DeltaNet, MemoryLayer, TitansLMM, TTTLinear
@@ -101,6 +102,13 @@ def test_shards_at_once_are_memories_set_back_in_turn_with_all_outer_gradients(
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda text, leaf=leaf: f"{leaf}: {text}")
         assert bool(a.any()), leaf
+
+
+@pytest.mark.parametrize("name", taken_by(lambda layer: TNT(layer=layer)))
+def test_over_every_named_layer_shards_at_once_are_memories_set_back_in_turn(name: str) -> None:
+    made, x = mixer(PRESETS[name]), inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(made(x, plain()), by_definition(made, x), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if takes(rule) or not rule.anchored])
