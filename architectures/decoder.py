@@ -206,7 +206,7 @@ class Decoder(Architecture, ABC):
         """How many tokens of each row (B,) the state holds."""
 
     def _head(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, (self.own_head or self.embedding).weight)
+        return F.linear(hidden, self.embedding.weight) if self.own_head is None else self.own_head(hidden)
 
     def _read(self, tokens: Tensor, state: State, lengths: Tensor) -> tuple[Tensor, State]:
         """Inputs of the head for tokens that follow those in the state, and the state after them."""

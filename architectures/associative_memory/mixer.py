@@ -20,6 +20,7 @@ from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.rule import MemoryRule, check_rate
 from clplat.architectures.associative_memory.state import Tokens
 from clplat.architectures.associative_memory.telemetry import Written
+from clplat.architectures.layers import WideBias
 from clplat.architectures.option_checks import check_at_least, check_choices, check_finite
 
 
@@ -83,7 +84,7 @@ class MemoryMixer(CarryingMixer):
         narrowed = projection.gate_rank if self.starts else None
         self.gate_inputs = nn.Linear(hidden_size, narrowed, bias=False) if narrowed else None
         gates = sum(len(part) for part in self.starts.values())
-        self.gates = nn.Linear(narrowed or hidden_size, gates) if self.starts else None
+        self.gates = WideBias(narrowed or hidden_size, gates) if self.starts else None
         self.memory: AssociativeMemory = AssociativeMemory(
             rule=rule, num_heads=num_heads, key_size=self.head_size,
             value_size=self.head_size + projection.normaliser, learned_start=projection.learned_start,
@@ -148,7 +149,7 @@ class MemoryMixer(CarryingMixer):
         if self.options.normaliser:
             v = F.pad(v, (0, 1), value=1.0)
         wide = torch.promote_types(q.dtype, torch.float32)
-        gates = self._gates(x_BTC, wide)
+        gates = self._gates(x_BTC)
         momentum = F.logsigmoid(gates["momentum"]) if "momentum" in gates else None
         rate = gates["rate"].sigmoid() if "rate" in gates else q.new_ones(q.shape[:3], dtype=wide)
         if self.options.damped and momentum is not None:
@@ -167,13 +168,13 @@ class MemoryMixer(CarryingMixer):
             return v_BHTE
         return v_BHTE / torch.linalg.vector_norm(v_BHTE, dim=-1, keepdim=True).clamp(min=1.0)
 
-    def _gates(self, x_BTC: Tensor, wide: torch.dtype) -> dict[str, Tensor]:
+    def _gates(self, x_BTC: Tensor) -> dict[str, Tensor]:
         """Gates by name before their squashing, (B, H, T), those of channels and of a window (B, H·each, T)."""
         if self.gates is None:
             return {}
         if self.gate_inputs is not None:
             x_BTC = self.gate_inputs(x_BTC)
-        raw = (F.linear(x_BTC, self.gates.weight).to(wide) + self.gates.bias.to(wide)).mT
+        raw = self.gates(x_BTC).mT
         return dict(zip(self.starts, raw.split([len(part) for part in self.starts.values()], dim=1), strict=True))
 
     def _decays(self, gates: dict[str, Tensor]) -> tuple[Tensor, ...]:

@@ -138,7 +138,7 @@ def test_gates_of_a_rank_are_a_map_of_so_few_numbers_of_each_token() -> None:
     for rank in (3, None):
         mixer = MemoryLayer(rule=Moneta().rule, projection=ProjectionOptions(gate_rank=rank)).build(16)
         with torch.no_grad():
-            raw = mixer._gates(torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(0)), torch.float32)
+            raw = mixer._gates(torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(0)))
         values = torch.cat(list(raw.values()), 1)[0] - mixer.gates.bias.unsqueeze(1)
         gates[rank] = int(torch.linalg.matrix_rank(values, rtol=1e-4))
     assert gates == {3: 3, None: 16}
