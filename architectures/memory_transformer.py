@@ -252,7 +252,7 @@ class MemoryTransformer(Decoder):
         return any(isinstance(module, AssociativeMemory | CarryingMixer) for module in self.modules())
 
     def _context(self, tokens: Tensor, segment_ids: Tensor | None) -> tuple[Any, ...]:
-        positions, before = torch.arange(tokens.shape[1], device=tokens.device), torch.zeros_like(tokens[:, 0])
+        positions, before = torch.arange(tokens.shape[1], device=tokens.device), tokens.new_zeros(len(tokens))
         mask = documents = None
         if segment_ids is not None:
             mask = causal_document_mask(segment_ids)
@@ -270,6 +270,6 @@ class MemoryTransformer(Decoder):
     def _held(self, tokens: Tensor, state: State) -> Tensor:
         first = mixing_state(state[0])
         if len(first) == 2:
-            return torch.full_like(tokens[:, 0], first[0].shape[1])
+            return tokens.new_full((len(tokens),), first[0].shape[1])
         _, _, pending, held = first
         return held + pending.shape[1]

@@ -73,6 +73,23 @@ def test_a_row_read_in_parts_with_carried_state_equals_one_pass(kind: LayerKind)
     assert_reads_in_parts(made, tokens(), [5, 1, 1, 9], atol=1e-10)
 
 
+@every_kind
+def test_no_tokens_are_answered_by_nothing_and_leave_the_state_as_it_is(kind: LayerKind) -> None:
+    made, rows = model(kind), tokens(length=7)
+    whole = made(batch_of(rows)).logits
+    none = made(batch_of(rows[:, :0]), return_hidden="all")
+    assert none.logits.shape == (2, 0, 23) and none.hidden.shape == (2, 2, 0, 16)
+    state, parts = made.init_state(2), []
+    for start, stop in ((0, 0), (0, 4), (4, 4), (4, 5), (5, 5), (5, 5), (5, 7)):
+        logits, after = made.decode(rows[:, start:stop], state, torch.full((2,), start))
+        assert logits.shape == (2, stop - start, 23)
+        assert stop > start or after is state
+        state = after
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-10)
+    assert made(batch_of(rows[:, :0]), state).logits.shape == (2, 0, 23)
+
+
 def test_a_state_does_not_grow_with_what_was_read() -> None:
     made, sizes = model(TitansLMM(chunk=3), DeltaNet()), []
     state, lengths = made.init_state(2), torch.zeros(2, dtype=torch.long)
