@@ -40,7 +40,7 @@ from clplat.architectures.hope.memory import SelfModifyingMemory
 from clplat.architectures.layers import Angles, Attention, Cache, causal_document_mask, rotary_angles
 
 # Kinds of layers go by bare names once their modules are imported.
-from clplat.architectures.option_checks import check_sizes
+from clplat.architectures.option_checks import check_at_least, check_sizes
 from clplat.streams.base import Spec, Task
 
 
@@ -51,6 +51,7 @@ class AttentionLayer(LayerKind):
         """`num_kv_heads` defaults to `num_heads`."""
         self.num_heads, self.num_kv_heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
         self.rope_base = rope_base
+        check_at_least(self, 1, "num_heads", "num_kv_heads")
         if num_heads % self.num_kv_heads:
             raise ValueError(f"AttentionLayer.num_kv_heads: {num_kv_heads} does not divide num_heads ({num_heads})")
 
@@ -132,11 +133,11 @@ class MemoryTransformer(Decoder):
         blocks = (
             Block(
                 hidden_size=hidden_size,
-                attention=kind.build(hidden_size),
+                attention=_built(kinds, number, hidden_size),
                 mlp=fed.build(hidden_size),
                 dropout=dropout,
             )
-            for kind in kinds * repeat
+            for number in list(range(len(kinds))) * repeat
         )
         super().__init__(
             spec=spec, hidden_size=hidden_size, blocks=blocks, dropout=dropout, document_mask=document_mask,
@@ -273,3 +274,11 @@ class MemoryTransformer(Decoder):
             return tokens.new_full((len(tokens),), first[0].shape[1])
         _, _, pending, held = first
         return held + pending.shape[1]
+
+
+def _built(kinds: Sequence[LayerKind], number: int, hidden_size: int) -> nn.Module:
+    """That layer of a list; what is wrong with one of several is said of its place."""
+    try:
+        return kinds[number].build(hidden_size)
+    except ValueError as error:
+        raise ValueError(f"layers.{number}: {error}" if len(kinds) > 1 else str(error)) from error

@@ -24,11 +24,8 @@ class TitansBlock(LayerKind):
         name = type(self).__name__
         if self.layer.projection.normaliser:
             raise ValueError(f"{name}.layer: a memory with a normaliser cannot be asked beside attention")
-        try:
-            check_at_least(self, 1, "num_heads")
-            check_at_least(self, 0, "persistent")
-        except ValueError as error:
-            raise ValueError(f"{name}.{error}") from error
+        check_at_least(self, 1, "num_heads")
+        check_at_least(self, 0, "persistent")
 
     def _check_heads(self, hidden_size: int) -> None:
         if hidden_size % (2 * self.num_heads):

@@ -29,9 +29,11 @@ from clplat.architectures.associative_memory.presets import (
     TitansLMM,
     TTTLinear,
 )
+from clplat.architectures.associative_memory.rule import MemoryRule
 from clplat.architectures.associative_memory.state import Tokens
 from clplat.architectures.associative_memory.titans_presets import TitansMAC, TitansMAG, TitansMAL
 from clplat.architectures.associative_memory.tnt import TNT
+from clplat.architectures.hope.presets import SelfModifyingTitans
 from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransformer
 from clplat.architectures.mlp import MLP
 from clplat.components import Component, build, checked
@@ -168,6 +170,20 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         model(DeltaNet(), repeat=0)
     with pytest.raises(ValueError, match="TitansLMM.num_heads: 5 does not divide hidden_size"):
         model(TitansLMM(num_heads=5))
+    with pytest.raises(ValueError, match="^layers.1: TitansLMM.num_heads: 5 does not divide"):
+        model(DeltaNet(), TitansLMM(num_heads=5))
+    for kind in (TitansLMM, LaCT, SelfModifyingTitans, AttentionLayer, TitansMAC):
+        for heads in (0, -2):
+            with pytest.raises(ValueError, match=f"^{kind.__name__}.num_heads: must be at least 1, got {heads}"):
+                kind(num_heads=heads)
+    with pytest.raises(ValueError, match="^AttentionLayer.num_kv_heads: must be at least 1, got 0"):
+        AttentionLayer(num_kv_heads=0)
+    with pytest.raises(ValueError, match="^Atlas.chunk: must be at least 1, got -4"):
+        Atlas(chunk=-4)
+    with pytest.raises(ValueError, match="^TitansLMM.max_rate: must be above 0, got -1"):
+        TitansLMM(max_rate=-1.0)
+    with pytest.raises(ValueError, match="^MemoryLayer.projection.max_rate: must lie above 0 .* at most at 2"):
+        model(MemoryLayer(rule=MemoryRule(delta="single"), projection=ProjectionOptions(max_rate=3.0)))
     with pytest.raises(ValueError, match="AttentionLayer.num_heads: hidden_size .16. is no multiple"):
         model(AttentionLayer(num_heads=16))
     with pytest.raises(ValueError, match="projection.normaliser: needs learned_start: false"):

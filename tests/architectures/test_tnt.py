@@ -171,6 +171,9 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         TNT(local_chunks=[3], shard=8)
     with pytest.raises(ValueError, match="TNT.later.1: must give 2 chunks"):
         TNT(local_chunks=[2, 4], shard=8, later={1: [1]})
+    for task in (-1, 0):
+        with pytest.raises(ValueError, match=f"TNT.later: is of tasks from 1 on, got {task}; chunks of task 0 are"):
+            TNT(later={task: [1]})
     with pytest.raises(ValueError, match="TNT.local_chunks: must name the chunk of at least one"):
         TNT(local_chunks=[])
     with pytest.raises(ValueError, match="TNT.global_chunk: must be at least 1"):
