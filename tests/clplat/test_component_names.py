@@ -20,7 +20,7 @@ from clplat.errors import ConfigError
         ([3], r"layers\.0: expected a list of LayerKind, got \[3\]; known: Atlas, AttentionLayer, .*TitansLMM"),
         (
             [{"class_path": "TNT", "init_args": {"layer": "Titan"}}],
-            r"layer: expected a MemoryLayer, got Titan; did you",
+            r"layers\.0\.init_args\.layer: expected a MemoryLayer, got Titan; did you",
         ),
     ],
     ids=["near", "second", "mapping", "no list", "no name", "inside"],
