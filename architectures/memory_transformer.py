@@ -181,11 +181,14 @@ class MemoryTransformer(Decoder):
         mixers = {name: module for name, module in self.named_modules() if isinstance(module, CarryingMixer)}
         return blamed({f"layer {name.removeprefix('blocks.')}": mixer.guard for name, mixer in mixers.items()})
 
+    def writes_memory(self) -> bool:
+        """Whether a layer or a level of the token clock is a memory."""
+        return bool(self._memories())
+
     @contextmanager
     def without_writes(self) -> Iterator[None]:
         """Within it no memory writes or forgets: each is what it was at the start."""
-        kinds = AssociativeMemory | SelfModifyingMemory | NextTokenLevel
-        memories = [module for module in self.modules() if isinstance(module, kinds)]
+        memories = self._memories()
         for memory in memories:
             memory.writes = False
         try:
@@ -238,6 +241,10 @@ class MemoryTransformer(Decoder):
         finally:
             for level in levels.values():
                 level.rows = None
+
+    def _memories(self) -> list[AssociativeMemory | SelfModifyingMemory | NextTokenLevel]:
+        kinds = AssociativeMemory | SelfModifyingMemory | NextTokenLevel
+        return [module for module in self.modules() if isinstance(module, kinds)]
 
     def _reading_levels(self) -> dict[str, NextTokenLevel]:
         return {name: module for name, module in self.named_modules() if isinstance(module, NextTokenLevel)}

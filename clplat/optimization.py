@@ -11,8 +11,8 @@ from clplat.errors import ConfigError
 
 
 def configured_optimizer(training: TrainingConfig, architecture: Architecture) -> torch.optim.Optimizer:
-    """The configured optimizer; a class with `for_module` is built from the module, not from a list. A model whose levels
-    have periods or rates of their own needs one that has levels."""
+    """The configured optimizer; a class with `for_module` is built from the module, not from a list. A model whose
+    levels have periods or rates of their own needs one that has levels."""
     component, key = training.optimizer, "training.optimizer"
     found = resolve(component.class_path, "optimizer", key)
     try:
@@ -31,6 +31,13 @@ def configured_optimizer(training: TrainingConfig, architecture: Architecture) -
             f"training.optimizer_state: reset would drop what {found.__name__} has gathered in periods that a task "
             "leaves unfinished; use keep, or accept it with unfinished: drop"
         )
+    steps = training.budget.steps
+    for level, own in getattr(optimizer, "levels", {}).items() if training.optimizer_state == "reset" and steps else ():
+        if own.period > steps:
+            raise ConfigError(
+                f"{key}: level {level} steps once in {own.period} steps, and never does where a task has {steps} and "
+                "begins anew (training.optimizer_state: reset); use keep, or a shorter period"
+            )
     return optimizer
 
 
