@@ -24,6 +24,10 @@ from clplat.architectures.layers import WideBias
 from clplat.architectures.option_checks import check_at_least, check_choices, check_finite
 
 
+MOST_NUMBERS = 2**24
+"""Of the first layer of one head's memory, for one row: 64 MiB in float32, and as much again for momentum and anchor."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProjectionOptions:
     """What stands around the memory.
@@ -78,6 +82,7 @@ class MemoryMixer(CarryingMixer):
             conv_width=projection.conv_width, output_gate=projection.output_gate,
         )  # fmt: skip
         self.rule, self.options = rule, projection
+        self._check_size()
         self.max_rate = projection.max_rate or self._stable_rate()
         check_rate("projection.max_rate", self.max_rate, rule)
         self.starts = self._gate_starts()
@@ -90,6 +95,17 @@ class MemoryMixer(CarryingMixer):
             value_size=self.head_size + projection.normaliser, learned_start=projection.learned_start,
         )  # fmt: skip
         self.reset_dynamics()
+
+    def _check_size(self) -> None:
+        """ValueError, before anything is allocated, for features that no machine holds: they are size ** degree."""
+        features, outputs = self.rule.widths(self.head_size, self.head_size)[0]
+        if features > self.head_size and features * outputs > MOST_NUMBERS:
+            asked = self.rule.polynomial
+            raise ValueError(
+                f"degree: {asked.degree} of a head of {self.head_size} gives {features:,} features with rank "
+                f"{asked.rank}, and the first layer of each head's memory {features * outputs:,} numbers a row, of "
+                f"which {MOST_NUMBERS:,} are allowed; take a lower degree, more heads, or a rank such as 64"
+            )
 
     @torch.no_grad()
     def reset_dynamics(self) -> None:

@@ -178,6 +178,8 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
                 kind(num_heads=heads)
     with pytest.raises(ValueError, match="^AttentionLayer.num_kv_heads: must be at least 1, got 0"):
         AttentionLayer(num_kv_heads=0)
+    with pytest.raises(ValueError, match="^Atlas.degree: 5 of a head of 16 gives 1,118,480 features with rank None, "):
+        Atlas(num_heads=1, degree=5, rank=None).build(16)
     with pytest.raises(ValueError, match="^Atlas.chunk: must be at least 1, got -4"):
         Atlas(chunk=-4)
     with pytest.raises(ValueError, match="^TitansLMM.max_rate: must be above 0, got -1"):
