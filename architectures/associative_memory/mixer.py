@@ -23,9 +23,8 @@ from clplat.architectures.associative_memory.telemetry import Written
 from clplat.architectures.layers import WideBias
 from clplat.architectures.option_checks import check_at_least, check_choices, check_finite
 
-
 MOST_NUMBERS = 2**24
-"""Of the first layer of one head's memory, for one row: 64 MiB in float32, and as much again for momentum and anchor."""
+"""Of the first layer of one head's memory, for one row: 64 MiB in float32, and again for momentum and anchor."""
 
 
 @dataclass(frozen=True, kw_only=True)
