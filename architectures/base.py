@@ -207,6 +207,10 @@ class LearnsNextToken(Protocol):
 class WritesMemory(Protocol):
     """Capability: memories inside write while they read, and can be kept from it."""
 
+    def writes_memory(self) -> bool:
+        """Whether there are any such memories in this model."""
+        ...
+
     def without_writes(self) -> AbstractContextManager[None]:
         """Within it all memories stay as they begin."""
         ...

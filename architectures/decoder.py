@@ -153,7 +153,8 @@ class Decoder(Architecture, ABC):
         """Logits (B, T, V); `hidden` (B, T, C) is the input of the head, with `return_hidden` "all" (B, L + 1, T, C)
         the embeddings and what every block adds up to, the last of which is the input of the head.
 
-        With `state`, every row continues after all the tokens it holds, and the state after them is returned.
+        With `state`, every row continues after all the tokens it holds, and the state after them is returned. Rows of
+        no tokens are answered by logits (B, 0, V).
         """
         if state is not None:
             return self._continue(batch, state)
@@ -162,7 +163,8 @@ class Decoder(Architecture, ABC):
         for block in self.blocks:
             if return_hidden == "all":
                 layers.append(x_BTC)
-            x_BTC, loss = block(x_BTC, *context)
+            # No tokens are answered by nothing: a memory has no chunk to read.
+            x_BTC, loss = block(x_BTC, *context) if batch.inputs.shape[1] else (x_BTC, None)
             if loss is not None:
                 losses.append(loss)
         hidden = self.norm(x_BTC)
@@ -177,7 +179,8 @@ class Decoder(Architecture, ABC):
     def decode(self, tokens: Tensor, state: State, lengths: Tensor) -> tuple[Tensor, State]:
         """Logits (B, T, V) of `tokens` (B, T), which follow the `lengths` (B,) tokens that each row has in `state`.
 
-        Rows of unequal length are padded on the right; what follows takes the place of a row's padding.
+        Rows of unequal length are padded on the right; what follows takes the place of a row's padding. No tokens,
+        T = 0, leave the state as it is.
         """
         hidden, state = self._read(tokens, state, lengths)
         return self._head(hidden), state
@@ -206,10 +209,12 @@ class Decoder(Architecture, ABC):
         """How many tokens of each row (B,) the state holds."""
 
     def _head(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, (self.own_head or self.embedding).weight)
+        return F.linear(hidden, self.embedding.weight) if self.own_head is None else self.own_head(hidden)
 
     def _read(self, tokens: Tensor, state: State, lengths: Tensor) -> tuple[Tensor, State]:
         """Inputs of the head for tokens that follow those in the state, and the state after them."""
+        if not tokens.shape[1]:
+            return self.norm(self.embedding(tokens)), state
         context = self._continued_context(tokens, state, lengths)
         x_BTC, longer = self.dropout(self.embedding(tokens)), []
         for block, held in zip(self.blocks, state, strict=True):
@@ -249,7 +254,7 @@ class AttentionDecoder(Decoder, ABC):
         return rotary_angles(positions, self.rotary_size, self.rope_base), mask, positions
 
     def _held(self, tokens: Tensor, state: State) -> Tensor:
-        return torch.full_like(tokens[:, 0], state[0][0].shape[1])
+        return tokens.new_full((len(tokens),), state[0][0].shape[1])
 
 
 def check_language(model: type[Decoder], spec: Spec) -> None:

@@ -151,6 +151,30 @@ class Attention(nn.Module):
         return self.out(mixed_BHTD.transpose(1, 2).flatten(2))
 
 
+class WideBias(nn.Linear):
+    """A linear layer whose bias is added, and whose answer given, in float32 or wider: for gates that are told apart
+    near 0 or 1, where three digits of a coarser type are too few."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = F.linear(input, self.weight)
+        wide = torch.promote_types(product.dtype, torch.float32)
+        return product.to(wide) + self.bias.to(wide)
+
+
+class AsPrecise(nn.Linear):
+    """A linear layer without bias that computes in the precision of what it reads, whatever its weights are kept in."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+class WeightsAlone(nn.Linear):
+    """A linear layer that is never called: its model multiplies by the weights in a way of its own. Optimizers that
+    follow what layers are given (DGD) know it by the attribute."""
+
+    weights_alone = True
+
+
 class SwiGLU(nn.Module):
     """Gated feed-forward layer: down(silu(gate(x)) · up(x)) (Shazeer 2020, eq. 6)."""
 

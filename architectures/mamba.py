@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clplat.architectures.base import State
 from clplat.architectures.decoder import Block, Decoder, check_language
-from clplat.architectures.layers import SwiGLU, causal_convolution
+from clplat.architectures.layers import SwiGLU, WideBias, causal_convolution
 from clplat.architectures.option_checks import check_sizes
 from clplat.kernels.selective_scan import selective_scan
 from clplat.streams.base import Spec
@@ -43,7 +43,7 @@ class SelectiveStateSpace(nn.Module):
         self.conv_weight = nn.Parameter(torch.empty(conv_width, inner))
         self.conv_bias = nn.Parameter(torch.empty(inner))
         self.select = nn.Linear(inner, self.step_rank + 2 * state_size, bias=False)
-        self.step = nn.Linear(self.step_rank, inner)
+        self.step = WideBias(self.step_rank, inner)
         self.log_rate = nn.Parameter(torch.empty(state_size, inner))
         self.skip = nn.Parameter(torch.empty(inner))
         self.out = nn.Linear(inner, hidden_size, bias=False)
@@ -97,7 +97,7 @@ class SelectiveStateSpace(nn.Module):
         u_BTD = F.silu(causal_convolution(inner_BTD, self.conv_weight, self.conv_bias, before, document_BT))
         rank, b_BTN, c_BTN = self.select(u_BTD).split([self.step_rank, self.state_size, self.state_size], dim=-1)
         precise = torch.promote_types(inner_BTD.dtype, torch.float32)
-        step_BTD = F.softplus(F.linear(rank, self.step.weight).to(precise) + self.step.bias.to(precise))
+        step_BTD = F.softplus(self.step(rank))
         if counts_BT is not None:
             step_BTD = step_BTD * counts_BT.unsqueeze(-1)
         keep_BT = None if document_BT is None else F.pad(document_BT[:, 1:] == document_BT[:, :-1], (1, 0), value=True)

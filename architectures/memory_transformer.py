@@ -40,7 +40,7 @@ from clplat.architectures.hope.memory import SelfModifyingMemory
 from clplat.architectures.layers import Angles, Attention, Cache, causal_document_mask, rotary_angles
 
 # Kinds of layers go by bare names once their modules are imported.
-from clplat.architectures.option_checks import check_sizes
+from clplat.architectures.option_checks import check_at_least, check_sizes
 from clplat.streams.base import Spec, Task
 
 
@@ -51,6 +51,7 @@ class AttentionLayer(LayerKind):
         """`num_kv_heads` defaults to `num_heads`."""
         self.num_heads, self.num_kv_heads = num_heads, num_heads if num_kv_heads is None else num_kv_heads
         self.rope_base = rope_base
+        check_at_least(self, 1, "num_heads", "num_kv_heads")
         if num_heads % self.num_kv_heads:
             raise ValueError(f"AttentionLayer.num_kv_heads: {num_kv_heads} does not divide num_heads ({num_heads})")
 
@@ -132,11 +133,11 @@ class MemoryTransformer(Decoder):
         blocks = (
             Block(
                 hidden_size=hidden_size,
-                attention=kind.build(hidden_size),
+                attention=_built(kinds, number, hidden_size),
                 mlp=fed.build(hidden_size),
                 dropout=dropout,
             )
-            for kind in kinds * repeat
+            for number in list(range(len(kinds))) * repeat
         )
         super().__init__(
             spec=spec, hidden_size=hidden_size, blocks=blocks, dropout=dropout, document_mask=document_mask,
@@ -180,11 +181,14 @@ class MemoryTransformer(Decoder):
         mixers = {name: module for name, module in self.named_modules() if isinstance(module, CarryingMixer)}
         return blamed({f"layer {name.removeprefix('blocks.')}": mixer.guard for name, mixer in mixers.items()})
 
+    def writes_memory(self) -> bool:
+        """Whether a layer or a level of the token clock is a memory."""
+        return bool(self._memories())
+
     @contextmanager
     def without_writes(self) -> Iterator[None]:
         """Within it no memory writes or forgets: each is what it was at the start."""
-        kinds = AssociativeMemory | SelfModifyingMemory | NextTokenLevel
-        memories = [module for module in self.modules() if isinstance(module, kinds)]
+        memories = self._memories()
         for memory in memories:
             memory.writes = False
         try:
@@ -238,6 +242,10 @@ class MemoryTransformer(Decoder):
             for level in levels.values():
                 level.rows = None
 
+    def _memories(self) -> list[AssociativeMemory | SelfModifyingMemory | NextTokenLevel]:
+        kinds = AssociativeMemory | SelfModifyingMemory | NextTokenLevel
+        return [module for module in self.modules() if isinstance(module, kinds)]
+
     def _reading_levels(self) -> dict[str, NextTokenLevel]:
         return {name: module for name, module in self.named_modules() if isinstance(module, NextTokenLevel)}
 
@@ -252,7 +260,7 @@ class MemoryTransformer(Decoder):
         return any(isinstance(module, AssociativeMemory | CarryingMixer) for module in self.modules())
 
     def _context(self, tokens: Tensor, segment_ids: Tensor | None) -> tuple[Any, ...]:
-        positions, before = torch.arange(tokens.shape[1], device=tokens.device), torch.zeros_like(tokens[:, 0])
+        positions, before = torch.arange(tokens.shape[1], device=tokens.device), tokens.new_zeros(len(tokens))
         mask = documents = None
         if segment_ids is not None:
             mask = causal_document_mask(segment_ids)
@@ -270,6 +278,14 @@ class MemoryTransformer(Decoder):
     def _held(self, tokens: Tensor, state: State) -> Tensor:
         first = mixing_state(state[0])
         if len(first) == 2:
-            return torch.full_like(tokens[:, 0], first[0].shape[1])
+            return tokens.new_full((len(tokens),), first[0].shape[1])
         _, _, pending, held = first
         return held + pending.shape[1]
+
+
+def _built(kinds: Sequence[LayerKind], number: int, hidden_size: int) -> nn.Module:
+    """That layer of a list; what is wrong with one of several is said of its place."""
+    try:
+        return kinds[number].build(hidden_size)
+    except ValueError as error:
+        raise ValueError(f"layers.{number}: {error}" if len(kinds) > 1 else str(error)) from error

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clplat.architectures.layers import SwiGLU, free_to_look
+from clplat.architectures.layers import AsPrecise, SwiGLU, free_to_look
 from clplat.kernels.topk_memory import ExpertOrder, expert_order
 
 
@@ -45,7 +45,7 @@ class MixtureOfExperts(nn.Module):
         _check_options(inner_size, num_experts, experts_per_token, shared_experts, balance)
         self.num_experts, self.experts_per_token = num_experts, experts_per_token
         self.renormalise, self.balance = renormalise, balance
-        self.router = nn.Linear(hidden_size, num_experts, bias=False)
+        self.router = AsPrecise(hidden_size, num_experts, bias=False)
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * inner_size, hidden_size))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, inner_size))
         shared_size = shared_experts * inner_size
@@ -74,7 +74,7 @@ class MixtureOfExperts(nn.Module):
         """The router's softmax over the experts (N, E)."""
         precise = torch.promote_types(x_NC.dtype, torch.float32)
         with torch.autocast(x_NC.device.type, enabled=False):
-            return F.linear(x_NC.to(precise), self.router.weight.to(precise)).softmax(-1)
+            return self.router(x_NC.to(precise)).softmax(-1)
 
     def idle_weights(self) -> int:
         """How many weights one token does not pass through."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clplat.architectures.base import Architecture, Output, State
-from clplat.architectures.layers import free_to_look, trimmed
+from clplat.architectures.layers import WeightsAlone, free_to_look, trimmed
 from clplat.architectures.timescales import network_timescales
 from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
@@ -148,7 +148,7 @@ class LeakyRNN(_Recurrent):
         if initial_noise < 0:
             raise ValueError(f"LeakyRNN.initial_noise: a width, at least 0, got {initial_noise}")
         self.leak, self.initial_noise = leak, initial_noise
-        self.recurrent, self.drive = nn.Linear(hidden_size, hidden_size), nn.Linear(self.input_size, hidden_size)
+        self.recurrent, self.drive = WeightsAlone(hidden_size, hidden_size), nn.Linear(self.input_size, hidden_size)
         with torch.no_grad():
             self.recurrent.weight.fill_diagonal_(0.0)
         self.register_buffer("connected", 1 - torch.eye(hidden_size), persistent=False)

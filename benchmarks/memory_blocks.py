@@ -160,7 +160,7 @@ def with_warps(warps: str | None) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: without a GPU")
     parser.add_argument("--tokens", type=int, default=4096, help="of a row")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--heads", type=int, default=8)
@@ -174,6 +174,11 @@ def main() -> None:
     parser.add_argument("--milliseconds", type=float, default=100, help="of one measurement")
     parser.add_argument("--seconds", type=float, default=120, help="after which no case begins")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            "no GPU, on which blocks are timed; to time small ones on this machine: --device cpu --tokens 128 "
+            "--hidden 32 --heads 2 --rows 1 --milliseconds 1"
+        )
     if options.device == "cpu":
         torch.set_num_threads(1)
     # What has no kernel multiplies in fp32; TF32 is how one would run it.

@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     ui.add_argument("--port", type=int, default=5000)
     show = commands.add_parser("show", help="print a study, fully resolved")
     show.add_argument("config")
-    listing = commands.add_parser("list", help="list streams, architectures, strategies, optimizers, studies")
+    listing = commands.add_parser("list", help="list streams, architectures, layers, strategies, optimizers, studies")
     listing.add_argument("what", nargs="?", help="one of these words; all of them by default")
     commands.add_parser("doctor", help="versions, devices, Triton, caches")
     for command in (run, tune, show):

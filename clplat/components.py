@@ -44,6 +44,7 @@ WINGS = {
     "stream": Wing(package="clplat.streams", base="Stream", supplied=frozenset({"seed"})),
     "architecture": Wing(package="clplat.architectures", base="Architecture", supplied=frozenset({"spec"})),
     "strategy": Wing(package="clplat.strategies", base="Strategy"),
+    "layer": Wing(package="clplat.architectures", base="LayerKind"),
     "optimizer": Wing(package="clplat.strategies.optimizers", base="Optimizer", supplied=frozenset({"params"})),
 }
 

@@ -58,7 +58,7 @@ def nearest(name: str, known: Iterable[str], *, listed: bool = True) -> str:
     """`; did you mean 'x'?`, or (`listed`) the list of what is known when nothing is near."""
     options = sorted(known)
     lowered = {option.lower(): option for option in options}
-    close = difflib.get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.6)
     if close:
         return "; did you mean " + " or ".join(repr(lowered[match]) for match in close) + "?"
     return f"; known: {', '.join(options)}" if options and listed else ""

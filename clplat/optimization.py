@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from clplat.architectures.base import Architecture
+from clplat.architectures.base import Architecture, HasLevels
 from clplat.components import arguments, resolve
 from clplat.config import TrainingConfig
 from clplat.errors import ConfigError
 
 
 def configured_optimizer(training: TrainingConfig, architecture: Architecture) -> torch.optim.Optimizer:
-    """The configured optimizer; a class with `for_module` is built from the module, not from a list."""
+    """The configured optimizer; a class with `for_module` is built from the module, not from a list. A model whose
+    levels have periods or rates of their own needs one that has levels."""
     component, key = training.optimizer, "training.optimizer"
     found = resolve(component.class_path, "optimizer", key)
     try:
@@ -19,13 +20,35 @@ def configured_optimizer(training: TrainingConfig, architecture: Architecture) -
             plain: torch.optim.Optimizer = found(
                 [p for p in architecture.parameters() if p.requires_grad], **component.init_args
             )
+            _check_levels(plain, architecture, found.__name__)
             return plain
         optimizer: torch.optim.Optimizer = found.for_module(architecture, **arguments(component, "optimizer", key))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{key}.init_args: {error}") from error
+    _check_levels(optimizer, architecture, found.__name__)
     if getattr(optimizer, "unfinished", "drop") == "carry" and training.optimizer_state == "reset":
         raise ConfigError(
             f"training.optimizer_state: reset would drop what {found.__name__} has gathered in periods that a task "
             "leaves unfinished; use keep, or accept it with unfinished: drop"
         )
+    steps = training.budget.steps
+    for level, own in getattr(optimizer, "levels", {}).items() if training.optimizer_state == "reset" and steps else ():
+        if own.period > steps:
+            raise ConfigError(
+                f"{key}: level {level} steps once in {own.period} steps, and never does where a task has {steps} and "
+                "begins anew (training.optimizer_state: reset); use keep, or a shorter period"
+            )
     return optimizer
+
+
+def _check_levels(optimizer: torch.optim.Optimizer, architecture: Architecture, name: str) -> None:
+    """Refuse an optimizer that would step every level every time, at one rate."""
+    levels = architecture.levels() if isinstance(architecture, HasLevels) else {}
+    asked = {level: own for level, own in levels.items() if own.period > 1 or own.lr is not None or own.within}
+    if asked and not hasattr(optimizer, "levels"):
+        level, own = next(iter(asked.items()))
+        raise ConfigError(
+            f"training.optimizer: {name} would step the model's level {level} at every step, and at its own rate (the "
+            f"level has period {own.period}{'' if own.lr is None else f', lr {own.lr:g}'}); use {{class_path: "
+            f"LevelClock, init_args: {{optimizer: {{class_path: {name}, …}}}}}}, or give the level period 1 and no lr"
+        )

@@ -7,6 +7,8 @@ import dataclasses
 import importlib
 import inspect
 import re
+import sys
+from abc import ABC
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,12 +79,47 @@ def _said_plainly(text: str) -> str:
 
 def _expected(kinds: list[str], got: str) -> str:
     """What an option takes and what it got, with the choice that was probably meant."""
+    if asked := [found for kind in kinds if (found := _class_in(kind))]:
+        return _expected_component(kinds, asked, got)
     choices = [choice for kind in kinds if kind.startswith("Literal[") for choice in re.findall(r"'([^']*)'", kind)]
     return f"expected {' or '.join(map(_kind, kinds))}, got {got}{nearest(got.strip(chr(39)), choices, listed=False)}"
 
 
+def _expected_component(kinds: list[str], asked: list[type], got: str) -> str:
+    """The same for components, or lists of them, with the names that there are."""
+    known = {name for base in asked for name in _names(base)}
+    got = re.sub(r"Namespace\(class_path='[\w.]*?(\w+)'(, init_args=Namespace\([^()]*\))?\)", r"\1", got)
+    got = got.partition(". Got value: ")[0]
+    words = [word.rpartition(".")[2] for word in re.findall(r"\b[A-Za-z_][\w.]*", got)]
+    wrong = next((word for word in words if word not in known | {"class_path", "init_args"}), "")
+    if got in known and any("Sequence[" in kind or kind.startswith("list") for kind in kinds):
+        return f"expected {' or '.join(map(_kind, kinds))}, got {got}; one is a list, too: [{got}]"
+    return f"expected {' or '.join(map(_kind, kinds))}, got {got}{nearest(wrong, known)}"
+
+
+def _class_in(annotation: str) -> type | None:
+    """The class of which an annotation asks for an instance, a list or a maker; only of what is imported already."""
+    for path in reversed(re.findall(r"(?:[A-Za-z_]\w*\.)+[A-Z]\w*", annotation)):
+        module, _, name = path.rpartition(".")
+        found = getattr(sys.modules.get(module), name, None)
+        if isinstance(found, type) and module not in ("collections.abc", "typing"):
+            return found
+    return None
+
+
+def _names(base: type) -> set[str]:
+    """A class and all that descend from it, if they can be built."""
+    left_out = inspect.isabstract(base) or ABC in base.__bases__ or base.__name__.startswith("_")
+    own = set() if left_out else {base.__name__}
+    return own.union(*(_names(kind) for kind in base.__subclasses__()))
+
+
 def _kind(annotation: str) -> str:
     """A type as a person says it."""
+    if found := _class_in(annotation):
+        several = "Sequence[" in annotation or annotation.startswith("list")
+        article = "an" if found.__name__[0] in "AEIOU" else "a"
+        return f"{'a list of' if several else article} {found.__name__}"
     choices = re.fullmatch(r"Literal\[(.*)\]", annotation)
     words = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
     words |= {"list": "a list", "dict": "a mapping"}

@@ -20,7 +20,13 @@ from clplat.study_file import shipped_folder
 if TYPE_CHECKING:
     import pandas
 
-PLURALS = {"streams": "stream", "architectures": "architecture", "strategies": "strategy", "optimizers": "optimizer"}
+PLURALS = {
+    "streams": "stream",
+    "architectures": "architecture",
+    "layers": "layer",
+    "strategies": "strategy",
+    "optimizers": "optimizer",
+}
 
 
 def listed(what: str | None) -> list[Table]:

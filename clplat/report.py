@@ -12,7 +12,7 @@ from rich.table import Table
 
 from clplat.errors import ConfigError, nearest
 from clplat.journal import ENDED
-from clplat.metrics import amount, paired, verdict
+from clplat.metrics import amount, interval, paired, verdict
 from clplat.result_table import Scores
 from clplat.study_results import StudyResults
 
@@ -77,7 +77,20 @@ def compare_table(study: StudyResults, baseline: str | None = None) -> Group:
         row = [name, str(len(study.of(variant))), *(str(study.interval(variant, m)) for m in TERMINAL)]
         scores.add_row(*row, *([str(gap) if variant != base else ""] if gap is not None else []))
         costs.add_row(name, *(_cost(study, variant, cost, COSTS[cost][1]) for cost in shown))
-    return Group(scores, costs, *(f"note: {note}" for note in notes(study, base)))
+    views = [view_table(study)] if any(map(study.views, study.variants())) else []
+    return Group(scores, *views, costs, *(f"note: {note}" for note in notes(study, base)))
+
+
+def view_table(study: StudyResults) -> Table:
+    """How the same runs score through other views, such as without what memories wrote."""
+    table = number_table("other views of the same runs", ["view", *(SCORES[m] for m in VIEWED[::2]), "final − default"])
+    for variant in study.variants():
+        for view in study.views(variant):
+            seen = study.through_view(variant, view)
+            shown = [str(interval(list(seen.get(metric, {}).values()))) for metric in VIEWED[::2]]
+            apart = paired(seen.get("final_score", {}), study.by_seed(variant, "final_score"))
+            table.add_row(variant, view, *shown, str(apart))
+    return table
 
 
 def number_table(title: str, heads: Sequence[str], first: str = "variant") -> Table:

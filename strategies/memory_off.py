@@ -16,8 +16,9 @@ class MemoryOff(Strategy):
     def setup(self, context: Context) -> None:
         """Refuse an architecture that has no memories to silence."""
         super().setup(context)
-        if not isinstance(context.architecture, WritesMemory):
-            raise ValueError(f"MemoryOff: {type(context.architecture).__name__} has no memories that write")
+        architecture = context.architecture
+        if not isinstance(architecture, WritesMemory) or not architecture.writes_memory():
+            raise ValueError(f"MemoryOff: {type(architecture).__name__} has no memories that write")
 
     def views(self) -> Mapping[str, Callable[[], AbstractContextManager[None]]]:
         architecture = self.context.architecture

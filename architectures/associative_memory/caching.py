@@ -185,11 +185,8 @@ class MemoryCaching(LayerKind):
         before ended (`warm`), one after the other."""
         self.layer = TitansLMM() if layer is None else layer
         self.segment, self.read, self.top, self.start = segment, read, top, start
-        try:
-            check_choices(self, read=CacheRead, start=CacheStart)
-            check_at_least(self, 1, "segment", "top")
-        except ValueError as error:
-            raise ValueError(f"MemoryCaching.{error}") from error
+        check_choices(self, read=CacheRead, start=CacheStart)
+        check_at_least(self, 1, "segment", "top")
         check_weights("MemoryCaching", self.layer)
         check_whole("MemoryCaching.segment", segment, self.layer)
         if read == "soup" and self.layer.rule.orthogonal:

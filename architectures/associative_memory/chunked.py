@@ -13,7 +13,6 @@ by one triangular system a layer; A says what is left. A, G, b, f and m: `spans.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,11 +36,8 @@ from clplat.architectures.associative_memory.spans import (
 from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens, chosen, either
 
 Mixed = Callable[[int, int, Tensor, Tensor], Tensor]
-"""From a chunk's first token, a layer's number, what queries gave it (B, H, L, I) and what it answers (B, H, L, O) to
-what it answers together with other memories."""
-
-Added = Callable[[int, Tensor, Tensor], Tensor]
-"""The same for one chunk."""
+"""From the place of the first of L tokens, a layer's number, what queries gave it (B, H, L, I) and what it answers
+(B, H, L, O) to what it answers together with other memories."""
 
 
 def chunked(
@@ -71,8 +67,7 @@ def chunked(
             state = state._replace(anchor=anchor)
             last = chosen((offset if place_B is None else place_B) + count >= number * rule.chunk, anchor, last)
         part = tokens.part(start, start + rule.chunk)
-        added = None if mixed is None else partial(mixed, start)
-        answer, state = chunk_step(network, part, state, _closed_by(part, rule.chunk), added)
+        answer, state = chunk_step(network, part, state, _closed_by(part, rule.chunk), _from(start, mixed))
         answers.append(answer)
     if not rule.anchored:
         return torch.cat(answers, 2), state
@@ -80,21 +75,25 @@ def chunked(
     return torch.cat(answers, 2), state._replace(anchor=chosen(offset == 0, state.weights, last), offset=offset)
 
 
-def one_more(network: Network, token: Tokens, state: MemoryState) -> tuple[Tensor, MemoryState]:
-    """A single token after a state of an anchored rule, without places for those of its chunk that went before."""
+def one_more(
+    network: Network, token: Tokens, state: MemoryState, mixed: Mixed | None = None
+) -> tuple[Tensor, MemoryState]:
+    """A single token after a state of an anchored rule, without places for those of its chunk that went before. It may
+    be its chunk's last; `mixed` as in `chunked`."""
     anchor = chosen(state.offset == 0, state.weights, state.anchor)
     count = token.counted()[:, 0].long()
     closed = (state.offset + count == network.rule.chunk) & (count > 0)
-    answer, state = chunk_step(network, token.silenced(), state._replace(anchor=anchor), closed)
+    answer, state = chunk_step(network, token.silenced(), state._replace(anchor=anchor), closed, mixed)
     offset = (state.offset + count) % network.rule.chunk
     return answer, state._replace(anchor=chosen(offset == 0, state.weights, anchor), offset=offset)
 
 
 def chunk_step(
-    network: Network, tokens: Tokens, state: MemoryState, closed_B: Tensor, added: Added | None = None
+    network: Network, tokens: Tokens, state: MemoryState, closed_B: Tensor, mixed: Mixed | None = None
 ) -> tuple[Tensor, MemoryState]:
     """One chunk of L tokens: answers (B, H, L, E) and the state behind it, whose anchor and offset are as before.
-    `closed_B` says where its last token is the chunk's last; `added` makes each layer's output another."""
+    `closed_B` says where its last token is the chunk's last; `mixed` makes each layer's output another, with places in
+    the chunk."""
     rule = network.rule
     if rule.orthogonal:
         # Momentum is that of gradients, without the tokens' rates.
@@ -102,20 +101,20 @@ def chunk_step(
         momentum = _momentum_left(*_written(network, counted, state), state.momentum)
         answers, after = orthogonal_step(network, tokens, state, momentum, closed_B)
     else:
-        answers, after = _linear_step(network, tokens, state, added)
+        answers, after = _linear_step(network, tokens, state, mixed)
     if rule.mapped:
-        answers, after = _settled(network, tokens, answers, after, closed_B)
+        answers, after = _settled(network, tokens, answers, after, closed_B, mixed)
     return answers, after._replace(window=moved_on(tokens, state.window)) if state.window else after
 
 
 def _linear_step(
-    network: Network, tokens: Tokens, state: MemoryState, added: Added | None
+    network: Network, tokens: Tokens, state: MemoryState, mixed: Mixed | None
 ) -> tuple[Tensor, MemoryState]:
     rule, (W, S, anchor, *_) = network.rule, state
     spans, writes = _written(network, tokens, state)
     factors = rule.map.inside(anchor if rule.mapped else W) if rule.reads_in_turn else None
     own = applied(network.weights(anchor)) if factors is None else _in_turn_by(spans, writes, W, S, factors)
-    answers = network.read_by(own if added is None else lambda n, x: added(n, x, own(n, x)), tokens.q)
+    answers = network.read_by(_together(0, own, mixed), tokens.q)
     left = tuple(layer_left(*parts, S[n] if S else None) for n, parts in enumerate(zip(spans, writes, W, strict=True)))
     return answers, state._replace(weights=left, momentum=_momentum_left(spans, writes, S))
 
@@ -160,15 +159,26 @@ def _in_turn_by(
 
 
 def _settled(
-    network: Network, tokens: Tokens, answers: Tensor, state: MemoryState, closed_B: Tensor
+    network: Network, tokens: Tokens, answers: Tensor, state: MemoryState, closed_B: Tensor, mixed: Mixed | None
 ) -> tuple[Tensor, MemoryState]:
     """Answers and state where a chunk's last token is written: the map acts, and that token's query asks behind it."""
     state = state._replace(weights=chosen(closed_B, network.settled(state.weights), state.weights))
     if network.rule.read == "chunk_start":
         return answers, state
-    last = network.read(network.weights(state.weights), tokens.q[:, :, -1:])
+    own, place = applied(network.weights(state.weights)), tokens.q.shape[2] - 1
+    last = network.read_by(_together(place, own, mixed), tokens.q[:, :, -1:])
     (last,) = chosen(closed_B, [last], [answers[:, :, -1:]])
     return torch.cat([answers[:, :, :-1], last], 2), state
+
+
+def _from(start: int, mixed: Mixed | None) -> Mixed | None:
+    """The same with places counted from `start`."""
+    return None if mixed is None else lambda place, layer, x, own: mixed(start + place, layer, x, own)
+
+
+def _together(place: int, own: Applied, mixed: Mixed | None) -> Applied:
+    """Layers of tokens from that place on, together with other memories where there are any."""
+    return own if mixed is None else lambda layer, x: mixed(place, layer, x, own(layer, x))
 
 
 def _closed_by(part: Tokens, chunk: int) -> Tensor:

@@ -127,9 +127,11 @@ class AssociativeMemory(nn.Module):
     ) -> tuple[Tensor, MemoryState]:
         """Answers to `prepared` tokens of which chunks lie at multiples of `chunk` from the first, in PyTorch; rows of
         which a chunk is open have places for its first tokens that do not count, and begin at `place_B` if not in the
-        first chunk (`chunked.py`)."""
+        first chunk (`chunked.py`). A single token has no places before it: `state` says whether it ends its chunk."""
         self.backend = "chunked PyTorch"
         with torch.autocast(tokens.q.device.type, enabled=False):
+            if tokens.q.shape[2] == 1 and self.rule.anchored:
+                return one_more(self._network(), tokens, state, mixed)
             return chunked(self._network(), tokens, state, mixed=mixed, place_B=place_B)
 
     def written(self, tokens: Tokens, state: MemoryState) -> MemoryState:

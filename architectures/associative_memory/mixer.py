@@ -20,7 +20,11 @@ from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.rule import MemoryRule, check_rate
 from clplat.architectures.associative_memory.state import Tokens
 from clplat.architectures.associative_memory.telemetry import Written
+from clplat.architectures.layers import WideBias
 from clplat.architectures.option_checks import check_at_least, check_choices, check_finite
+
+MOST_NUMBERS = 2**24
+"""Of the first layer of one head's memory, for one row: 64 MiB in float32, and again for momentum and anchor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +81,30 @@ class MemoryMixer(CarryingMixer):
             conv_width=projection.conv_width, output_gate=projection.output_gate,
         )  # fmt: skip
         self.rule, self.options = rule, projection
+        self._check_size()
         self.max_rate = projection.max_rate or self._stable_rate()
         check_rate("projection.max_rate", self.max_rate, rule)
         self.starts = self._gate_starts()
         narrowed = projection.gate_rank if self.starts else None
         self.gate_inputs = nn.Linear(hidden_size, narrowed, bias=False) if narrowed else None
         gates = sum(len(part) for part in self.starts.values())
-        self.gates = nn.Linear(narrowed or hidden_size, gates) if self.starts else None
+        self.gates = WideBias(narrowed or hidden_size, gates) if self.starts else None
         self.memory: AssociativeMemory = AssociativeMemory(
             rule=rule, num_heads=num_heads, key_size=self.head_size,
             value_size=self.head_size + projection.normaliser, learned_start=projection.learned_start,
         )  # fmt: skip
         self.reset_dynamics()
+
+    def _check_size(self) -> None:
+        """ValueError, before anything is allocated, for features that no machine holds: they are size ** degree."""
+        features, outputs = self.rule.widths(self.head_size, self.head_size)[0]
+        if features > self.head_size and features * outputs > MOST_NUMBERS:
+            asked = self.rule.polynomial
+            raise ValueError(
+                f"degree: {asked.degree} of a head of {self.head_size} gives {features:,} features with rank "
+                f"{asked.rank}, and the first layer of each head's memory {features * outputs:,} numbers a row, of "
+                f"which {MOST_NUMBERS:,} are allowed; take a lower degree, more heads, or a rank such as 64"
+            )
 
     @torch.no_grad()
     def reset_dynamics(self) -> None:
@@ -148,7 +164,7 @@ class MemoryMixer(CarryingMixer):
         if self.options.normaliser:
             v = F.pad(v, (0, 1), value=1.0)
         wide = torch.promote_types(q.dtype, torch.float32)
-        gates = self._gates(x_BTC, wide)
+        gates = self._gates(x_BTC)
         momentum = F.logsigmoid(gates["momentum"]) if "momentum" in gates else None
         rate = gates["rate"].sigmoid() if "rate" in gates else q.new_ones(q.shape[:3], dtype=wide)
         if self.options.damped and momentum is not None:
@@ -167,13 +183,13 @@ class MemoryMixer(CarryingMixer):
             return v_BHTE
         return v_BHTE / torch.linalg.vector_norm(v_BHTE, dim=-1, keepdim=True).clamp(min=1.0)
 
-    def _gates(self, x_BTC: Tensor, wide: torch.dtype) -> dict[str, Tensor]:
+    def _gates(self, x_BTC: Tensor) -> dict[str, Tensor]:
         """Gates by name before their squashing, (B, H, T), those of channels and of a window (B, H·each, T)."""
         if self.gates is None:
             return {}
         if self.gate_inputs is not None:
             x_BTC = self.gate_inputs(x_BTC)
-        raw = (F.linear(x_BTC, self.gates.weight).to(wide) + self.gates.bias.to(wide)).mT
+        raw = self.gates(x_BTC).mT
         return dict(zip(self.starts, raw.split([len(part) for part in self.starts.values()], dim=1), strict=True))
 
     def _decays(self, gates: dict[str, Tensor]) -> tuple[Tensor, ...]:

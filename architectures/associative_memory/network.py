@@ -163,10 +163,10 @@ class Network:
         return inputs, before, layer(self.rule.memory.depth - 1, inputs[-1])
 
 
-def matched(part_BH: Tensor, heads_BN: Tensor) -> Tensor:
-    """What is known of a head for each of its memories: further heads, memory after memory."""
-    count = heads_BN.shape[1] // part_BH.shape[1]
-    return part_BH.repeat(1, count, 1, 1) if count > 1 else part_BH
+def matched(part_H: Tensor, heads_N: Tensor) -> Tensor:
+    """What is known of a head, (…, H, T, D), for each of its memories: further heads, memory after memory."""
+    count = heads_N.shape[-3] // part_H.shape[-3]
+    return part_H.repeat(*[1] * (part_H.ndim - 3), count, 1, 1) if count > 1 else part_H
 
 
 def applied(weights: Sequence[Tensor]) -> Applied:

@@ -6,7 +6,11 @@ alone. It knows its options, and builds its module once the model tells the hidd
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -19,15 +23,49 @@ from clplat.architectures.associative_memory.rule import (
     NetworkOptions,
     PolynomialOptions,
 )
+from clplat.architectures.option_checks import check_at_least
 
 
 class LayerKind(ABC):
-    """Base of what may stand in a `MemoryTransformer`'s list of layers."""
+    """Base of what may stand in a `MemoryTransformer`'s list of layers.
+
+    A ValueError of its options begins with its name, and with the name that the option has here.
+    """
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__init__ = _named_errors(cls.__init__)  # type: ignore[method-assign]
 
     @abstractmethod
     def build(self, hidden_size: int) -> nn.Module:
         """The mixing layer for a stream of that width: `forward(x_BTC, reading)`, and what else `decoder.py` asks of
         one, with a `Reading` as the only context."""
+
+
+def in_words_of(kind: LayerKind, error: ValueError) -> ValueError:
+    """The error under the kind's name, and by its own option where that stands for one of a part: what goes wrong with
+    `projection.max_rate` is said of `TitansLMM.max_rate`."""
+    name, (option, colon, rest) = type(kind).__name__, str(error).partition(": ")
+    if option.startswith(f"{name}."):
+        return error
+    own, (group, _, inner) = inspect.signature(type(kind).__init__).parameters, option.rpartition(".")
+    if group.partition(".")[0] not in own and inner in own:
+        option = inner
+    return ValueError(f"{name}.{option}{colon}{rest}")
+
+
+def _named_errors(begin: Callable[..., None]) -> Callable[..., None]:
+    """A constructor whose errors are in the words of the kind."""
+
+    @functools.wraps(begin)
+    def named(self: LayerKind, *given: Any, **options: Any) -> None:
+        try:
+            begin(self, *given, **options)
+        except ValueError as error:
+            raise in_words_of(self, error) from error
+
+    return named
 
 
 class MemoryLayer(LayerKind):
@@ -40,6 +78,7 @@ class MemoryLayer(LayerKind):
         self.rule = MemoryRule() if rule is None else rule
         self.projection = ProjectionOptions() if projection is None else projection
         self.num_heads = num_heads
+        check_at_least(self, 1, "num_heads")
 
     def build(self, hidden_size: int) -> MemoryMixer:
         """The layer; ValueError where heads do not divide the stream."""
@@ -48,7 +87,7 @@ class MemoryLayer(LayerKind):
                 hidden_size=hidden_size, num_heads=self.num_heads, rule=self.rule, projection=self.projection
             )
         except ValueError as error:
-            raise ValueError(f"{type(self).__name__}.{error}") from error
+            raise in_words_of(self, error) from error
 
 
 class LinearAttention(MemoryLayer):

@@ -116,6 +116,8 @@ class MemoryRule:
     longer, is shortened to this norm.
     """
 
+    group: ClassVar[str] = "rule"
+
     memory: NetworkOptions = field(default_factory=NetworkOptions)
     feature: Feature = "unit"
     polynomial: PolynomialOptions = field(default_factory=PolynomialOptions)

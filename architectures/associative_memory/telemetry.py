@@ -69,7 +69,7 @@ def _check_finite(written: Written, place: str) -> None:
     bad = (~after.isfinite()).any(0).nonzero().flatten().tolist()
     if bad:
         raise FloatingPointError(
-            f"{place}: the memory of head {', '.join(map(str, bad))} is not finite; lower projection.max_rate, or use "
+            f"{place}: the memory of head {', '.join(map(str, bad))} is not finite; lower its max_rate, or use "
             "damped or a smaller chunk"
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC
 from typing import ClassVar
 
 from torch import nn
@@ -13,7 +14,7 @@ from clplat.architectures.associative_memory.windowed_memory import GatingMemory
 from clplat.architectures.option_checks import check_at_least
 
 
-class TitansBlock(LayerKind):
+class TitansBlock(LayerKind, ABC):
     """Base of the three."""
 
     def __init__(self, *, layer: MemoryLayer | None = None, num_heads: int = 4, persistent: int = 4) -> None:
@@ -24,11 +25,8 @@ class TitansBlock(LayerKind):
         name = type(self).__name__
         if self.layer.projection.normaliser:
             raise ValueError(f"{name}.layer: a memory with a normaliser cannot be asked beside attention")
-        try:
-            check_at_least(self, 1, "num_heads")
-            check_at_least(self, 0, "persistent")
-        except ValueError as error:
-            raise ValueError(f"{name}.{error}") from error
+        check_at_least(self, 1, "num_heads")
+        check_at_least(self, 0, "persistent")
 
     def _check_heads(self, hidden_size: int) -> None:
         if hidden_size % (2 * self.num_heads):
@@ -38,7 +36,7 @@ class TitansBlock(LayerKind):
         self.layer.build(hidden_size)
 
 
-class WindowedTitans(TitansBlock):
+class WindowedTitans(TitansBlock, ABC):
     """Base of the two with window attention; `mixer` is the layer of each."""
 
     mixer: ClassVar[type[GatingMemory | LayeredMemory]]

@@ -239,6 +239,8 @@ class TNT(LayerKind):
                 raise ValueError(f"TNT.{name}: must be at least 1, got {value}")
         if not local_chunks:
             raise ValueError("TNT.local_chunks: must name the chunk of at least one local memory")
+        if later and min(map(int, later)) < 1:
+            raise ValueError(f"TNT.later: is of tasks from 1 on, got {min(later)}; chunks of task 0 are local_chunks")
         for task, chunks in self.stages.items():
             self._check_stage("local_chunks" if not task else f"later.{task}", chunks)
 

@@ -44,8 +44,9 @@ class PersistentMixer(MemoryMixer):
         if not x.shape[1]:
             return x.squeeze(0), state
         answers, end = self.memory(self._tokens(x, self.qkv(x), None, None))
+        # All else goes on: a window holds the last persistent pairs, and steps not yet taken are still owed.
         anchor = end.weights if self.rule.anchored else ()
-        return self._given_out(x, answers).squeeze(0), MemoryState(end.weights, end.momentum, anchor, state.offset)
+        return self._given_out(x, answers).squeeze(0), end._replace(anchor=anchor, offset=state.offset)
 
     def _empty_memory(self, batch_size: int) -> tuple[Any, ...]:
         return tuple(repeated(self.begun()[1], batch_size))

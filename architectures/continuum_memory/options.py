@@ -12,7 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -58,8 +58,6 @@ class CMSLevel:
     `name` defaults to the clock and the period: step16, token64.
     """
 
-    group: ClassVar[str] = "levels"
-
     period: int = 1
     clock: Clock = "step"
     loss: Loss | None = None
@@ -76,11 +74,18 @@ class CMSLevel:
         check_at_least(self, 1, "period")
         check_at_least(self, 0, "lr")
         if self.loss is not None and self.clock == "step":
-            raise ValueError("levels.loss: is for clock: token; levels of training steps learn by the run's loss")
+            raise ValueError(
+                f"{self.group}.loss: is for clock: token; levels of training steps learn by the run's loss"
+            )
         if self.expand <= 0:
-            raise ValueError(f"levels.expand: must be above 0, got {self.expand}")
+            raise ValueError(f"{self.group}.expand: must be above 0, got {self.expand}")
         if self.name is not None and not self.name.isidentifier():
             raise ValueError(f"levels.name: must be a word of letters, digits and '_', got {self.name!r}")
+
+    @property
+    def group(self) -> str:
+        """Under which errors name its options."""
+        return f"levels.{self.called}"
 
     @property
     def called(self) -> str:

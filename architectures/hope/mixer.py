@@ -6,14 +6,14 @@ Shapes: B rows, T tokens, C hidden size, H heads, D head size.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from clplat.architectures.associative_memory.carrying import CarryingMixer
 from clplat.architectures.associative_memory.layout import Documents
 from clplat.architectures.hope.inputs import HeadInputs
 from clplat.architectures.hope.memory import SelfModifyingMemory
 from clplat.architectures.hope.options import SelfModifyingOptions
+from clplat.architectures.layers import WideBias
 
 
 class SelfModifyingMixer(CarryingMixer):
@@ -32,7 +32,7 @@ class SelfModifyingMixer(CarryingMixer):
         kept = {"rate": "rate" not in options.generators, "momentum": options.momentum}
         kept["decay"] = options.decay and "decay" not in options.generators
         self.gated = [name for name, has in kept.items() if has]
-        self.gates = nn.Linear(hidden_size, len(self.gated) * num_heads) if self.gated else None
+        self.gates = WideBias(hidden_size, len(self.gated) * num_heads) if self.gated else None
         self.memory: SelfModifyingMemory = SelfModifyingMemory(
             options=options, num_heads=num_heads, head_size=self.head_size
         )
@@ -77,9 +77,7 @@ class SelfModifyingMixer(CarryingMixer):
         named = dict(zip(self.projected, heads.unbind(0), strict=True))
         gates: dict[str, Tensor] = {}
         if self.gates is not None:
-            wide = torch.promote_types(heads.dtype, torch.float32)
-            raw = (F.linear(x_BTC, self.gates.weight).to(wide) + self.gates.bias.to(wide)).mT
-            gates = dict(zip(self.gated, raw.split(self.num_heads, dim=1), strict=True))
+            gates = dict(zip(self.gated, self.gates(x_BTC).mT.split(self.num_heads, dim=1), strict=True))
         x = named["x"] if "x" in named else heads[: len(self.inputs)].permute(1, 2, 3, 0, 4)
         return HeadInputs(
             x, named.get("query"), named.get("key"), named.get("value"), gates.get("rate"),

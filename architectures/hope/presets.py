@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clplat.architectures.associative_memory.presets import LayerKind
+from clplat.architectures.associative_memory.presets import LayerKind, in_words_of
 from clplat.architectures.associative_memory.rule import Delta, NetworkOptions, Target
 from clplat.architectures.hope.mixer import SelfModifyingMixer
 from clplat.architectures.hope.options import Generated, Read, SelfModifyingOptions, Source
+from clplat.architectures.option_checks import check_at_least
 
 
 class SelfModifyingLayer(LayerKind):
@@ -17,13 +18,14 @@ class SelfModifyingLayer(LayerKind):
         """`options`: what the memories are and make. Each head has memories of its own."""
         self.options = SelfModifyingOptions() if options is None else options
         self.num_heads = num_heads
+        check_at_least(self, 1, "num_heads")
 
     def build(self, hidden_size: int) -> SelfModifyingMixer:
         """The layer; ValueError where heads do not divide the stream."""
         try:
             return SelfModifyingMixer(hidden_size=hidden_size, num_heads=self.num_heads, options=self.options)
         except ValueError as error:
-            raise ValueError(f"{type(self).__name__}.{error}") from error
+            raise in_words_of(self, error) from error
 
 
 class SelfModifyingTitans(SelfModifyingLayer):

@@ -128,6 +128,10 @@ class LocasModel(AdapterChoice):
         # A class attribute by contract; here it depends on what is trained.
         self.__dict__["frozen"] = tuple(name for name, p in self.named_parameters() if not p.requires_grad)
 
+    def writes_memory(self) -> bool:
+        """Memories are added as a run goes on."""
+        return True
+
     def without_writes(self) -> AbstractContextManager[None]:
         """Within it no memory answers, as if nothing had been written."""
         return self.answering()

@@ -45,13 +45,14 @@ class DGD(Joined):
         exclude: Sequence[str] = (),
     ) -> None:
         """`form` is for more rows than one. `erase` multiplies ½ ‖W x‖², and so x xᵀ and ‖x‖²: 1 as printed, 0 is
-        gradient descent. Biases, all that is no weight of an `nn.Linear`, and names that match `exclude` belong to
-        `others`."""
+        gradient descent. Biases, all that is no weight of an `nn.Linear`, layers that say that they are never called
+        (`weights_alone`), and names that match `exclude` belong to `others`."""
         check_numbers(lr=lr, erase=erase)
         named = NamedWeights.given(params)
         if named.module is None:
             raise ValueError("params: DGD reads the inputs of layers; build it with DGD.for_module(module, ...)")
-        layers = {id(one.weight): one for one in named.module.modules() if isinstance(one, nn.Linear)}
+        linear = (one for one in named.module.modules() if isinstance(one, nn.Linear))
+        layers = {id(one.weight): one for one in linear if not getattr(one, "weights_alone", False)}
         apart = [name for name, p in named if p.ndim == 2 and id(p) not in layers]
         matrices, rest = shared_out(named, others, [*exclude, *apart], "DGD")
         own = _LayerDGD(matrices, {"lr": lr, "form": form, "erase": erase})
@@ -82,17 +83,21 @@ class _LayerDGD(Optimizer):
                 kept["inputs"] = rows.mT @ rows
             kept["rows"] = kept.get("rows", 0) + len(rows)
 
+    def _not_seen(self, weight: Tensor) -> bool:
+        return weight.grad is not None and "inputs" not in self.state.get(weight, ())
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         loss = evaluated(closure)
         for group in self.param_groups:
+            unseen = [n for n, p in zip(group["param_names"], group["params"]) if self._not_seen(p)]
+            if unseen:
+                raise RuntimeError(
+                    f"DGD: {', '.join(unseen[:6])}: has a gradient, and no forward pass of its layer in training mode "
+                    f"was seen; something else uses the weight, so give it to `others` with exclude: {unseen}"
+                )
             for p in with_gradient(group):
                 kept = self.state[p]
-                if "inputs" not in kept:
-                    raise RuntimeError(
-                        "DGD: a layer has a gradient, and no forward pass of it in training mode was seen; something "
-                        "else uses its weight, so give it to `others` (exclude)"
-                    )
                 moment = _over_processes(kept.pop("inputs") * (group["erase"] / kept.pop("rows")))
                 _descend(p, moment, group["lr"], group["form"])
         return loss

@@ -200,10 +200,10 @@ def test_the_model_names_its_levels_and_the_record_their_clocks_and_losses() -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"period": 0}, "levels.period: must be at least 1"),
-        ({"clock": "hour"}, "levels.clock: must be one of step, token"),
-        ({"lr": -1.0}, "levels.lr: must be at least 0"),
-        ({"expand": 0.0}, "levels.expand: must be above 0"),
+        ({"period": 0, "name": "slow"}, "levels.slow.period: must be at least 1"),
+        ({"clock": "hour"}, "levels.hour1.clock: must be one of step, token"),
+        ({"lr": -1.0}, "levels.step1.lr: must be at least 0"),
+        ({"expand": 0.0}, "levels.step1.expand: must be above 0"),
         ({"name": "a.b"}, "levels.name: must be a word"),
     ],
 )

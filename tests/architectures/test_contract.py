@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+from delta_steps import assert_dgd_steps
 
 from clplat.architectures.contract import CHECKS
 from clplat.architectures.convnet import ConvNet
@@ -203,3 +204,10 @@ CONTRACTS |= {
 @pytest.mark.parametrize("contract", CONTRACTS.values(), ids=CONTRACTS.keys())
 def test_architecture(contract: Contract, check: Callable[[Contract], None]) -> None:
     check(contract)
+
+
+@pytest.mark.parametrize(
+    "contract", [pytest.param(made, id=name) for name, made in CONTRACTS.items() if "recurrent-hyper" not in name]
+)
+def test_delta_gradient_descent_sees_the_inputs_of_every_linear_layer(contract: Contract) -> None:
+    assert_dgd_steps(contract)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from delta_steps import assert_dgd_steps
 
 from clplat.architectures.associative_memory.caching import MemoryCaching
 from clplat.architectures.associative_memory.lact import LaCT
@@ -75,6 +76,11 @@ def factory(layers: list[LayerKind]) -> Callable[[Spec], MemoryTransformer]:
 @pytest.mark.parametrize("name", LAYERS)
 def test_contract(name: str, check: Callable[[Contract], None]) -> None:
     check(Contract(factory=factory(LAYERS[name]), spec=TEXT))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_delta_gradient_descent_sees_the_inputs_of_every_linear_layer(name: str) -> None:
+    assert_dgd_steps(Contract(factory=factory(LAYERS[name]), spec=TEXT))
 
 
 CONTINUA: dict[str, ContinuumMemory] = {

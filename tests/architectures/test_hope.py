@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from delta_steps import assert_dgd_steps
 from token_rows import assert_reads_documents_alone, assert_reads_in_parts, batch_of, tokens
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,6 +48,11 @@ MODELS: dict[str, Callable[[Spec], MemoryTransformer]] = {
 @pytest.mark.parametrize("name", MODELS)
 def test_contract(name: str, check: Callable[[Contract], None]) -> None:
     check(Contract(factory=MODELS[name], spec=TEXT))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_delta_gradient_descent_sees_the_inputs_of_every_linear_layer(name: str) -> None:
+    assert_dgd_steps(Contract(factory=MODELS[name], spec=TEXT))
 
 
 def test_a_packed_document_is_read_as_if_it_stood_alone() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from memory_presets import PRESETS, taken_by
 
 from clplat.architectures.associative_memory.caching import (
     CachedMixer,
@@ -61,7 +62,10 @@ def by_definition(made: CachedMixer, x: torch.Tensor) -> torch.Tensor:
             kept.append(state.weights)
             pools.append(x[:, t - made.segment : t].mean(1))
             state = state if made.warm else memory.empty_state(ROWS)
+        # What a query of the open chunk asks: the memory as it is, or as it was when the chunk began.
+        first = state.weights if not made.rule.anchored or not int(state.offset[0]) else state.anchor
         answer, state = memory.by_definition(tokens.part(t, t + 1), state)
+        own = first if made.rule.read == "chunk_start" else state.weights
         q, means = memory.prepared(tokens.part(t, t + 1)).q, [*pools, x[:, start : t + 1].mean(1)]
         if made.read == "residual":
             answers.append(answer + sum(network.read(weights, q) for weights in kept))
@@ -73,11 +77,11 @@ def by_definition(made: CachedMixer, x: torch.Tensor) -> torch.Tensor:
             scores = scores.scatter(1, worse, -torch.inf)
         shares = scores.softmax(1)[:, :, None, None, None]
         if made.read == "soup":
-            every = [*kept, state.weights]
+            every = [*kept, own]
             answers.append(network.read([sum(shares[:, i] * w[n] for i, w in enumerate(every))
                                          for n in range(len(state.weights))], q))  # fmt: skip
         else:
-            answers.append(sum(shares[:, i] * network.read(w, q) for i, w in enumerate([*kept, state.weights])))
+            answers.append(sum(shares[:, i] * network.read(w, q) for i, w in enumerate([*kept, own])))
     return made._given_out(x, torch.cat(answers, 2))
 
 
@@ -97,6 +101,17 @@ def test_a_full_pass_is_the_loop_over_tokens_with_all_outer_gradients(name: str,
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9, msg=lambda text, leaf=leaf: f"{leaf}: {text}")
         assert bool(a.any()), leaf
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [(name, read) for read in ("residual", "gated", "soup", "sparse")
+     for name in taken_by(lambda layer, read=read: MemoryCaching(layer=layer, segment=4, read=read))],
+)  # fmt: skip
+def test_over_every_named_layer_a_full_pass_is_the_loop_over_tokens(name: str, read: str) -> None:
+    made, x = mixer(PRESETS[name], read=read, start="warm" if read == "sparse" else "independent", top=1), inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(made(x, plain(11)), by_definition(made, x), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("read", ["residual", "gated", "soup", "sparse"])

@@ -29,9 +29,11 @@ from clplat.architectures.associative_memory.presets import (
     TitansLMM,
     TTTLinear,
 )
+from clplat.architectures.associative_memory.rule import MemoryRule
 from clplat.architectures.associative_memory.state import Tokens
 from clplat.architectures.associative_memory.titans_presets import TitansMAC, TitansMAG, TitansMAL
 from clplat.architectures.associative_memory.tnt import TNT
+from clplat.architectures.hope.presets import SelfModifyingTitans
 from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransformer
 from clplat.architectures.mlp import MLP
 from clplat.components import Component, build, checked
@@ -71,6 +73,23 @@ def test_a_packed_document_is_read_as_if_it_stood_alone(kind: LayerKind) -> None
 def test_a_row_read_in_parts_with_carried_state_equals_one_pass(kind: LayerKind) -> None:
     made = model(kind, TitansLMM(chunk=3, expand=2), kind)
     assert_reads_in_parts(made, tokens(), [5, 1, 1, 9], atol=1e-10)
+
+
+@every_kind
+def test_no_tokens_are_answered_by_nothing_and_leave_the_state_as_it_is(kind: LayerKind) -> None:
+    made, rows = model(kind), tokens(length=7)
+    whole = made(batch_of(rows)).logits
+    none = made(batch_of(rows[:, :0]), return_hidden="all")
+    assert none.logits.shape == (2, 0, 23) and none.hidden.shape == (2, 2, 0, 16)
+    state, parts = made.init_state(2), []
+    for start, stop in ((0, 0), (0, 4), (4, 4), (4, 5), (5, 5), (5, 5), (5, 7)):
+        logits, after = made.decode(rows[:, start:stop], state, torch.full((2,), start))
+        assert logits.shape == (2, stop - start, 23)
+        assert stop > start or after is state
+        state = after
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-10)
+    assert made(batch_of(rows[:, :0]), state).logits.shape == (2, 0, 23)
 
 
 def test_a_state_does_not_grow_with_what_was_read() -> None:
@@ -138,7 +157,7 @@ def test_gates_of_a_rank_are_a_map_of_so_few_numbers_of_each_token() -> None:
     for rank in (3, None):
         mixer = MemoryLayer(rule=Moneta().rule, projection=ProjectionOptions(gate_rank=rank)).build(16)
         with torch.no_grad():
-            raw = mixer._gates(torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(0)), torch.float32)
+            raw = mixer._gates(torch.randn(1, 40, 16, generator=torch.Generator().manual_seed(0)))
         values = torch.cat(list(raw.values()), 1)[0] - mixer.gates.bias.unsqueeze(1)
         gates[rank] = int(torch.linalg.matrix_rank(values, rtol=1e-4))
     assert gates == {3: 3, None: 16}
@@ -151,6 +170,22 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         model(DeltaNet(), repeat=0)
     with pytest.raises(ValueError, match="TitansLMM.num_heads: 5 does not divide hidden_size"):
         model(TitansLMM(num_heads=5))
+    with pytest.raises(ValueError, match="^layers.1: TitansLMM.num_heads: 5 does not divide"):
+        model(DeltaNet(), TitansLMM(num_heads=5))
+    for kind in (TitansLMM, LaCT, SelfModifyingTitans, AttentionLayer, TitansMAC):
+        for heads in (0, -2):
+            with pytest.raises(ValueError, match=f"^{kind.__name__}.num_heads: must be at least 1, got {heads}"):
+                kind(num_heads=heads)
+    with pytest.raises(ValueError, match="^AttentionLayer.num_kv_heads: must be at least 1, got 0"):
+        AttentionLayer(num_kv_heads=0)
+    with pytest.raises(ValueError, match="^Atlas.degree: 5 of a head of 16 gives 1,118,480 features with rank None, "):
+        Atlas(num_heads=1, degree=5, rank=None).build(16)
+    with pytest.raises(ValueError, match="^Atlas.chunk: must be at least 1, got -4"):
+        Atlas(chunk=-4)
+    with pytest.raises(ValueError, match="^TitansLMM.max_rate: must be above 0, got -1"):
+        TitansLMM(max_rate=-1.0)
+    with pytest.raises(ValueError, match="^MemoryLayer.projection.max_rate: must lie above 0 .* at most at 2"):
+        model(MemoryLayer(rule=MemoryRule(delta="single"), projection=ProjectionOptions(max_rate=3.0)))
     with pytest.raises(ValueError, match="AttentionLayer.num_heads: hidden_size .16. is no multiple"):
         model(AttentionLayer(num_heads=16))
     with pytest.raises(ValueError, match="projection.normaliser: needs learned_start: false"):

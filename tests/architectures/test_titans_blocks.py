@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from memory_presets import PRESETS, taken_by
 from torch import nn
 
 from clplat.architectures.associative_memory.presets import LayerKind, LinearAttention, TitansLMM
@@ -51,10 +52,10 @@ def remembered(mixer: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     p = mixer.persistent.inputs.unsqueeze(0)
     answers, state = mixer.memory.by_definition(mixer._tokens(p, mixer.qkv(p), None, None))
     first, answered = mixer._given_out(p, answers).expand(len(x), -1, -1), []
-    state = mixer.memory.empty_state(len(x))._replace(
-        weights=tuple(w.expand(len(x), -1, -1, -1) for w in state.weights),
-        momentum=tuple(w.expand(len(x), -1, -1, -1) for w in state.momentum),
-    )
+    # A chunk begins behind the persistent tokens; all else of the memory goes on.
+    behind = {part: tuple(w.expand(len(x), -1, -1, -1) for w in getattr(state, part))
+              for part in ("weights", "momentum", "window", "owed")}  # fmt: skip
+    state = mixer.memory.empty_state(len(x))._replace(**behind)
     tokens = mixer._tokens(x, mixer.qkv(x), None, None)
     for t in range(x.shape[1]):
         answer, state = mixer.memory.by_definition(tokens.part(t, t + 1), state)
@@ -127,6 +128,23 @@ def test_a_full_pass_is_the_definition_with_all_outer_gradients(name: str) -> No
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9, msg=lambda text, leaf=leaf: f"{leaf}: {text}")
         assert bool(a.any()), leaf
+
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "mac": (lambda layer: TitansMAC(layer=layer, num_heads=2, persistent=2, segment=4), mac),
+    "mag": (lambda layer: TitansMAG(layer=layer, num_heads=2, persistent=3, window=4), mag),
+    "mal": (lambda layer: TitansMAL(layer=layer, num_heads=2, persistent=3, window=3), mal),
+}
+
+
+@pytest.mark.parametrize(
+    ("block", "name"), [(block, name) for block, (make, _) in KINDS.items() for name in taken_by(make)]
+)
+def test_over_every_named_layer_a_full_pass_is_the_definition(block: str, name: str) -> None:
+    make, definition = KINDS[block]
+    made, x = layer(make(PRESETS[name])), inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(made(x, plain()), definition(made, x), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["mac", "mag", "mal"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from associative_memories import RULES, memory, tokens
+from memory_presets import PRESETS, taken_by
 
 from clplat.architectures.associative_memory.bulk import takes
 from clplat.architectures.associative_memory.presets import DeltaNet, MemoryLayer, TitansLMM, TTTLinear
@@ -103,6 +104,13 @@ def test_shards_at_once_are_memories_set_back_in_turn_with_all_outer_gradients(
         assert bool(a.any()), leaf
 
 
+@pytest.mark.parametrize("name", taken_by(lambda layer: TNT(layer=layer)))
+def test_over_every_named_layer_shards_at_once_are_memories_set_back_in_turn(name: str) -> None:
+    made, x = mixer(PRESETS[name]), inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(made(x, plain()), by_definition(made, x), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if takes(rule) or not rule.anchored])
 def test_a_chunk_written_at_once_leaves_what_the_token_loop_leaves(name: str) -> None:
     rule = RULES[name]
@@ -163,6 +171,9 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         TNT(local_chunks=[3], shard=8)
     with pytest.raises(ValueError, match="TNT.later.1: must give 2 chunks"):
         TNT(local_chunks=[2, 4], shard=8, later={1: [1]})
+    for task in (-1, 0):
+        with pytest.raises(ValueError, match=f"TNT.later: is of tasks from 1 on, got {task}; chunks of task 0 are"):
+            TNT(later={task: [1]})
     with pytest.raises(ValueError, match="TNT.local_chunks: must name the chunk of at least one"):
         TNT(local_chunks=[])
     with pytest.raises(ValueError, match="TNT.global_chunk: must be at least 1"):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from interruptions import assert_resumes_as_if_never_stopped
 from studies import run_folder, study
 
 from clplat.assembly import assemble
 from clplat.checkpoint import Checkpoints
+from clplat.errors import ConfigError
 from clplat.execution import execute
 from clplat.journal import read
 from clplat.strategies.world import World
@@ -69,3 +71,23 @@ def test_a_run_may_begin_with_the_checkpoint_of_another(tmp_path: Path) -> None:
     level, layer_name = "blocks.1.mlp.levels.step5.mlp.down.weight", "blocks.0.attention.attention.qkv.weight"
     assert torch.equal(own[level], trained["blocks.1.mlp.down.weight"])
     assert torch.equal(own[layer_name], trained["blocks.0.attention.qkv.weight"])
+
+
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        ([{"period": 1}, {"period": 5}], "AdamW would step the model's level step5 at every step, .* period 5.; use"),
+        ([{"period": 1, "lr": 0.5}], "AdamW would step the model's level step1 .*period 1, lr 0.5.; use"),
+        ([{"period": 1}, {"period": 4, "clock": "token"}], None),
+    ],
+    ids=["period", "rate", "neither"],
+)
+def test_levels_that_nothing_would_clock_are_refused_before_a_step(levels: list[dict[str, Any]], said: str) -> None:
+    data = continuum(feed_forward={"class_path": "ContinuumMemory", "init_args": {"levels": levels}})
+    data["training"]["optimizer"] = {"class_path": "AdamW", "init_args": {}}
+    learner = assemble(expand(load_study(data))[0], World()).learner
+    if said is None:
+        assert learner.configure_optimizers().param_groups
+        return
+    with pytest.raises(ConfigError, match=f"training.optimizer: {said} .class_path: LevelClock, init_args: "):
+        learner.configure_optimizers()

@@ -138,6 +138,8 @@ def test_two_processes_give_the_weights_and_the_optimizer_of_one(tmp_path: Path)
     ("change", "message"),
     [
         ({}, "training.optimizer_state: reset would drop .* use keep, or accept it with unfinished: drop"),
+        ({"levels": {"a": {"period": 1000}}, "unfinished": "drop"},
+         "training.optimizer: level a steps once in 1000 steps, and never does where a task has 12 .* use keep"),
         ({"levels": {"a": {"match": ["hed.*"]}}}, "training.optimizer.init_args: levels.a.match: .* body.1.weight"),
         ({"levels": {"a": {"perod": 2}}}, "training.optimizer.init_args.levels: Level has no option 'perod'.*'period'"),
         ({"levels": {"a": {"period": "often"}}}, "training.optimizer.init_args.levels.period: expected a whole number"),

@@ -223,6 +223,9 @@ def test_other_views_of_the_same_runs_stand_beside_the_default_one(store: str) -
         "Other views" in page and f"<td>slow</td><td>2</td><td>{results.interval('naive', 'final_score')}</td>" in page
     )
     assert f"<td>{apart}</td>" in page
+    text = printed(results)
+    assert re.search(r"other views of the same runs\s+variant\s+view\s+final score.*\n.*\n\s*er\s+slow\s+\S", text)
+    assert max(len(line) for line in text.splitlines()) <= 80 and str(apart) in text
     # Losses are turned in other views too.
     study = Made(store, ["naive"], [0], baseline=None)
     study.run("naive", 0, NAIVE[0], higher=False, views={"slow": ER[0]})

@@ -9,6 +9,7 @@ import torch
 from optimizer_oracles import SHAPES, agrees, by_singular_values, close
 from torch import Tensor, nn
 
+from clplat.architectures.layers import WeightsAlone
 from clplat.strategies.optimizers.deep_momentum import DeepMomentum
 from clplat.strategies.optimizers.delta_gradient_descent import DGD
 
@@ -139,3 +140,33 @@ def test_dgd_ends_at_half_of_the_least_squares_solution_since_it_erases_twice() 
         optimizer.step()
         optimizer.zero_grad()
     assert torch.allclose(layer.weight.detach(), 0.5 * torch.linalg.lstsq(x, target).solution.T, atol=1e-8)
+
+
+class Multiplied(nn.Module):
+    """A layer that is called, and one of which the weight alone is used."""
+
+    def __init__(self, alone: type[nn.Linear]) -> None:
+        super().__init__()
+        self.called, self.apart = nn.Linear(3, 3, bias=False), alone(3, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.called(x) @ self.apart.weight
+
+
+def test_a_layer_that_is_never_called_is_named_before_anything_moves_or_goes_to_others_if_it_says_so() -> None:
+    def sgd(given: object) -> torch.optim.Optimizer:
+        return torch.optim.SGD(given, lr=0.1)
+
+    made = Multiplied(nn.Linear)
+    before = made.called.weight.detach().clone()
+    optimizer = DGD.for_module(made, lr=0.1)
+    made(torch.randn(4, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"apart.weight: .* exclude: \['apart.weight'\]"):
+        optimizer.step()
+    assert torch.equal(made.called.weight, before)
+    told = Multiplied(WeightsAlone)
+    stepped = DGD.for_module(told, lr=0.1, others=sgd)
+    told(torch.randn(4, 3)).sum().backward()
+    expected = told.apart.weight - 0.1 * told.apart.weight.grad
+    stepped.step()
+    torch.testing.assert_close(told.apart.weight, expected)

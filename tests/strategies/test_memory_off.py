@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clplat.architectures.associative_memory.presets import TitansLMM
-from clplat.architectures.memory_transformer import MemoryTransformer
+from clplat.architectures.memory_transformer import AttentionLayer, MemoryTransformer
 from clplat.architectures.transformer import Transformer
 from clplat.strategies.memory_off import MemoryOff
 from clplat.streams.base import Spec
@@ -32,6 +32,7 @@ def test_within_the_view_no_memory_writes_and_behind_it_all_do() -> None:
 
 
 def test_a_model_without_memories_is_refused() -> None:
-    model = Transformer(spec=TEXT, hidden_size=16, num_layers=1, num_heads=2)
-    with pytest.raises(ValueError, match="MemoryOff: Transformer has no memories that write"):
-        MemoryOff().setup(SimpleNamespace(architecture=model))
+    attention = MemoryTransformer(spec=TEXT, hidden_size=16, layers=[AttentionLayer(num_heads=2)], mlp_ratio=2.0)
+    for model in (Transformer(spec=TEXT, hidden_size=16, num_layers=1, num_heads=2), attention):
+        with pytest.raises(ValueError, match=f"MemoryOff: {type(model).__name__} has no memories that write"):
+            MemoryOff().setup(SimpleNamespace(architecture=model))
