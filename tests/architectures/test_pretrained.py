@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from small_models import CONTEXT, END, VOCABULARY, model_folder, written_gguf
 
 from clplat.architectures.contract import CHECKS
@@ -194,69 +191,6 @@ def test_a_wrong_folder_and_an_unset_variable_are_named(tmp_path: Path) -> None:
         made(tmp_path)
     with pytest.raises(ValueError, match="environment variable NO_SUCH_PLACE"):
         made(Path("${NO_SUCH_PLACE}/model"))
-
-
-def cut(source: Path, folder: Path, *, lacking: str) -> Path:
-    """A copy of a model's folder whose safetensors lack the tensors that end in `lacking`."""
-    tensors = load_file(source / "model.safetensors")
-    shutil.copytree(source, folder)
-    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(lacking)}
-    assert len(kept) < len(tensors)
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-def test_missing_weights_are_refused_by_name_and_tied_ones_are_not_missing(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    with pytest.raises(
-        ValueError, match=r"lack model.layers.0.mlp.up_proj.weight, model.layers.1.mlp.up_proj.weight, "
-    ):
-        made(cut(folders["llama"], tmp_path / "partial", lacking="mlp.up_proj.weight"))
-    with pytest.raises(ValueError, match="(?s)lack lm_head.weight, which would be random"):
-        made(cut(folders["llama"], tmp_path / "headless", lacking="lm_head.weight"))
-    with pytest.raises(ValueError, match="(?s)lack .* and 8 more, which would be random"):
-        made(cut(folders["llama"], tmp_path / "empty", lacking="proj.weight"))
-    tied = model_folder(tmp_path, "llama", tie_word_embeddings=True)
-    assert "lm_head.weight" not in load_file(tied / "model.safetensors")
-    assert made(tied)(batch()).logits.isfinite().all()
-
-
-def test_a_model_that_looks_at_later_tokens_is_refused_and_the_same_one_as_a_decoder_is_not(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path, "bert")
-    for options in ({}, EAGER, {"dtype": "bfloat16"}):
-        with pytest.raises(ValueError, match=r"name: .*\(BertLMHeadModel\) looks at later tokens.*is_decoder: true"):
-            made(folder, **options)
-    decoder = made(model_folder(tmp_path, "bert", is_decoder=True)).eval()
-    rows = batch()
-    changed = rows.replaced(inputs=torch.cat([rows.inputs[:, :-1], (rows.inputs[:, -1:] + 1) % VOCABULARY], 1))
-    torch.testing.assert_close(decoder(rows).logits[:, :-1], decoder(changed).logits[:, :-1])
-
-
-def test_a_folder_that_cannot_be_loaded_says_what_is_wrong_with_it(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(folders["llama"], folder)
-    file = folder / "model.safetensors"
-    for kept in (5000, 0):
-        file.write_bytes((folders["llama"] / file.name).read_bytes()[:kept])
-        with pytest.raises(ValueError, match="cannot be loaded.*model.safetensors is cut short or damaged; copy"):
-            made(folder)
-    file.unlink()
-    with pytest.raises(ValueError, match="has a config.json, but no weights; put model.safetensors beside"):
-        made(folder)
-    (folder / "config.json").unlink()
-    (folder / "small.gguf").touch()
-    with pytest.raises(ValueError, match="no config.json; .* or set gguf_file to one of small.gguf"):
-        made(folder)
-    with pytest.raises(ValueError, match="cannot be loaded .*gguf_file: the folder's GGUF files are small.gguf"):
-        made(folder, gguf_file="other.gguf")
-    with pytest.raises(ValueError, match="cannot be loaded .*gguf_file: the folder's GGUF files are small.gguf"):
-        made(folder, gguf_file="small.gguf")
-    shutil.copy(folders["llama"] / "model.safetensors", file)
-    config = json.loads((folders["llama"] / "config.json").read_text()) | {"intermediate_size": 40}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="cannot be loaded .*config.json and the safetensors beside it do not"):
-        made(folder)
 
 
 def test_pickled_weights_are_not_opened_unless_asked_for(folders: dict[str, Path], tmp_path: Path) -> None:

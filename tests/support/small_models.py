@@ -61,6 +61,17 @@ def model_folder(parent: Path, kind: str, **changes: Any) -> Path:
     return folder
 
 
+def write_byte_tokenizer(folder: Path) -> None:
+    """Files of a tokenizer of transformers: the 256 bytes, and an end token behind them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=library, eos_token="<end>").save_pretrained(folder)
+
+
 def written_gguf(path: Path, model: Any, *, quantised: bool) -> None:
     """A Llama as llama.cpp writes it: its names, its order of rotary pairs, 4-bit blocks where asked for."""
     import gguf
