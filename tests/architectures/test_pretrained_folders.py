@@ -101,6 +101,16 @@ def test_a_folder_that_cannot_be_loaded_says_what_is_wrong_with_it(folders: dict
         made(folder)
 
 
+def test_a_rank_beyond_every_layer_it_stands_beside_is_refused_with_the_most_that_is_of_use(
+    folders: dict[str, Path],
+) -> None:
+    # q is 32 × 32, v 16 × 32; and GPT-2's layers hold their weights the other way round.
+    for kind, targets, path in (("llama", ["q_proj", "v_proj"], "q_proj"), ("gpt2", ["c_fc"], "c_fc")):
+        assert made(folders[kind], lora=LoRA(rank=32, targets=targets)).trained == ("default",)
+        with pytest.raises(ValueError, match=f"lora.rank: 33 is more than any .*{path}, the largest, has rank 32 at"):
+            made(folders[kind], lora=LoRA(rank=33, targets=targets))
+
+
 @pytest.mark.parametrize(
     ("kind", "targets"), [("llama", ["q_proj", "down_proj", "lm_head"]), ("gpt2", ["c_proj", "c_fc"])]
 )
