@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clplat.architectures.base import Architecture
-from clplat.architectures.lora import LoRA, check_targets
+from clplat.architectures.lora import LoRA, check_rank, check_targets
 from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
 
@@ -112,6 +112,7 @@ class AdapterHost(AdapterChoice, ABC):
         if lora is None:
             return
         check_targets(backbone, self.targets, fused=self.takes_fused)
+        check_rank(backbone, self.targets, lora.rank)
         leave_backbone_out(self)
         self.add_adapter(FIRST)
         self.use_adapters([FIRST])

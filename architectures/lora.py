@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +135,15 @@ def check_targets(model: nn.Module, targets: Sequence[str], *, fused: bool) -> N
         if wrong:
             raise ValueError(f"lora.targets: {target!r} is a {type(wrong[0]).__name__}, not a linear layer; "
                              f"{_linear_names(model)}")  # fmt: skip
+
+
+def check_rank(model: nn.Module, targets: Sequence[str], rank: int) -> None:
+    """ValueError for a rank that no layer of the targets can use: a change of a matrix has its smaller side as rank."""
+    sides = {path: min(cast(Any, layer).weight.shape) for path, layer in matching(model, targets)}
+    path, most = max(sides.items(), key=lambda item: item[1])
+    if rank > most:
+        raise ValueError(f"lora.rank: {rank} is more than any of its layers can use: a change of {path}, the largest, "
+                         f"has rank {most} at most; give {most} or less")  # fmt: skip
 
 
 def _linear_names(model: nn.Module) -> str:

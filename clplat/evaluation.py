@@ -22,6 +22,7 @@ from clplat.result_table import Cell
 from clplat.strategies.world import World
 from clplat.streams.base import Data, EvalSet, Task, spread_rows
 from clplat.streams.batch import Batch
+from clplat.unchanged import Scores, Unchanged
 
 
 class View:
@@ -32,8 +33,11 @@ class View:
     ) -> None:
         self.architecture, self.objective, self.predictor = architecture, objective, hooks.predictor
         self.seen, self.precision = list(seen), precision
+        # Whether an answer may have depended on the tasks seen.
+        self.asked = False
 
     def logits(self, batch: Batch) -> Tensor:
+        self.asked |= self.objective.spec.scenario == "class"
         with self._autocast():
             if self.predictor is not None:
                 return self.predictor.predict(batch)
@@ -62,9 +66,11 @@ class View:
         return hidden
 
     def classes_seen(self) -> list[int]:
+        self.asked = True
         return self.objective.classes_of(self.seen)
 
     def tasks_seen(self) -> list[int]:
+        self.asked = True
         return self.seen
 
     def device(self) -> torch.device:
@@ -104,6 +110,7 @@ class Evaluator:
         self.tasks, self.probes, self.world = tasks, probes, world
         self.batch_size, self.precision = batch_size, precision
         self._sets: dict[int, Data] = {}
+        self._unchanged = Unchanged(hooks, single_process=world.size == 1)
 
     def cells(self, seen: Sequence[int], between: Callable[[], None] = lambda: None) -> list[Cell]:
         """Scores of all tasks and probes for a learner that has been trained on the tasks `seen`.
@@ -112,6 +119,7 @@ class Evaluator:
         """
         found: list[Cell] = []
         with self._undisturbed():
+            self._unchanged.check(self.architecture)
             for name, entered in self.hooks.views().items():
                 with entered():
                     view = View(self.architecture, self.objective, self.hooks, seen, self.precision)
@@ -159,12 +167,19 @@ class Evaluator:
     def _set_cells(
         self, test: EvalSet, view: View, name: str, *, index: int | None, headline: str | None, label: str = ""
     ) -> list[Cell]:
-        return self._as_cells(test, self._scores(test, view), name, label or test.name, index, headline)
+        scores = self._unchanged.scores(test, view.seen, lambda: self._scores_and_asked(test, view))
+        return self._as_cells(test, scores, name, label or test.name, index, headline)
+
+    def _scores_and_asked(self, test: EvalSet, view: View) -> tuple[Scores, bool]:
+        """Scores, and whether they may depend on the tasks seen."""
+        view.asked = False
+        scores = self._scores(test, view)
+        return scores, view.asked
 
     def _as_cells(
         self,
         test: EvalSet,
-        scores: dict[str, tuple[float, float, float]],
+        scores: Scores,
         view: str,
         label: str,
         index: int | None,
@@ -178,9 +193,7 @@ class Evaluator:
             for metric, (value, total, count) in scores.items()
         ]  # fmt: skip
 
-    def _scores(
-        self, test: EvalSet, view: View, limit: int | None = None
-    ) -> dict[str, tuple[float, float, float]]:  # fmt: skip
+    def _scores(self, test: EvalSet, view: View, limit: int | None = None) -> Scores:
         """Value, sum and count of each metric, over all processes; of `limit` rows, or of as many as are scored."""
         rows = torch.arange(len(test.data))
         if not test.scorer.whole:

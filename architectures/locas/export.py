@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 
 from clplat.architectures.base import Architecture
 from clplat.architectures.locas.model import LocasModel
+from clplat.architectures.pretrained.model import Pretrained
+from clplat.architectures.pretrained.saving import write
 
 WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
 """Names under which configurations of `transformers` keep the inner size."""
@@ -43,17 +45,16 @@ def dense(model: LocasModel) -> Architecture:
 
 
 def export(model: LocasModel, folder: str | Path) -> Path:
-    """Write the dense model as a folder of `transformers`, without a tokenizer: copy that of the model it was made of.
+    """Write the dense model as a folder of `transformers`, with the tokenizer of the model it was made of, if any.
     ValueError where there are no memories, or the backbone is none of the library's models."""
     if not isinstance(model, LocasModel):
         raise ValueError(
             f"export: {type(model).__name__} has no memories to write into its layers; it takes LocasModel"
         )
-    library = getattr(dense(model), "backbone", None)
-    if not hasattr(library, "save_pretrained"):
+    joined = dense(model)
+    if not isinstance(joined, Pretrained):
         raise ValueError(f"export: {type(model.backbone).__name__} is no model of transformers; keep `dense(model)`")
-    cast(Any, library).save_pretrained(folder)
-    return Path(folder)
+    return write(joined.backbone, joined.source, folder)
 
 
 def _put(backbone: nn.Module, path: str, layer: nn.Module) -> None:

@@ -41,6 +41,11 @@ class SideMemory:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "rank")
         check_choices(self, start=Start, scale=Scale, compression=Compression)
+        if self.start != "gradient" and (self.compression, self.detach_future) != ("prune_refit", False):
+            wrong = "detach_future" if self.detach_future else "compression"
+            raise ValueError(f"memory.{wrong}: is about the slots that start: gradient writes, one a token, and "
+                             f"start: {self.start} begins with as many as stay; leave it out, or use start: gradient "
+                             "(layers without gates: GPT-2, GPT-NeoX, Phi)")  # fmt: skip
         if not 0 < self.write_share <= 1:
             raise ValueError(f"memory.write_share: must lie in (0, 1], got {self.write_share}")
 

@@ -25,14 +25,19 @@ def dequantise(file: Path, folder: Path) -> str:
 
     source = Source(name=str(file.parent.resolve()), gguf_file=file.name, local_files_only=True)
     model = cast(Any, source.load())
+    origin = as_plain(model, source)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.name, gguf_file=file.name).save_pretrained(folder)
+    return origin
+
+
+def as_plain(model: Any, source: Source) -> str:
+    """Let a model read from GGUF be written as what it is in memory, plain weights; what they were, in words."""
     origin = source.weights(model.config).partition(",")[0]
-    # What was read from GGUF is not written as such: in memory these are plain float32 weights.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     setattr(model.config, ORIGIN, origin)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.name, gguf_file=file.name).save_pretrained(folder)
     return origin
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clplat.streams.base import Spec
 
@@ -23,6 +23,10 @@ ORIGIN = "clplat_weights"
 """Entry of config.json with what the weights were before `dequantise` wrote them."""
 PADDED_SHARE = 0.9
 """Least share of a model's vocabulary that its tokenizer fills; embeddings are padded by a few rows, not by a tenth."""
+
+HUB_ADVICE = "give a hub id that exists and can be reached, or a folder with config.json and safetensors"
+NAMES_SHOWN = 6
+"""Missing tensors that a message names; the rest are counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,13 @@ class Source:
             self._check_cached(path)
         if self.gguf_file is not None:
             need("gguf", "accelerate")
+        backbone, info = self._read(path)
+        _check_complete(path, info)
+        return backbone
+
+    def _read(self, path: str) -> tuple[nn.Module, Mapping[str, Any]]:
+        """The model, and what the library says of its loading; a ValueError says which file is at fault."""
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         try:
@@ -62,15 +73,35 @@ class Source:
                     path, revision=self.revision or "main", gguf_file=self.gguf_file, dtype=getattr(torch, self.dtype),
                     attn_implementation=self.attention, local_files_only=self.local_files_only,
                     use_safetensors=None if self.allow_pickle else True, trust_remote_code=self.trust_remote_code,
+                    output_loading_info=True,
                 )  # fmt: skip
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             reason = _first_line(error)
             if self.attention == "sdpa" and "attention implementation" in reason:
                 raise ValueError(f"attention: {path!r} does not run with sdpa; use eager") from error
-            raise ValueError(
-                f"name: {path!r} cannot be loaded ({reason}); give a hub id, a folder with config.json and "
-                "safetensors, or a folder and a gguf_file in it"
-            ) from error
+            advice = self._advice(Path(path)) if Path(path).is_dir() else HUB_ADVICE
+            raise ValueError(f"name: {path!r} cannot be loaded ({reason}); {advice}") from error
+
+    def _advice(self, folder: Path) -> str:
+        """What to do about a folder that cannot be loaded: what it lacks, or which file in it is damaged."""
+        quantised = sorted(file.name for file in folder.glob("*.gguf"))
+        if self.gguf_file is not None:
+            return f"gguf_file: the folder's GGUF files are {', '.join(quantised) or 'none'}"
+        if not (folder / "config.json").is_file():
+            hint = f", or set gguf_file to one of {', '.join(quantised)}" if quantised else ""
+            return f"the folder has no config.json; give the one that save_pretrained wrote{hint}"
+        files = sorted(folder.glob("*.safetensors"))
+        if damaged := [file.name for file in files if not _opens(file)]:
+            return f"{', '.join(damaged)} is cut short or damaged; copy or download it again"
+        if files:
+            return (
+                "config.json and the safetensors beside it do not make a causal language model that transformers knows"
+            )
+        pickled = sorted(file.name for file in [*folder.glob("*.bin"), *folder.glob("*.pt")])
+        if pickled and not self.allow_pickle:
+            return (f"its weights are pickled ({', '.join(pickled)}), and reading them can run code: set allow_pickle: "
+                    "true if you trust them, or save the model again as safetensors")  # fmt: skip
+        return "the folder has a config.json, but no weights; put model.safetensors beside it"
 
     def _check_cached(self, path: str) -> None:
         """ValueError where the hub's cache has not got the model: looking for adapters, the library would ask a server
@@ -101,6 +132,29 @@ class Source:
             sizes[tensor.tensor_type.name] += int(tensor.n_elements)
         kind = sizes.most_common(1)[0][0]
         return self.dtype if kind == "F32" else f"dequantised {kind}, {self.dtype}"
+
+
+def check_causal(backbone: nn.Module, vocabulary: int, name: str) -> None:
+    """ValueError where a model looks at later tokens, tried without a mask, as rows of one document are read: the
+    answers that it learns to write would be shown to it."""
+    length = min(6, context_length(cast(Any, backbone).config) or 6)
+    row = torch.arange(1, length + 1) % vocabulary
+    other = row.clone()
+    other[-1] = (row[-1] + 1) % vocabulary
+    with torch.no_grad():
+        logits = backbone(input_ids=torch.stack([row, other]), use_cache=False).logits[:, :-1]
+    if reaches_back(logits[0], logits[1]):
+        raise ValueError(
+            f"name: {name} ({type(backbone).__name__}) looks at later tokens: its logits at earlier positions change "
+            "with a row's last token; give a causal language model (for a model of BERT's kind that was trained as "
+            "one: is_decoder: true in its config.json)"
+        )
+
+
+def reaches_back(one: Tensor, other: Tensor) -> bool:
+    """Whether logits differ by more than the rounding of their number format."""
+    least = max(1e-5, 2 * torch.finfo(one.dtype).eps)
+    return bool((one.float() - other.float()).abs().max() > least * one.float().abs().max())
 
 
 def need(*packages: str) -> None:
@@ -140,6 +194,29 @@ def check_fits(config: Any, spec: Spec, name: str) -> None:
             f"name: texts of {name} end in token {' or '.join(map(str, ends))}, and the stream's in {spec.end_token}; "
             "give the stream the model's own tokenizer (PretrainedTokenizer with the same name)"
         )
+
+
+def _check_complete(path: str, info: Mapping[str, Any]) -> None:
+    """ValueError where weights are not in the files, in whose place the library draws random ones. Tied weights, which
+    files hold once, are not among those that it calls missing."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - NAMES_SHOWN} more" if len(missing) > NAMES_SHOWN else ""
+        raise ValueError(
+            f"name: the weights of {path!r} lack {', '.join(missing[:NAMES_SHOWN])}{more}, which would be random; "
+            "give the complete files of a causal language model, and the config.json that belongs to them"
+        )
+
+
+def _opens(file: Path) -> bool:
+    """Whether a file of safetensors is whole, by its header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _ends(config: Any) -> list[int]:

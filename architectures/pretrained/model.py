@@ -21,7 +21,16 @@ from clplat.architectures.layers import causal_document_mask, traced
 from clplat.architectures.lora import EXPERTS, LoRA
 from clplat.architectures.option_checks import check_choices
 from clplat.architectures.pretrained import cache
-from clplat.architectures.pretrained.loading import Attention, Dtype, Source, check_fits, context_length, need
+from clplat.architectures.pretrained.loading import (
+    Attention,
+    Dtype,
+    Source,
+    check_causal,
+    check_fits,
+    context_length,
+    need,
+    reaches_back,
+)
 from clplat.streams.base import Spec
 from clplat.streams.batch import IGNORE, Batch
 
@@ -67,6 +76,7 @@ class Pretrained(AdapterHost):
             need("peft")
         backbone = source.load()
         check_fits(backbone.config, spec, name)
+        check_causal(backbone, spec.num_outputs, name)
         super().__init__(backbone, lora, TARGETS)
         self.source, self.config = source, cast(Any, backbone.config)
         self.row_length, self.num_outputs = spec.input_shape[0], spec.num_outputs
@@ -195,9 +205,10 @@ class Pretrained(AdapterHost):
 
     @torch.no_grad()
     def _obeys_masks(self) -> bool:
-        """Whether a document behind another is answered as if it stood alone, tried on six tokens."""
-        tokens = torch.tensor([[1, 2, 3, 4, 5, 6], [3, 1, 2, 4, 5, 6]]) % self.num_outputs
-        segments = torch.tensor([[0, 0, 0, 1, 1, 1]]).expand(2, -1)
+        """Whether a document behind another is answered as if it stood alone, and without a look at its own later
+        tokens, tried on six tokens."""
+        tokens = torch.tensor([[1, 2, 3, 4, 5, 6], [3, 1, 2, 4, 5, 6], [1, 2, 3, 4, 5, 7]]) % self.num_outputs
+        segments = torch.tensor([[0, 0, 0, 1, 1, 1]]).expand(3, -1)
         seen = causal_document_mask(segments)
         assert seen is not None
         options = {"attention_mask": self._mask(seen), "position_ids": cache.document_positions(segments)}
@@ -205,8 +216,9 @@ class Pretrained(AdapterHost):
             packed = self._read(tokens, use_cache=False, **options)
         except (RuntimeError, TypeError, ValueError, IndexError):
             return False
-        first, second = packed.logits[:, 3:].float()
-        return bool((first - second).abs().max() <= 1e-3 * first.abs().max())
+        first, second = packed.logits[:2, 3:].float()
+        alone = bool((first - second).abs().max() <= 1e-3 * first.abs().max())
+        return alone and not reaches_back(packed.logits[0, 3:5], packed.logits[2, 3:5])
 
     def _idle(self) -> int:
         """Weights of experts that a token does not choose."""

@@ -249,6 +249,15 @@ def test_memories_stack_and_are_rebuilt_from_their_structure(folders: dict[str, 
         again.use_adapters(["default"])
 
 
+def test_a_memory_dropped_leaves_the_backbone_to_the_last_bit_and_comes_back(folders: dict[str, Path]) -> None:
+    model, bare = train(begun(host(folders))), logits(backbone(folders, "llama")(SPEC))
+    learned = logits(model)
+    model.use_adapters([])
+    assert torch.equal(logits(model), bare) and not torch.equal(learned, bare)
+    model.use_adapters(["default"])
+    assert torch.equal(logits(model), learned)
+
+
 def refused(folders: dict[str, Path], case: str) -> LocasModel:
     made: dict[str, Any] = {
         "experts": lambda: host(folders, "mixtral"),
@@ -262,6 +271,7 @@ def refused(folders: dict[str, Path], case: str) -> LocasModel:
         "rows": lambda: host(folders, rank=49),
         "columns": lambda: host(folders, "gpt2", rank=33, start="gradient", compression="nl_svd"),
         "start": lambda: host(folders, start="top"),
+        "idle": lambda: host(folders, compression="nl_svd"),
         "share": lambda: host(folders, write_share=0.0),
     }  # fmt: skip
     return made[case]()
@@ -280,6 +290,7 @@ def refused(folders: dict[str, Path], case: str) -> LocasModel:
         ("rows", "memory.rank: 49 slots cannot be cloned from a layer of 48 rows; give 48 at most, or start: gaussian"),
         ("columns", "memory.rank: nl_svd gives a layer of size 32 no 33 slots; give 32 at most, or compression: prune"),
         ("start", "memory.start: must be one of clone, .*got 'top'"),
+        ("idle", "memory.compression: is about the slots that start: gradient writes.*start: clone .*leave it out"),
         ("share", r"memory.write_share: must lie in \(0, 1\]"),
     ],
 )

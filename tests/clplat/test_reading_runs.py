@@ -18,9 +18,12 @@ from clplat.architectures.adapters import backbone_checksum
 from clplat.assembly import assemble
 from clplat.config import load_run
 from clplat.errors import ConfigError
+from clplat.evaluation import Evaluator
 from clplat.execution import execute
 from clplat.journal import read, table
 from clplat.strategies.world import World
+from clplat.streams.base import EvalSet
+from clplat.unchanged import Unchanged
 
 BYTES = 257
 TEXT = "the cat sat on the mat and the dog sat on the log. " * 4
@@ -129,10 +132,41 @@ def test_perplexity_is_that_of_all_tokens_and_the_mean_over_chunks_stands_beside
     assert found["strategy/prequential/ppl_chunk_mean"] > found["strategy/prequential/ppl"]
 
 
-def test_the_frozen_arm_learns_nothing(model: Path, tmp_path: Path) -> None:
-    run = done(run_of(model, tmp_path, "truncation"), tmp_path)
-    scores = table(run).scores()
-    assert (scores == scores[0]).all()
+@pytest.mark.parametrize(("variant", "rounds"), [("truncation", 1), ("temp_lora", 5)])
+def test_the_frozen_arm_learns_nothing_and_scores_each_set_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, rounds: int
+) -> None:
+    scored: list[int] = []
+    measure = Evaluator._scores
+
+    def counted(self: Evaluator, test: EvalSet, *rest: Any) -> Any:
+        scored.append(len(test.data))
+        return measure(self, test, *rest)
+
+    monkeypatch.setattr(Evaluator, "_scores", counted)
+    scores = table(done(run_of(model, tmp_path, variant), tmp_path)).scores()
+    assert (scores == scores[0]).all() == (rounds == 1) and scores.shape == (5, 4)
+    assert len(scored) == 4 * rounds, "before reading, and behind each of four parts"
+    monkeypatch.setattr(Unchanged, "check", lambda self, model: self._found.clear())
+    again = table(done(run_of(model, tmp_path, variant), tmp_path, "again")).scores()
+    assert (again == scores).all() and len(scored) == 4 * (rounds + 5), "scored anew they are the same, bit for bit"
+
+
+def test_a_frozen_arm_is_scored_again_when_its_weights_have_changed_or_a_set_asks_what_was_seen(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = assemble(load_run(run_folder(tmp_path, run_of(model, tmp_path, "truncation")) / "config.yaml"), World())
+    evaluator, before = parts.evaluator, [cell.value for cell in parts.evaluator.cells([])]
+    with torch.no_grad():
+        parts.architecture.backbone.model.norm.weight.mul_(1.5)
+    changed = [cell.value for cell in evaluator.cells([0])]
+    assert all(one != other for one, other in zip(before, changed, strict=True))
+    scorer = parts.stream.tasks[1].test.scorer
+    monkeypatch.setattr(type(scorer), "score", lambda self, view, *_: {
+        name: torch.tensor([1.0 + len(view.tasks_seen()), 1.0]) for name in self.metrics
+    })  # fmt: skip
+    evaluator._unchanged._found.clear()
+    assert [{cell.value for cell in evaluator.cells(seen)} for seen in ([], [0], [0, 1])] == [{1.0}, {2.0}, {3.0}]
 
 
 @pytest.mark.parametrize(("after", "memories"), [("keep_one", 1), ("stack", 4), ("permanentize", 4), ("fresh", 1)])

@@ -40,6 +40,16 @@ def model_folder(parent: Path, kind: str, **changes: Any) -> Path:
         "gpt2": lambda: library.GPT2Config(
             **SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, initializer_range=0.3, **changes
         ),
+        "bert": lambda: library.BertConfig(
+            **SIZES,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=CONTEXT,
+            initializer_range=0.3,
+            **changes,
+        ),
         "phi3": lambda: library.Phi3Config(**LLAMA | changes),
         "mixtral": lambda: library.MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2, **changes),
         "mamba": lambda: library.MambaConfig(**SIZES, hidden_size=32, state_size=4, num_hidden_layers=2, **changes),
@@ -49,6 +59,17 @@ def model_folder(parent: Path, kind: str, **changes: Any) -> Path:
         torch.manual_seed(0)
         library.AutoModelForCausalLM.from_config(made[kind]()).save_pretrained(folder)
     return folder
+
+
+def write_byte_tokenizer(folder: Path) -> None:
+    """Files of a tokenizer of transformers: the 256 bytes, and an end token behind them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=library, eos_token="<end>").save_pretrained(folder)
 
 
 def written_gguf(path: Path, model: Any, *, quantised: bool) -> None:

@@ -1,0 +1,66 @@
+"""What a frozen arm need not score again: sets whose scores cannot have changed since they were scored.
+
+An arm that trains nothing (`Truncation`, `ZeroShot`) has the same numbers in every row of its table. Scoring it anew
+after each task took twice as long as its reading; taken from the first row they are the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from clplat.hooks import Hooks
+from clplat.streams.base import EvalSet
+
+OTHERWISE = ("predict", "told", "views")
+"""Hooks through which a strategy may answer otherwise than the model, and differently from task to task."""
+Scores = dict[str, tuple[float, float, float]]
+
+
+class Unchanged:
+    """Scores of sets by what they depend on: the set, and for scorers that ask, the tasks seen.
+
+    Kept where a strategy says that nothing is trained, and no other has views or predictions of its own, which
+    may change without a weight. Forgotten as soon as a tensor of the model differs. Not in checkpoints: a
+    resumed run scores again, and finds the same.
+    """
+
+    def __init__(self, hooks: Hooks, *, single_process: bool) -> None:
+        frozen = any(not strategy.trains for strategy in hooks.strategies.values())
+        answers = any(any(map(s.overrides, OTHERWISE)) for s in hooks.strategies.values())
+        # Of several processes one might score a set while another, waiting for its sums, does not.
+        self.possible = single_process and frozen and not answers
+        self._fingerprint = ""
+        self._found: dict[tuple[int, tuple[int, ...] | None], Scores] = {}
+
+    def check(self, model: nn.Module) -> None:
+        """Forget everything if the model is another than when it was last scored."""
+        if not self.possible:
+            return
+        fingerprint = fingerprint_of(model)
+        if fingerprint != self._fingerprint:
+            self._found.clear()
+        self._fingerprint = fingerprint
+
+    def scores(self, test: EvalSet, seen: Sequence[int], measure: Callable[[], tuple[Scores, bool]]) -> Scores:
+        """Those of a set, measured if they are not known; `measure` also says whether they depend on the tasks seen."""
+        if not self.possible or test.scorer.adaptive:
+            return measure()[0]
+        for key in ((id(test), None), (id(test), tuple(seen))):
+            if key in self._found:
+                return self._found[key]
+        found, depends = measure()
+        self._found[id(test), tuple(seen) if depends else None] = found
+        return found
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """SHA-256 over every parameter and buffer: also of a backbone and of buffers that checkpoints leave out."""
+    state = hashlib.sha256()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return state.hexdigest()
