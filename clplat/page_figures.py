@@ -131,6 +131,9 @@ def _cost(study: StudyResults, finished: Sequence[str]) -> list[Drawn]:
     fronts = "; ".join(f"by {cost}: {', '.join(on_front(scores, values, free))}" for cost, values in costs.items())
     caption = f"The broken line is the front of who, by the means, is beaten by nobody in both. On it {fronts}."
     caption += " Hollow: reference arms, which are left out of it." if references else ""
+    if "training operations" in costs:
+        caption += (" Operations are those of training steps; passes that a strategy makes between tasks, such as "
+                    "EWC's, are not among them.")  # fmt: skip
     return [Drawn(title="Score and cost", name="cost", caption=caption, broad=len(costs) > 1,
                   figure=score_and_costs(scores, costs, references))]  # fmt: skip
 

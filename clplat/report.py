@@ -47,6 +47,7 @@ COSTS = {
     "cost/tokens_per_second": ("tokens/s", lambda v: f"{v:,.0f}"),
     "cost/training_seconds": ("train s", lambda v: f"{v:.1f}"),
     "cost/evaluation_seconds": ("eval s", lambda v: f"{v:.1f}"),
+    "cost/boundary_seconds": ("between tasks s", lambda v: f"{v:.1f}"),
     "cost/training_flops": ("FLOPs", lambda v: f"{v:.1e}"),
     "cost/peak_memory_bytes": ("peak MiB", lambda v: f"{v / 2**20:.0f}"),
     "cost/parameters": ("parameters", lambda v: f"{v:,.0f}"),

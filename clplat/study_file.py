@@ -99,6 +99,23 @@ def _keep_variants(data: dict[str, Any], names: Sequence[str]) -> None:
         data["baseline"] = None
 
 
+def chosen(study: StudyConfig, variant: str | None, seed: int | None) -> StudyConfig:
+    """One of the study's variants alone, and one of its seeds; None leaves all of them."""
+    if variant is not None:
+        if variant not in study.variants:
+            raise ConfigError(f"--variant: no variant is called {variant!r}{nearest(variant, study.variants)}")
+        known_good = {name: one for name, one in study.known_good.items() if one.variant == variant}
+        baseline = variant if study.baseline == variant else None
+        alone = {variant: study.variants[variant]}
+        study = dataclasses.replace(study, variants=alone, baseline=baseline, known_good=known_good)
+    if seed is None:
+        return study
+    if seed not in study.seeds:
+        among = ", ".join(map(str, study.seeds))
+        raise ConfigError(f"--seed: {seed} is none of the study's seeds ({among}); --seeds '[{seed}]' runs another")
+    return dataclasses.replace(study, seeds=[seed])
+
+
 def _check_names(study: StudyConfig) -> None:
     """Refuse names that cannot be those of folders, and references to variants that are not there."""
     if not re.fullmatch(r"\w[\w.+-]{0,99}", study.name):

@@ -7,7 +7,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,9 @@ class RunRecord:
     metrics: dict[str, float]
     read_tables: Callable[[], tuple[ResultTable | None, Curve]]
     """Reads the two below when they are first asked for: of a thousand runs this takes minutes, and many never are."""
+    params: dict[str, str] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
+    """Digests by the name of a data set."""
 
     @cached_property
     def _tables(self) -> tuple[ResultTable | None, Curve]:
@@ -232,6 +235,7 @@ def _record(connection: Any, run: Any) -> RunRecord:
         run_id=run.info.run_id, variant=tags["variant"], seed=int(tags["seed"]),
         status="PRUNED" if tags.get("pruned") == "true" and run.info.status == "KILLED" else run.info.status,
         tags=dict(tags), metrics=dict(run.data.metrics), read_tables=partial(_read_tables, connection, run.info.run_id),
+        params=dict(run.data.params), data={one.dataset.name: one.dataset.digest for one in run.inputs.dataset_inputs},
     )  # fmt: skip
 
 
