@@ -178,13 +178,16 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
             return 0 if same else 1
         case "analyze":
             from clplat.api import analyze_connectivity
+            from clplat.connectivity import LINES
             from clplat.overview import shown_frame
 
+            console.print("measuring losses on the lines between the run's weights …")
             folder, barriers = analyze_connectivity(
                 options.run, points=options.points, gap=options.gap, rows=options.rows
             )
-            moved, barriers = barriers["weights"].unique(), barriers.drop(columns="weights")
+            moved, barriers = barriers["weights"].unique(), barriers.drop(columns="weights").round(4)
             console.print(shown_frame(barriers, "barriers in nats; connected: at most 5 % of the ends' mean loss"))
+            console.print(LINES, soft_wrap=True)
             console.print(f"weights moved: {'; '.join(moved)}", soft_wrap=True)
             console.print(f"connectivity: {folder / 'connectivity.png'}", soft_wrap=True)
         case "register":

@@ -44,8 +44,11 @@ class Interruption:
             yield
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None and number == signal.SIGINT:
-            os._exit(EXIT_INTERRUPT)
+        # A Ctrl-C may come twice, from the terminal and as what `passed_on` makes of it: that is one request.
+        if self.requested == "SIGINT":
+            if number == signal.SIGINT:
+                os._exit(EXIT_INTERRUPT)
+            return
         self.requested = signal.Signals(number).name
 
 
@@ -75,6 +78,15 @@ def signals_to(asked: Callable[[int, FrameType | None], None]) -> Iterator[None]
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def passed_on(number: int) -> int:
+    """The signal by which a process tells its children of a request to stop that it has met itself.
+
+    Whether SIGINT came from a terminal, which tells the whole process group, or to this process alone, nobody can see.
+    Sent once more as SIGINT it would be a second request; as SIGTERM it is the first one, whoever comes first.
+    """
+    return signal.SIGTERM if number == signal.SIGINT else number
 
 
 def exit_code(signal_name: str) -> int:

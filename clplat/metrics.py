@@ -86,8 +86,8 @@ def forgetting_over_time(curve: Curve, ends: Sequence[int]) -> tuple[Scores, Sco
 
 
 def summary(table: ResultTable, curve: Curve = ()) -> dict[str, float]:
-    """The numbers that stand for a run, as far as its rows go; a number that does not apply is left out: of a run that
-    took no step there is nothing that was learned and could be forgotten.
+    """The numbers that stand for a run, as far as its rows go; a number that does not apply is left out: of a run in
+    which nothing moved there is nothing that was learned and could be forgotten.
 
     `curve` adds what was measured inside tasks; without it the forgetting curve has its boundary points alone.
     """
@@ -116,7 +116,7 @@ def summary(table: ResultTable, curve: Curve = ()) -> dict[str, float]:
 
 def _applicable(found: Mapping[str, float], table: ResultTable) -> dict[str, float]:
     """What is known; of a model that nothing was done to, its scores alone."""
-    trained, scores = table.steps()[-1] > 0, ("final_score", "average_score")
+    trained, scores = table.moved(), ("final_score", "average_score")
     return {n: v for n, v in found.items() if not math.isnan(v) and (trained or n.endswith(scores))}
 
 

@@ -82,7 +82,16 @@ def _expected(kinds: list[str], got: str) -> str:
     if asked := [found for kind in kinds if (found := _class_in(kind))]:
         return _expected_component(kinds, asked, got)
     choices = [choice for kind in kinds if kind.startswith("Literal[") for choice in re.findall(r"'([^']*)'", kind)]
-    return f"expected {' or '.join(map(_kind, kinds))}, got {got}{nearest(got.strip(chr(39)), choices, listed=False)}"
+    near = nearest(got.strip(chr(39)), choices, listed=False)
+    return f"expected {' or '.join(map(_kind, kinds))}, got {got}{near}{_quote(kinds, got)}"
+
+
+def _quote(kinds: list[str], got: str) -> str:
+    """What to do where YAML made something else of a text, as it does of `Q: {question}`."""
+    read = {"{": "a mapping", "[": "a list"}.get(got[:1])
+    if "str" not in kinds or read is None:
+        return ""
+    return f"; YAML reads {read} there: put the text in quotes, in a shell in two kinds of them: '\"…\"'"
 
 
 def _expected_component(kinds: list[str], asked: list[type], got: str) -> str:

@@ -66,7 +66,8 @@ def shown_frame(frame: pandas.DataFrame, title: str) -> Table:
     """A data frame for the terminal."""
     table = Table(*frame.columns, title=title, title_justify="left")
     for row in frame.itertuples(index=False):
-        table.add_row(*(f"{value:.6g}" if isinstance(value, float) else str(value) for value in row))
+        words = ({True: "yes", False: "no"}[v] if isinstance(v, bool) else v for v in row)
+        table.add_row(*(f"{word:.6g}" if isinstance(word, float) else str(word) for word in words))
     return table
 
 

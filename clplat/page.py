@@ -16,6 +16,7 @@ from clplat.page_figures import few_points, pictures
 from clplat.report import (
     ABILITY,
     COSTS,
+    MEASURED,
     SCORES,
     TRANSFER,
     VIEWED,
@@ -27,9 +28,6 @@ from clplat.report import (
 )  # fmt: skip
 from clplat.storage import writing
 from clplat.study_results import StudyResults
-
-MEASURED = "strategy/"
-"""Names of what strategies measure begin so."""
 
 
 def write_report(study: StudyResults, out: str | Path | None = None, baseline: str | None = None) -> Path:

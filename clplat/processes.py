@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clplat.errors import ConfigError
-from clplat.interruption import EXIT_INTERRUPT, EXIT_REQUEUE, SIGNALS, exit_code
+from clplat.interruption import EXIT_INTERRUPT, EXIT_REQUEUE, SIGNALS, exit_code, passed_on
 
 
 def inside_group() -> bool:
@@ -68,10 +68,10 @@ def spawn(folder: Path, devices: int, options: Sequence[str] = ()) -> int:
     asked: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
+        at_once = number == signal.SIGINT and signal.SIGINT in asked
         asked.append(number)
-        # Ctrl-C reaches the whole process group by itself.
-        for child in children if number != signal.SIGINT else ():
-            child.send_signal(number)
+        for child in children:
+            child.send_signal(signal.SIGKILL if at_once else passed_on(number))
 
     before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:

@@ -16,6 +16,8 @@ from clplat.metrics import amount, interval, paired, verdict
 from clplat.result_table import Scores
 from clplat.study_results import StudyResults
 
+MEASURED = "strategy/"
+"""Before the names of what strategies measured."""
 SCORES = {
     "final_score": "final score",
     "learning_score": "learning score",
@@ -54,6 +56,10 @@ COSTS = {
     "cost/active_parameters": ("active", lambda v: f"{v:,.0f}"),
 }
 
+READ = "/ppl"
+"""How the measurement ends that is the headline of a text that is read: the perplexity of every chunk before it was
+learned (`Prequential`), under whatever name the strategy goes in the study."""
+
 TERMINAL = ("final_score", "final_forgetting", "cumulative_forgetting")
 TERMINAL_COSTS = (
     "cost/buffer_share", "cost/replay_ratio", "cost/steps", "cost/samples_per_second", "cost/tokens_per_second",
@@ -78,7 +84,10 @@ def compare_table(study: StudyResults, baseline: str | None = None) -> Group:
         scores.add_row(*row, *([str(gap) if variant != base else ""] if gap is not None else []))
         costs.add_row(name, *(_cost(study, variant, cost, COSTS[cost][1]) for cost in shown))
     views = [view_table(study)] if any(map(study.views, study.variants())) else []
-    return Group(scores, *views, costs, *(f"note: {note}" for note in notes(study, base)))
+    tables = [scores, *_reading(study, base), *views, costs]
+    for table in tables:
+        _keep_whole(table)
+    return Group(*tables, *(f"note: {note}" for note in notes(study, base)))
 
 
 def view_table(study: StudyResults) -> Table:
@@ -91,6 +100,35 @@ def view_table(study: StudyResults) -> Table:
             apart = paired(seen.get("final_score", {}), study.by_seed(variant, "final_score"))
             table.add_row(variant, view, *shown, str(apart))
     return table
+
+
+def _reading(study: StudyResults, base: str | None) -> list[Table]:
+    """The perplexity of what was read, where a strategy measured it: a study of books is about that."""
+    tables = []
+    for metric in read_metrics(study):
+        title = f"{metric.removeprefix(MEASURED)}: perplexity of every chunk before it was learned"
+        table = number_table(title, ["perplexity", *([f"− {base}"] if base else [])])
+        table.caption = "Lower is better."
+        for variant in study.variants():
+            gap = [difference(study, variant, base, metric)] if base else []
+            table.add_row(variant, str(study.interval(variant, metric)), *gap)
+        tables.append(table)
+    return tables
+
+
+def read_metrics(study: StudyResults) -> list[str]:
+    """Names of the perplexities that strategies measured while a text was read, of all its parts together."""
+    names = {name for variant in study.variants() for run in study.of(variant) for name in run.metrics}
+    return sorted(name for name in names if name.startswith(MEASURED) and name.endswith(READ))
+
+
+def _keep_whole(table: Table) -> None:
+    """Numbers stand on one line, and names are wrapped where there is no room: cut, two could read the same."""
+    name, *numbers = table.columns
+    name.overflow = "fold"
+    for column in numbers:
+        words = [*str(column.header).split(), *map(str, column.cells)]
+        column.width = max(map(len, words), default=0)
 
 
 def number_table(title: str, heads: Sequence[str], first: str = "variant") -> Table:
@@ -188,13 +226,25 @@ def finding(study: StudyResults, baseline: str | None = None) -> str:
         text += f" (n = {score.n})."
     forgetful = [v for v in arms if study.by_seed(v, "final_forgetting")]
     if not forgetful:
-        return text
+        return text + _best_read(study)
     least = min(forgetful, key=lambda v: study.interval(v, "final_forgetting").mean)
     lost, learned = study.interval(least, "final_forgetting"), study.interval(least, "learning_score")
     text += f" Least forgetting: {least}, {lost}, with a learning score of {learned}"
     if least != best:
         text += f" ({best}: {study.interval(best, 'learning_score')})"
-    return text + "."
+    return f"{text}.{_best_read(study)}"
+
+
+def _best_read(study: StudyResults) -> str:
+    """A sentence about the text that was read, where a strategy measured it."""
+    text = ""
+    for metric in read_metrics(study):
+        arms = [v for v in study.variants() if not study.is_reference(v) and study.by_seed(v, metric)]
+        if arms:
+            best = min(arms, key=lambda v: study.interval(v, metric).mean)
+            found = study.interval(best, metric)
+            text += f" Lowest {metric.removeprefix(MEASURED)}: {best}, {found} (n = {found.n})."
+    return text
 
 
 MEANING = {

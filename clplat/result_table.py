@@ -117,11 +117,25 @@ class ResultTable:
             table[row, : len(found)] = found
         return table
 
+    def moved(self) -> bool:
+        """Whether training changed anything: a step was taken, and some score, of any metric through any view, is not
+        what it was in the first row. Where nothing moved (`ZeroShot`, `Truncation`), nothing was there to forget."""
+        if not self._rows or not self.steps()[-1]:
+            return False
+        (_, at, before), *later = (self._rows[row] for row in self.rows())
+        if not later:
+            return True
+        for _, places, numbers in later:
+            _, first, now = np.intersect1d(at, places, return_indices=True)
+            if not len(now) or not np.array_equal(before[first], numbers[now], equal_nan=True):
+                return True
+        return False
+
     def forgetting_by_task(self, now: Sequence[Cell] | None = None) -> dict[str, float]:
-        """`forgetting_max` of each task trained before the last row, or as of the cells `now`; of none before any step,
-        since nothing was learned."""
+        """`forgetting_max` of each task trained before the last row, or as of the cells `now`; of none where nothing
+        moved, since nothing was learned."""
         scores, rows = self.scores(), self.rows()
-        if not rows or rows[-1] < 1 or (now is None and not self.steps()[-1]):
+        if not rows or rows[-1] < 1 or (now is None and not self.moved()):
             return {}
         last = rows[-1]
         if now is not None:

@@ -140,7 +140,7 @@ class StudyResults:
         return [
             forgetting_over_time(whole_curve(table, curve), table.steps()[1:])
             for table, curve in walked
-            if len(table.rows()) == len(table.tasks()) + 1 and table.steps()[-1] > 0
+            if len(table.rows()) == len(table.tasks()) + 1 and table.moved()
         ]
 
     def is_reference(self, variant: str) -> bool:
@@ -163,7 +163,7 @@ class StudyResults:
 
 def _learned(run: RunRecord) -> float:
     """Mean over tasks of the score right after training the task; NaN where one is not known, or none was trained."""
-    trained = run.table is not None and run.table.steps()[-1] > 0
+    trained = run.table is not None and run.table.moved()
     return float(np.mean(np.diagonal(run.table.scores(), -1))) if run.table and trained else math.nan
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from clplat.streams.answer_metrics import AnswerMetric, answer_value
+from clplat.streams.answer_rows import answer_rows
 from clplat.streams.base import Budget, EvalSet, Task
 from clplat.streams.documents import PARTS, Domain, Part
 from clplat.streams.examples import ExampleRows, sizes
@@ -22,6 +24,7 @@ from clplat.streams.multiple_choice import MultipleChoice
 from clplat.streams.scorers import Likelihood, Scorer
 from clplat.streams.text import TextStream
 from clplat.streams.tokenizers import Tokenizer
+from clplat.streams.tokens import Document, TokenData
 
 FILES: dict[Part, tuple[str, ...]] = {
     "train": ("train",), "val": ("eval", "val", "valid", "validation", "dev"), "test": ("test",)
@@ -50,6 +53,7 @@ class PromptAnswerStream(TextStream):
     """Question-answer tasks, one example a row, of which the answer alone is learned."""
 
     paper = "Wang et al. 2023, arXiv:2310.06762"
+    source_word = "task"
 
     def __init__(
         self,
@@ -78,13 +82,18 @@ class PromptAnswerStream(TextStream):
         a part are scored by likelihood, spread evenly, and `max_answers` of a test part are written out (0: none).
         Without `write_unseen` a task's answers are written before any training and from its own training on, and not
         while its turn is still to come: most of an evaluation's time is spent on writing. The rest is as in
-        `TextStream`."""
+        `TextStream`. Raises `ValueError` with file and line at the first row whose prompt or answer is missing, blank
+        or no text."""
         self.answer_tasks = {task.name: task for task in [*tasks, *(probes or [])]}
         self.root, self.long_prompts = Path(_expanded(root)), long_prompts
         self.write_unseen = write_unseen
         self.max_eval_rows, self.fields, self.template = max_eval_rows, (prompt_field, answer_field), prompt_template
         if max_eval_rows < 1 or max_answers < 0:
             raise ValueError(f"max_eval_rows, max_answers: at least 1 and 0, got {max_eval_rows} and {max_answers}")
+        if "{prompt}" not in prompt_template:
+            raise ValueError(
+                f"prompt_template: {prompt_template!r} has no {{prompt}}, where a row's prompt is to stand"
+            )
         for task in self.answer_tasks.values():
             _check(task, max_tokens, max_answer_tokens)
         super().__init__(
@@ -142,6 +151,33 @@ class PromptAnswerStream(TextStream):
             name=task.name, path="json", data_files=files, prompt_field=self.fields[0], answer_field=self.fields[1],
             prompt_template=self.template, max_documents=task.max_examples, budget=task.budget,
         )  # fmt: skip
+
+    def _source(self, domain: Domain) -> str:
+        # Not the identity under which a text stream leaves out rows without an answer.
+        return f"answers {domain.source()}"
+
+    def _documents(self, domain: Domain, split: Part) -> Iterator[Document]:
+        prompt, answer = self.fields
+        files = map(Path, domain.files().get(split, []))
+        rows = chain.from_iterable(answer_rows(file, prompt_field=prompt, answer_field=answer) for file in files)
+        for asked, text in islice(rows, domain.max_documents):
+            yield Document(text=text, prompt=self.template.replace("{prompt}", asked))
+
+    def _not_empty(self, data: TokenData, domain: Domain, part: Part) -> None:
+        if len(data):
+            return
+        split = domain.split_of(part)
+        read = sum(self._cache(domain, other).documents for other in PARTS if domain.split_of(other) == split)
+        at, files = f"task {domain.name!r}", ", ".join(domain.files()[split])
+        if not read:
+            fields = " and ".join(map(repr, self.fields))
+            raise ValueError(f"{at}: there are no rows in {files}; put in one object a row, with the fields {fields}")
+        missing = [other for other in PARTS if other not in domain.own_splits()]
+        raise ValueError(
+            f"{at}: the {read} rows of {files} leave none for its {part} part: where a task has no file of its own for "
+            f"{' and '.join(missing)}, a share of {domain.holdout.fraction:g} each is kept from the training rows; add "
+            f"{' and '.join(f'{other}.jsonl' for other in missing)}, or more rows"
+        )
 
     def _task(self, index: int, domain: Domain) -> Task:
         train, val = self._rows(domain, "train", index), self._rows(domain, "val", index, self.max_eval_rows)
@@ -208,6 +244,10 @@ def _check(task: AnswerTask, max_tokens: int, max_answer_tokens: int) -> None:
     if not 0 < longest < max_tokens - 1:
         raise ValueError(f"task {task.name!r}: answers of {longest} tokens leave no room for a prompt in rows of "
                          f"{max_tokens}; raise max_tokens")  # fmt: skip
+    if task.max_examples is not None and task.max_examples < 1:
+        raise ValueError(f"task {task.name!r}: max_examples must be at least 1, got {task.max_examples}")
+    if not re.fullmatch(r"[\w.-]+", task.name):
+        raise ValueError(f"task {task.name!r}: a name is made of letters, digits, '.', '_' and '-'; folder can be any")
     answer_value(task.metric)
 
 

@@ -25,6 +25,9 @@ TOKENIZER_CHARACTERS = 20_000_000
 class TextStream(Stream):
     """Language modelling on one text domain after another, from the hub or from local files."""
 
+    source_word = "domain"
+    """What errors call a domain: a stream's options may name it otherwise."""
+
     def __init__(
         self,
         *,
@@ -53,15 +56,15 @@ class TextStream(Stream):
         self._check()
 
     def _check(self) -> None:
-        names = [domain.name for domain in self.domains]
+        names, word = [domain.name for domain in self.domains], self.source_word
         probes: list[Domain | MultipleChoice] = [*self.probe_domains, *self.multiple_choice]
         every = names + [probe.name for probe in probes]
         if not names or len(set(every)) != len(every):
-            raise ValueError(f"domains, probes: give at least one domain, and each its own name; got {every}")
+            raise ValueError(f"{word}s, probes: give at least one {word}, and each its own name; got {every}")
         if unknown := set(self.order_names) - set(names):
-            raise ValueError(f"order: there is no domain {min(unknown)!r}; there are {names}")
+            raise ValueError(f"order: there is no {word} {min(unknown)!r}; there are {names}")
         if len(set(self.order_names)) != len(self.order_names):
-            raise ValueError(f"order: each domain can stand there once; got {self.order_names}")
+            raise ValueError(f"order: each {word} can stand there once; got {self.order_names}")
         if not 0 < self.block_size <= self.max_eval_tokens:
             raise ValueError(
                 f"block_size: must be positive and at most max_eval_tokens ({self.max_eval_tokens}), "

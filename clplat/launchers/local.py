@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from clplat.execution import Outcome, execute_safely
-from clplat.interruption import Interruption, exit_code, signals_to
+from clplat.interruption import Interruption, exit_code, passed_on, signals_to
 from clplat.launchers.desk import Desk
 from clplat.launchers.nursery import Nursery, tend
 from clplat.progress import Asking
@@ -149,6 +149,9 @@ class _Pool:
                     # It was born as the stop came, and has not met it.
                     os.kill(content, signal.SIGKILL)
             elif kind == "ended":
+                if content["status"] == "KILLED" and self._stop is not None:
+                    # Whatever signal reached the worker: what was asked for here is the study's exit code.
+                    content["code"] = self._stop_code()
                 self._desk.ended(Outcome(**content | {"folder": worker.folder}))
                 self._give(nursery, worker, None if self._stop is not None else self._desk.take())
             elif kind == "asks":
@@ -183,10 +186,10 @@ class _Pool:
                 # With it go those that are not born yet; nobody asks for another.
                 self._nursery.stop()
             for worker in workers:
-                if worker.pid is not None and (again or number != signal.SIGINT):
+                if worker.pid is not None:
                     # One that ended in this moment is gone.
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(worker.pid, signal.SIGKILL if again else number)
+                        os.kill(worker.pid, signal.SIGKILL if again else passed_on(number))
 
         with signals_to(asked):
             yield

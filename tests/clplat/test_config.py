@@ -82,6 +82,19 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"stream": TEXT | {"init_args": {"domains": 3}}},
         r"stream\.init_args\.domains: expected a list, got 3",
     ),
+    "text that YAML reads as a mapping": (
+        {
+            "stream": {
+                "class_path": "PromptAnswerStream",
+                "init_args": {
+                    "root": "data",
+                    "tasks": [{"name": "sums"}],
+                    "prompt_template": {"Q": {"question": None}},
+                },
+            }
+        },
+        r"prompt_template: expected text, got .*; YAML reads a mapping there: put the text in quotes, in a shell",
+    ),
     "option's near name": (
         {"architecture__init_args": {"hidden_size": [1]}},
         r"no such option; did you mean 'hidden_sizes'",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,9 @@ def test_the_command_prints_the_barriers_and_mlflow_gets_what_was_found(
     folder = next(run(data, quiet=True).folder.glob("*/config.yaml")).parent
     with pytest.raises(SystemExit) as ended:
         main(["analyze", "connectivity", str(folder), "--points", "3", "--gap", "1", "--rows", "10"])
-    assert ended.value.code == 0 and "connectivity.png" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and "connectivity.png" in said and "α = 0 are the weights after the first" in said
+    assert re.search(r"\b(yes|no)\b", said) and "True" not in said and not re.search(r"\d\.\d{5}", said)
     state = read_json(folder / "mlflow.json")
     assert state is not None
     names = {artifact.path for artifact in client(store).list_artifacts(state["run_id"])}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,23 @@ from clplat.journal import last_status
 from clplat.launch import launch, most_devices, worker_count
 from clplat.launchers.local import Local, _gpus_of
 from clplat.study import lay_out
-from clplat.study_file import expand, load_study
+from clplat.study_file import expand, load_study, run_folders
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-@pytest.mark.parametrize("moment", ["workers start", "workers train"])
-def test_a_stop_at_any_moment_leaves_no_run_failed(tmp_path: Path, number: int, code: int, moment: str) -> None:
+@pytest.mark.parametrize(
+    ("number", "to", "moment"),
+    [
+        # As a terminal does: to the whole group. A scheduler, or a person's `kill`, tells the first process alone.
+        (signal.SIGINT, os.killpg, "workers start"),
+        (signal.SIGINT, os.killpg, "workers train"),
+        (signal.SIGINT, os.kill, "workers train"),
+        (signal.SIGTERM, os.kill, "workers start"),
+        (signal.SIGTERM, os.kill, "workers train"),
+    ],
+)
+def test_a_stop_at_any_moment_leaves_no_run_failed(
+    tmp_path: Path, number: int, to: Callable[[int, int], None], moment: str
+) -> None:
     config = load_study(study(seeds=[0, 1], launcher={"workers": 2}, training__budget={"steps": 100_000}))
     folder = lay_out(config, expand(config))
     process = subprocess.Popen(
@@ -33,25 +45,27 @@ def test_a_stop_at_any_moment_leaves_no_run_failed(tmp_path: Path, number: int, 
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     try:
-        stop_and_look(process, folder, number, code, moment)
+        wait_for(process, folder, moment)
+        to(process.pid, number)
+        look(process, folder, {signal.SIGINT: 130, signal.SIGTERM: 75}[number], moment)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def stop_and_look(process: subprocess.Popen[str], folder: Path, number: int, code: int, moment: str) -> None:
-    runs = [folder / f"digits-s{seed}" for seed in (0, 1)]
-    deadline = time.monotonic() + 120
+def wait_for(process: subprocess.Popen[str], folder: Path, moment: str) -> None:
+    runs, deadline = run_folders(folder), time.monotonic() + 120
     while not (children(process.pid) if moment == "workers start" else all(map(trains, runs))):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
-    # As a terminal does: to the whole group. A scheduler tells the first process alone.
-    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-    said, _ = process.communicate(timeout=120)
+
+
+def look(process: subprocess.Popen[str], folder: Path, code: int, moment: str) -> None:
+    said, _ = process.communicate(timeout=60)
     assert process.returncode == code, said
     assert "Traceback" not in said and "FAILED" not in said, said
-    assert {last_status(run) for run in runs} <= {"KILLED", "WAITING"}
-    assert moment == "workers start" or all((run / "checkpoints").is_dir() for run in runs)
+    assert {last_status(run) for run in run_folders(folder)} <= {"KILLED", "WAITING"}
+    assert moment == "workers start" or all((run / "checkpoints").is_dir() for run in run_folders(folder))
 
 
 def children(pid: int) -> list[str]:

@@ -115,17 +115,20 @@ def two(data: dict[str, Any]) -> dict[str, Any]:
     return {"training": data["training"] | {"devices": 2, "accelerator": "cpu"}}
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code", "alone"), [(signal.SIGTERM, 75, False), (signal.SIGINT, 130, False), (signal.SIGINT, 130, True)]
+)
 def test_a_stop_while_processes_start_is_a_stop_and_no_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, alone: bool
 ) -> None:
     folder, original = run_folder(tmp_path, study() | two(study())), subprocess.Popen
 
     def started(*arguments: Any, **options: Any) -> Any:
         child = original(*arguments, **options)
         if options["env"]["RANK"] == "1":
-            # A terminal sends Ctrl-C to the children too.
-            threading.Timer(0.3, lambda: [os.kill(pid, number) for pid in (child.pid, os.getpid())]).start()
+            # A terminal sends Ctrl-C to the children too, a person's `kill` does not.
+            told = [os.getpid()] if alone else [child.pid, os.getpid()]
+            threading.Timer(0.3, lambda: [os.kill(pid, number) for pid in told]).start()
         return child
 
     monkeypatch.setattr(subprocess, "Popen", started)

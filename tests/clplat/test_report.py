@@ -58,13 +58,48 @@ def test_means_intervals_paired_differences_and_intransigence_are_those_of_the_t
     )
 
 
-def test_an_arm_that_learned_nothing_forgets_least_and_does_not_lead(store: str) -> None:
-    study = Made(store, ["learns", "frozen"], [0])
+def test_an_arm_in_which_nothing_moved_has_nothing_to_forget_and_is_not_praised_for_it(store: str) -> None:
+    study = Made(store, ["learns", "frozen", "slow"], [0])
     study.run("learns", 0, [[0.5, 0.5], [0.9, 0.5], [0.7, 0.9]])
     study.run("frozen", 0, [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]])
-    said = finding(load_study_results("digits", store))
+    study.run("slow", 0, [[0.5, 0.5], [0.6, 0.5], [0.5, 0.5]])
+    results = load_study_results("digits", store)
+    said = finding(results)
     assert said.startswith("Best final score: learns, 0.800")
-    assert "Least forgetting: frozen, 0.000, with a learning score of 0.500 (learns: 0.900)" in said
+    assert "Least forgetting: slow, 0.100, with a learning score of 0.550 (learns: 0.900)" in said
+    (line,) = [line for line in printed(results).splitlines() if line.strip().startswith("frozen ") and "0.500" in line]
+    assert line.split() == ["frozen", "1", "0.500", "–", "–"]
+
+
+def test_the_perplexity_of_a_text_that_was_read_stands_in_the_terminal_and_in_the_closing_line(store: str) -> None:
+    study = Made(store, ["truncation", "temp_lora"], [0, 1], baseline="truncation")
+    for seed in (0, 1):
+        for variant, value in (("truncation", 40.0), ("temp_lora", 15.0 + seed)):
+            found = {"strategy/reader/ppl": {20: value}, "strategy/reader/ppl/part-1": {20: 99.0}}
+            study.run(variant, seed, NAIVE[seed], steps=found)
+    results = load_study_results("digits", store)
+    lines = [" ".join(line.split()) for line in printed(results).splitlines()]
+    assert "reader/ppl: perplexity of every chunk before it was learned" in lines
+    assert "variant perplexity − truncation" in lines and not any("99" in line for line in lines)
+    assert "temp_lora 15.500 ± 6.353 -24.500 ± 6.353" in lines and "truncation 40.000 ± 0.000" in lines
+    assert finding(results).endswith(". Lowest reader/ppl: temp_lora, 15.500 ± 6.353 (n = 2).")
+
+
+def test_long_names_are_wrapped_and_numbers_stand_whole_on_one_line(store: str) -> None:
+    names = ["ilora_code_intent", "ilora_code_inert_ema", "seq"]
+    study = Made(store, names, [0, 1], baseline="seq")
+    for number, name in enumerate(names):
+        for seed in (0, 1):
+            study.run(name, seed, [[-9.0, -9.0], [-2.0 - seed, -8.0], [-5.0 - seed / 9, -3.0 - number]], higher=False)
+    results = load_study_results("digits", store)
+    text = printed(results)
+    assert max(len(line) for line in text.splitlines()) <= 80 and "…" not in text
+    for name in names:
+        score = str(results.interval(name, "final_score"))
+        rows = text.split(f"{results.name}: mean")[1].splitlines()
+        (at,) = [place for place, line in enumerate(rows) if score in line and name.startswith(line.split()[0])
+                 and (line.split()[0] == name or name.endswith(rows[place + 1].split()[0]))]  # fmt: skip
+        assert rows[at].split()[0] + ("" if rows[at].split()[0] == name else rows[at + 1].split()[0]) == name
 
 
 def test_the_terminal_table_fits_eighty_columns_and_marks_reference_arms(store: str) -> None:

@@ -10,6 +10,7 @@ import yaml
 from studies import study
 
 from clplat.cli import main
+from clplat.interruption import Interruption, passed_on
 
 STOPPED = '''
 import os, signal
@@ -65,6 +66,22 @@ def test_a_study_that_is_stopped_before_its_first_run_says_how_to_go_on(
     (folder,) = (tmp_path / "runs").iterdir()
     said = capsys.readouterr().err
     assert ended.value.code == 75 and f"stopped by SIGTERM; `clplat resume runs/{folder.name}` starts" in said, said
+
+
+@pytest.mark.parametrize("order", [("SIGINT", "SIGTERM"), ("SIGTERM", "SIGINT")])
+def test_a_ctrl_c_that_comes_from_the_terminal_and_from_the_launcher_is_one_request_and_the_next_ends_at_once(
+    order: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    assert {passed_on(signal.SIGINT), passed_on(signal.SIGTERM)} == {signal.SIGTERM}
+    stop = Interruption()
+    with stop.listening():
+        for name in order:
+            signal.raise_signal(signal.Signals[name])
+        assert stop.requested == "SIGINT" and ended == []
+        signal.raise_signal(signal.SIGINT)
+    assert ended == [130]
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])

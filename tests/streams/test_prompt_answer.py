@@ -18,7 +18,7 @@ from clplat.streams.tokenizers import ByteTokenizer
 from clplat.streams.tokens import TokenCache
 
 END, BEGIN = ByteTokenizer.end_token, 1
-ROWS = [("1+1=", "2"), ("a long question about nothing: ", "no"), ("é?", "an answer of some length"), ("q", "")]
+ROWS = [("1+1=", "2"), ("a long question about nothing: ", "no"), ("é?", "an answer of some length")]
 TASK = AnswerTask(name="sums", metric="exact_match", max_new_tokens=4)
 
 
@@ -71,7 +71,6 @@ def test_a_row_is_what_fits_of_the_prompt_then_the_answer_which_alone_is_a_targe
 ) -> None:
     stream = made(root, max_tokens=length, max_answer_tokens=most, tokenizer=tokenizer)
     data, begin = stream.tasks[0].train, [] if tokenizer.begin_token is None else [BEGIN]
-    assert len(data) == 3  # a row without an answer teaches nothing
     batch = data.batch(torch.tensor([2, 0, 1]))
     for number, (prompt, answer) in enumerate([ROWS[2], ROWS[0], ROWS[1]]):
         inputs, targets = row(prompt, answer, stream.row_length, most, begin)
@@ -178,9 +177,16 @@ def test_json_lists_are_read_parts_without_a_file_are_held_out_and_a_probe_needs
         ({"tasks": [AnswerTask(name="none")]}, "task 'none': there is no folder"),
         ({"tasks": [AnswerTask(name="empty")]}, "task 'empty': there is no file train.jsonl or train.json"),
         ({"max_answer_tokens": 23}, "task 'sums': answers of 23 tokens leave no room for a prompt in rows of 24"),
-        ({"order": ["other"]}, "order: there is no domain 'other'"),
+        ({"order": ["other"]}, "order: there is no task 'other'"),
+        ({"tasks": [TASK, TASK]}, "tasks, probes: give at least one task, and each its own name"),
+        ({"prompt_template": "Q: "}, "prompt_template: 'Q: ' has no {prompt}"),
+        ({"tasks": [AnswerTask(name="a/b", folder="sums")]}, "task 'a/b': a name is made of"),
+        ({"tasks": [AnswerTask(name="sums", max_examples=0)]}, "task 'sums': max_examples must be at least 1, got 0"),
         ({"max_eval_rows": 0}, "max_eval_rows, max_answers: at least 1 and 0"),
-        ({"prompt_field": "question"}, "rows have no text in the field 'question'; they have .'answer', 'prompt'."),
+        (
+            {"prompt_field": "question"},
+            r"train.jsonl, line 1: the row has no field 'question', it has \['answer', 'prompt'\]",
+        ),
         (
             {"multiple_choice": [MultipleChoice(questions="none.jsonl")]},
             "'mmlu', questions: there is no file none.jsonl",
