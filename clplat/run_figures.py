@@ -32,10 +32,10 @@ class Picture:
 
     def __init__(self, size: tuple[float, float], *, left: int, right: int, above: int, below: int) -> None:
         wide, high = size[0] + left + right, size[1] + above + below
-        self.root = ElementTree.Element(
-            "svg", xmlns="http://www.w3.org/2000/svg", width=f"{wide:g}", height=f"{high:g}",
-            viewBox=f"{-left} {-above} {wide:g} {high:g}", **{"font-family": "sans-serif", "font-size": "11"},
-        )  # fmt: skip
+        self.root = ElementTree.Element("svg", {
+            "xmlns": "http://www.w3.org/2000/svg", "width": f"{wide:g}", "height": f"{high:g}",
+            "viewBox": f"{-left} {-above} {wide:g} {high:g}", "font-family": "sans-serif", "font-size": "11",
+        })  # fmt: skip
         self.add("rect", x=-left, y=-above, width=wide, height=high, fill="white")
 
     def add(self, kind: str, text: str | None = None, **attributes: Any) -> None:
