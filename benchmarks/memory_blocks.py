@@ -3,7 +3,8 @@
     python benchmarks/memory_blocks.py                                   # on a GPU: all layers, 4 to 32 rows
     python benchmarks/memory_blocks.py --rows 8 --only Hope              # some of them
     python benchmarks/memory_blocks.py --rows 8 --only "depth 1" --profile          # milliseconds by kernel
-    python benchmarks/memory_blocks.py --rows 8 --only "depth 1" --warps 4 8 16     # of Hope's kernels
+    python benchmarks/memory_blocks.py --rows 8 --only "depth 1" --warps 4 8 16     # of all of Hope's kernels
+    python benchmarks/memory_blocks.py --rows 8 --only "depth 1" --warps planned write_back=4 walk=16   # of one
     python benchmarks/memory_blocks.py --rows 8 --only "depth 2" --compiled
     python benchmarks/memory_blocks.py --device cpu --tokens 128 --hidden 32 --heads 2 --rows 1 --milliseconds 1
 
@@ -105,9 +106,9 @@ class Benchmark:
                         continue
                     self.attempt(name, kind, rows, warps)
 
-    def attempt(self, name: str, kind: LayerKind, rows: int, warps: int | None) -> None:
+    def attempt(self, name: str, kind: LayerKind, rows: int, warps: str | None) -> None:
         """One layer, and what came of it."""
-        line = [name, str(rows), "as planned" if warps is None else str(warps)]
+        line = [name, str(rows), warps or "planned"]
         try:
             with_warps(warps)
             line += self.measured(name, kind, rows)
@@ -144,13 +145,15 @@ class Benchmark:
         )
 
 
-def with_warps(warps: int | None) -> None:
-    """So many in all kernels of Hope's memories; None: as `tuning` has it."""
+def with_warps(warps: str | None) -> None:
+    """So many in all kernels of Hope's memories, or `kernel=warps` in one; None or `planned`: as `tuning` has it."""
     from clplat.kernels.self_modifying import launch, tuning
+
+    one, _, count = (warps or "planned").rpartition("=")
 
     def chosen(kernel: str, layout: object) -> dict[str, int]:
         found = tuning.options(kernel, layout)  # type: ignore[arg-type]
-        return found if warps is None else found | {"num_warps": warps}
+        return found | {"num_warps": int(count)} if count != "planned" and one in ("", kernel) else found
 
     launch.options = chosen
 
@@ -163,7 +166,9 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 16, 4, 32])
     parser.add_argument("--only", default="", help="layers with this in their names, and GatedDeltaNet")
-    parser.add_argument("--warps", type=int, nargs="+", default=[None], help="of the kernels of Hope at depth 1")
+    parser.add_argument(
+        "--warps", nargs="+", default=[None], metavar="[KERNEL=]N", help="of the kernels of Hope at depth 1; `planned`"
+    )
     parser.add_argument("--compiled", action="store_true", help="chunks without kernels under torch.compile, too")
     parser.add_argument("--profile", action="store_true", help="which kernels the time goes to, too")
     parser.add_argument("--milliseconds", type=float, default=100, help="of one measurement")

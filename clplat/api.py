@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas
 
     from clplat.architectures.base import Architecture
-    from clplat.tuning.tune import Tuned
+    from clplat.tuning.outcome import Tuned
 
 Config = str | Path | Mapping[str, Any]
 
@@ -53,10 +53,11 @@ def tune(config: Config, overrides: Mapping[str, Any] | None = None, *, quiet: b
     Returns trials, best settings and gain, with the folder of all of them. Raises `ConfigError` before the first trial,
     and `StudyFailedError` when no trial came to its end.
     """
+    from clplat.tuning.checks import load_tune
     from clplat.tuning.tune import run_tune
 
     pairs = [(key, json.dumps(value)) for key, value in (overrides or {}).items()]
-    return run_tune(load_study(config, pairs), Console(quiet=quiet, highlight=False))
+    return run_tune(load_tune(config, pairs), Console(quiet=quiet, highlight=False))
 
 
 def resume(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from clplat.study import Study
-    from clplat.tuning.tune import Tuned
+    from clplat.tuning.outcome import Tuned
 
 DESCRIPTION = """Continual-learning experiments: train on a sequence of tasks, measure what is forgotten,
 compare strategies in MLflow."""
@@ -28,8 +28,10 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a study: CONFIG [--dotted.key value ...] [--dry-run]")
     run.add_argument("config", nargs="?", help="a YAML file, or the name of a shipped study (`clplat list studies`)")
     run.add_argument("--best", action="store_true", help="CONFIG is a name of known-good settings; alone: list them")
-    run.add_argument("--variant", help="this variant alone")
-    run.add_argument("--seed", type=int, help="this seed alone; with --variant of a study's folder: that one run of it")
+    run.add_argument("--variant", help="this one of its variants")
+    run.add_argument(
+        "--seed", type=int, help="this one of its seeds; with --variant of a study's folder: that one run of it"
+    )
     run.add_argument("--dry-run", action="store_true", help="two batches a task; estimate time and memory")
     tune = commands.add_parser("tune", help="search the `space:` of a study, and report what the best has gained")
     tune.add_argument("config", help="a YAML file with a space, or the name of a shipped one (docs/tuning.md)")
@@ -145,11 +147,14 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
         case "run":
             return _run(options, overrides, console)
         case "tune":
-            from clplat.study_file import load_study
-            from clplat.tuning.tune import run_tune
+            from clplat.tuning.checks import load_tune
 
             asked = [("tune.on_test_sequence", "true")] if options.on_test_sequence else []
-            return _conclude(run_tune(load_study(options.config, overrides + asked), console), console)
+            study = load_tune(options.config, overrides + asked)
+            # After that: it loads all that trains, which takes seconds.
+            from clplat.tuning.tune import run_tune
+
+            return _conclude(run_tune(study, console), console)
         case "resume":
             from clplat.api import resume
 
@@ -212,7 +217,7 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
 
 
 def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console: Console) -> int:
-    from clplat.study_file import load_study
+    from clplat.study_file import chosen, load_study
 
     if options.config is not None and Path(options.config).is_dir():
         from clplat.one_run import run_one
@@ -221,7 +226,6 @@ def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console:
         if outcome.status != "FINISHED":
             console.print(f"{outcome.folder}: {outcome.status}. {outcome.reason}", soft_wrap=True)
         return outcome.code
-    overrides = overrides + _chosen(options)
     if options.best:
         from clplat import best
 
@@ -231,6 +235,7 @@ def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console:
         study = best.study(options.config, overrides)
     else:
         study = load_study(options.config, overrides)
+    study = chosen(study, options.variant, options.seed)
     if options.dry_run:
         from clplat.dry_run import estimate
 
@@ -265,14 +270,6 @@ def _compare(options: argparse.Namespace, console: Console) -> None:
 
         page = write_report(found[0], options.out, options.baseline)
     console.print(f"report: {page}", soft_wrap=True)
-
-
-def _chosen(options: argparse.Namespace) -> list[tuple[str, str]]:
-    """`--variant` and `--seed` as overrides of a study."""
-    import json
-
-    variant = [("variants", json.dumps([options.variant]))] if options.variant is not None else []
-    return variant + ([("seeds", f"[{options.seed}]")] if options.seed is not None else [])
 
 
 def _conclude(ended: Study | Tuned, console: Console) -> int:

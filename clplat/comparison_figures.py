@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clplat.figures import PALETTE, arms, draw_front, look, name_above, new_figure, possible
+from clplat.figures import (
+    PALETTE,
+    draw_front,
+    draw_intervals,
+    look,
+    name_above,
+    new_figure,
+    point_look,
+    possible,
+    rings,
+)  # fmt: skip
 from clplat.metrics import Interval, verdict
 
 if TYPE_CHECKING:
@@ -17,6 +27,8 @@ if TYPE_CHECKING:
 
 ROW = 0.3
 """Height of a variant's row in inches."""
+COST_RANGE = (0.0, np.inf)
+"""What costs can be."""
 
 
 def score_and_costs(
@@ -24,31 +36,22 @@ def score_and_costs(
 ) -> Figure:
     """Final score against each cost, with the front of those variants that no other beats in both.
 
-    Reference arms are hollow and on no front: they do what a continual learner may not.
+    Names stand in the legend, where they lie on nothing. Reference arms are hollow and on no front: they do what a
+    continual learner may not.
     """
     columns = min(3, len(costs))
     figure, axes = new_figure(1.0 + 3.6 * columns, 3.6, len(costs), columns)
     up, named = possible(list(scores.values())), set()
     for place, (axis, (cost, values)) in enumerate(zip(axes, costs.items(), strict=True)):
-        places: dict[str, tuple[float, float]] = {}
-        for number, (variant, score) in enumerate(scores.items()):
-            found = values[variant]
-            if not np.isfinite(score.mean + found.mean):
-                continue
-            hollow = {"markerfacecolor": "white"} if variant in references else {}
-            axis.errorbar(
-                found.mean, score.mean, yerr=arms(score, up), xerr=arms(found, (0.0, np.inf)),
-                color=PALETTE[number % 8], capsize=2, linewidth=1,
-            )  # fmt: skip
-            label = None if variant in named else variant
-            axis.plot(found.mean, score.mean, **look(number) | {"linestyle": "none"} | hollow, label=label)
-            named.add(variant)
-            if variant not in references:
-                places[variant] = (found.mean, score.mean)
-        kept = draw_front(axis, list(places.values()))
-        for (variant, at), on_front in zip(places.items(), kept, strict=True):
-            if on_front:
-                axis.annotate(variant, at, xytext=(0, 7), textcoords="offset points", fontsize=7, ha="center")
+        known = [v for v in scores if np.isfinite(scores[v].mean + values[v].mean)]
+        places = {v: (values[v].mean, scores[v].mean) for v in known}
+        numbers = {variant: number for number, variant in enumerate(scores)}
+        for v in known:
+            draw_intervals(axis, values[v], scores[v], across=COST_RANGE, up=up, color=PALETTE[numbers[v] % 8])
+        draw_front(axis, [at for v, at in places.items() if v not in references])
+        for (v, at), ring in zip(places.items(), rings(list(places.values())), strict=True):
+            axis.plot(*at, **point_look(numbers[v], ring, hollow=v in references), label=None if v in named else v)
+            named.add(v)
         axis.set(xlabel=f"{cost} (lower is better)", ylabel="" if place % columns else "final score (higher is better)")
         axis.xaxis.set_major_formatter(lambda value, _: quantity(value))
         axis.margins(0.08)

@@ -39,6 +39,12 @@ class View:
                 return self.predictor.predict(batch)
             return self.objective.seen(self.architecture(batch), batch, self.seen)
 
+    def prepare(self) -> None:
+        """What answers need of other processes."""
+        if self.predictor is not None:
+            with self._autocast():
+                self.predictor.prepare_predict()
+
     def generate(self, prompts: list[list[int]], *, max_new_tokens: int, stop: int | None) -> list[list[int]]:
         from clplat.architectures.generation import greedy
 
@@ -179,6 +185,8 @@ class Evaluator:
         rows = torch.arange(len(test.data))
         if not test.scorer.whole:
             rows = spread_rows(len(test.data), limit or self.max_rows)[self.world.rank :: self.world.size]
+        if self.world.size > 1:
+            view.prepare()
         scorer = test.scorer.learning() if learns(self.architecture) else test.scorer
         answerer = view.fork() if scorer.adaptive else view
         sums = scorer.score(answerer, self._held(test), rows, self.batch_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -121,7 +121,10 @@ def forgetting_curves(lines: Mapping[str, Sequence[tuple[Scores, Scores]]]) -> F
 def name_above(figure: Figure) -> None:
     """The legend above the panels, where it covers nothing; none where nothing could be drawn."""
     if any(axis.get_legend_handles_labels()[0] for axis in figure.axes):
-        figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+        legend = figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize=8)
+        for line in legend.get_lines():
+            # A point may be drawn larger than others.
+            line.set_markersize(6)
 
 
 def draw_front(axis: Axes, places: Sequence[tuple[float, float]], across: int = -1, up: int = 1) -> list[bool]:
@@ -151,13 +154,45 @@ def place_variants(
     axis: Axes, points: Mapping[str, tuple[Interval, Interval]], *, across: tuple[float, float], up: tuple[float, float]
 ) -> None:  # fmt: skip
     """One point a variant, (height, place), with its intervals cut at what values can be."""
-    for number, (variant, (height, place)) in enumerate(points.items()):
-        if np.isfinite(height.mean) and np.isfinite(place.mean):
-            axis.errorbar(
-                place.mean, height.mean, yerr=arms(height, up), xerr=arms(place, across), color=PALETTE[number % 8],
-                capsize=2,
-            )  # fmt: skip
-            axis.plot(place.mean, height.mean, **look(number) | {"linestyle": "none"}, label=variant)
+    for number, (height, place) in enumerate(points.values()):
+        draw_intervals(axis, place, height, across=across, up=up, color=PALETTE[number % 8])
+    places = [(place.mean, height.mean) for height, place in points.values()]
+    for number, (variant, at, ring) in enumerate(zip(points, places, rings(places), strict=True)):
+        if np.isfinite(sum(at)):
+            axis.plot(*at, **point_look(number, ring), label=variant)
+
+
+def draw_intervals(
+    axis: Axes, place: Interval, height: Interval, *, across: tuple[float, float], up: tuple[float, float], color: str
+) -> None:  # fmt: skip
+    """Both intervals of a point, cut at what values can be; an end that is cut has no end mark."""
+    if not np.isfinite(place.mean + height.mean):
+        return
+    axis.errorbar(place.mean, height.mean, xerr=arms(place, across), yerr=arms(height, up), color=color, linewidth=1)
+    for found, limits, mark in ((place, across, "|"), (height, up, "_")):
+        for end in () if np.isnan(found.half) else (found.mean - found.half, found.mean + found.half):
+            if limits[0] <= end <= limits[1]:
+                at = (end, height.mean) if mark == "|" else (place.mean, end)
+                axis.plot(*at, marker=mark, markersize=5, color=color, linestyle="none", zorder=2)
+
+
+def is_cut(found: Interval, limits: tuple[float, float]) -> bool:
+    """Whether an interval goes on beyond what values can be."""
+    return bool(found.mean - found.half < limits[0] or found.mean + found.half > limits[1])
+
+
+def rings(places: Sequence[tuple[float, float]]) -> list[int]:
+    """How many earlier points each (x, y) would hide: those within a marker's size of it, 3 % of what all span."""
+    values = np.array(places, dtype=float).reshape(-1, 2)
+    known = values[np.isfinite(values).all(1)]
+    near = 0.03 * np.maximum(np.ptp(known, axis=0), 1e-12) if len(known) else np.ones(2)
+    return [int((np.abs(values[:number] - at) <= near).all(1).sum()) for number, at in enumerate(values)]
+
+
+def point_look(number: int, ring: int, *, hollow: bool = False) -> dict[str, Any]:
+    """A variant's marker; one that would hide `ring` others is larger and lies behind them, so that all are seen."""
+    edge = {"markerfacecolor": "white"} if hollow else {"markeredgecolor": "white", "markeredgewidth": 0.8}
+    return look(number) | {"linestyle": "none", "markersize": 7 + 5 * ring, "zorder": 5 - 0.1 * ring} | edge
 
 
 def possible(scores: Sequence[Interval]) -> tuple[float, float]:

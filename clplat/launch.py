@@ -16,7 +16,7 @@ from clplat.launchers.desk import Desk
 from clplat.launchers.local import Local
 from clplat.launchers.network_disks import check_disk
 from clplat.machine import cores
-from clplat.mlflow_store import absolute
+from clplat.mlflow_store import absolute, check_uri
 from clplat.progress import Board
 from clplat.supply import Listed, Supply
 
@@ -40,8 +40,8 @@ def launch(folders: Sequence[Path], *, launcher: Launcher, console: Console, ret
     return listed.outcomes(code)
 
 
-def serve(supply: Supply, *, runs: int, launcher: Launcher, console: Console, retries: int = 1) -> int:
-    """Carry out what a supply gives; `runs` is how many a person is told to expect.
+def serve(supply: Supply, *, runs: int | None, launcher: Launcher, console: Console, retries: int = 1) -> int:
+    """Carry out what a supply gives; `runs` is how many a person is told to expect, None where the supply tells itself.
 
     A run whose process is lost is begun again `retries` times. Returns the exit code of the stop that was asked for, 0
     when nobody did.
@@ -56,6 +56,8 @@ def launcher_of(study: StudyConfig, runs: int, devices: int) -> Launcher:
     Raises `ConfigError` where it cannot work here.
     """
     config = study.launcher
+    if study.tracking.enabled:
+        check_uri(study.tracking.uri)
     if config.kind == "local":
         workers, threads = worker_count(study, runs, devices), study.training.threads
         return Local(workers=workers, threads=threads, devices=devices, record=study.tracking.enabled)

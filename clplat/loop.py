@@ -31,7 +31,7 @@ from clplat.randomness import global_state, restore_global, seed_global
 from clplat.record import check_data, describe
 from clplat.result_table import ResultTable
 from clplat.sharding import Sharded
-from clplat.strategies.buffers import stored_fields
+from clplat.strategies.stored_rows import stored_fields
 from clplat.strategies.world import World
 from clplat.streams.base import Budget, Task
 

@@ -25,6 +25,8 @@ def check_room(training: TrainingConfig) -> None:
     import torch
 
     there, on_gpu = cores(), training.accelerator != "cpu" and torch.cuda.is_available()
+    if training.accelerator == "gpu" and not on_gpu:
+        raise ConfigError("training.accelerator: 'gpu' was asked for, and torch sees none; use 'auto' or 'cpu'")
     if training.threads > there:
         raise ConfigError(
             f"training.threads: is {training.threads}, and this process may use {there} cores; set it to {there} or "

@@ -205,6 +205,15 @@ class Interval:
         return f"{self.mean:.3f} ± {self.half:.3f}" if self.n > 1 else f"{self.mean:.3f}"
 
 
+def amount(value: float) -> str:
+    """A count or a cost as a person reads it: 5,280 or 23.8 G, and three places where it is no whole number."""
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(value) >= size:
+            scaled = value / size
+            return f"{scaled:.{2 if abs(scaled) < 10 else 1 if abs(scaled) < 100 else 0}f} {letter}"
+    return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.3f}"
+
+
 def interval(values: Sequence[float]) -> Interval:
     """Student t interval at 95 % over independent values; the half width is NaN for fewer than two."""
     from scipy.special import stdtrit  # not scipy.stats, which takes a second to import

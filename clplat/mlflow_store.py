@@ -5,11 +5,18 @@ from __future__ import annotations
 import logging
 import os
 import re
+import textwrap
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from clplat.config import TrackingConfig
+from clplat.errors import ConfigError, nearest
 from clplat.mlflow_view import KIND
+
+DATABASES = ("mssql", "mysql", "postgresql", "sqlite")
+SERVERS = ("databricks", "databricks-uc", "http", "https", "uc")
+"""Schemes of tracking URIs that MLflow knows by itself."""
 
 
 def quiet_mlflow() -> None:
@@ -37,6 +44,36 @@ def client(uri: str) -> Any:
         Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
     return mlflow.MlflowClient(uri)
+
+
+def check_uri(uri: str) -> None:
+    """Refuse a tracking URI that no MLflow of this machine could ever reach; whether a server answers is not asked."""
+    scheme = uri.partition(":")[0] if ":" in uri else ""
+    engine, known = scheme.partition("+")[0], {*DATABASES, *SERVERS, *_plugins()}
+    if engine in ("", "file") and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("1", "true"):
+        raise ConfigError(
+            f"tracking.uri: {uri} is a folder, which MLflow no longer writes to; name a database (sqlite:///mlflow.db) "
+            "or a server (http://…)"
+        )
+    if engine not in known | {"", "file"}:
+        raise ConfigError(f"tracking.uri: {uri}: MLflow knows no {scheme!r}{nearest(engine, known)}")
+    if engine in DATABASES:
+        from sqlalchemy import make_url
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            make_url(uri).get_dialect().import_dbapi()
+        except (SQLAlchemyError, ValueError) as error:
+            raise ConfigError(f"tracking.uri: {uri} is no database's address ({short(error)})") from error
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"tracking.uri: {engine} needs its driver, which is not installed: pip install {error.name}"
+            ) from error
+
+
+def _plugins() -> list[str]:
+    """Schemes that installed packages bring to MLflow."""
+    return [entry.name for entry in entry_points(group="mlflow.tracking_store")]
 
 
 def absolute(uri: str) -> str:
@@ -69,4 +106,6 @@ def short(error: Exception) -> str:
     """An error on one line, cut to what fits into another message; of a dead connection only what the system said."""
     text = re.sub(r" ?\(Background on this error at: \S+\)", "", " ".join(str(error).split()))
     system = re.search(r"\[Errno -?\d+\] ([^'\")]+)|(timed out)", text)
-    return next(filter(None, system.groups())).lower() if system else text[:200] or type(error).__name__
+    if system:
+        return next(filter(None, system.groups())).lower()
+    return textwrap.shorten(text, 200, placeholder=" …") or type(error).__name__

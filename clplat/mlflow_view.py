@@ -20,10 +20,10 @@ OURS = "clplat."
 KEPT = 20
 """Views of studies that an experiment keeps, the newest: MLflow reads all of them with every page."""
 COLUMNS = (
-    ("metrics", "final_score"), ("metrics", "final_forgetting"), ("metrics", "learning_score"),
-    ("metrics", "cumulative_forgetting"), ("metrics", "cost/training_seconds"), ("tags", "strategy"),
+    ("metrics", "final_forgetting"), ("metrics", "final_score"), ("metrics", "learning_score"), ("tags", "strategy"),
 )  # fmt: skip
-"""What the table shows beside names and times; MLflow puts metrics in the order of their names."""
+"""What the table shows beside names and times. MLflow puts metrics in the order of their names, and three of
+them fit beside its assistant: a cost or a sum whose name comes before would push the score out of the window."""
 CHARTS = "^final_score$|^final_forgetting$|^cumulative_forgetting$|^average_score$"
 """Which of the charts that MLflow makes of every metric are shown, until somebody clears its search box."""
 
@@ -33,23 +33,26 @@ def view_id(study_run: str) -> str:
     return f"{OURS}{study_run}"
 
 
-def study_view(study_run: str, now: int) -> str:
-    """The value of the tag that shows the runs of a study alone, with the columns and charts above; `now` in ms."""
+def study_view(study_run: str, now: int, columns: Sequence[tuple[str, str]] = COLUMNS) -> str:
+    """The value of the tag that shows the runs of a study alone, with these columns and the charts above; `now` in
+    ms."""
     state = {
         "searchFilter": f"tags.study_run = '{study_run}' and tags.kind = 'run'",
         "orderByKey": "tags.`variant`", "orderByAsc": True,
-        "selectedColumns": [f"{kind}.`{name}`" for kind, name in COLUMNS],
+        "selectedColumns": [f"{kind}.`{name}`" for kind, name in columns],
         "chartsSearchFilter": CHARTS,
     }  # fmt: skip
     return json.dumps({"name": study_run, "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
 
 
-def add_view(connection: Any, experiment: str, study_run: str, now: int) -> None:
+def add_view(
+    connection: Any, experiment: str, study_run: str, now: int, columns: Sequence[tuple[str, str]] = COLUMNS
+) -> None:
     """Write a study's view into its experiment, and take away those of ours beyond the newest `KEPT`."""
     prefix = VIEW + OURS
     old = {key: json.loads(value)["createdAt"] for key, value in connection.get_experiment(experiment).tags.items()
            if key.startswith(prefix)}  # fmt: skip
-    connection.set_experiment_tag(experiment, VIEW + view_id(study_run), study_view(study_run, now))
+    connection.set_experiment_tag(experiment, VIEW + view_id(study_run), study_view(study_run, now, columns))
     old.pop(VIEW + view_id(study_run), None)
     for key in sorted(old, key=lambda key: old[key])[: max(0, len(old) - KEPT + 1)]:
         connection.delete_experiment_tag(experiment, key)

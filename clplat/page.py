@@ -34,6 +34,12 @@ MEASURED = "strategy/"
 
 def write_report(study: StudyResults, out: str | Path | None = None, baseline: str | None = None) -> Path:
     """Write report.html and its figures, and attach them to the study's run where MLflow has one."""
+    if study.is_search:
+        raise ConfigError(
+            f"{study.name}: is a tune, and the scores of its trials are no result, since the best was chosen by them. "
+            f"{study.folder}/tuning.html tells of it; `clplat resume {study.folder}` ends it, or writes that page "
+            f"anew; default and best are compared in {study.folder}/report-…, and `clplat compare` lists the trials"
+        )
     folder = report_folder(Path(out) if out is not None else Path(study.folder if Path(study.folder).is_dir() else "."))
     base = baseline_of(study, baseline)
     with writing(folder, f"`clplat report {study.folder or study.name}` writes the report"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clplat import figures
-from clplat.comparison_figures import Ablated, Panel, ablation_bars, paired_differences, score_and_costs
+from clplat.comparison_figures import COST_RANGE, Ablated, Panel, ablation_bars, paired_differences, score_and_costs
 from clplat.dominance import pareto
 from clplat.html_parts import picture
 from clplat.metrics import Interval, differences, paired
@@ -131,8 +131,20 @@ def _cost(study: StudyResults, finished: Sequence[str]) -> list[Drawn]:
     fronts = "; ".join(f"by {cost}: {', '.join(on_front(scores, values, free))}" for cost, values in costs.items())
     caption = f"The broken line is the front of who, by the means, is beaten by nobody in both. On it {fronts}."
     caption += " Hollow: reference arms, which are left out of it." if references else ""
+    caption += _cut([(v, COST_RANGE) for values in costs.values() for v in values.values()],
+                    [(v, figures.possible(list(scores.values()))) for v in scores.values()])  # fmt: skip
+    if "training operations" in costs:
+        caption += (" Operations are those of training steps; passes that a strategy makes between tasks, such as "
+                    "EWC's, are not among them.")  # fmt: skip
     return [Drawn(title="Score and cost", name="cost", caption=caption, broad=len(costs) > 1,
                   figure=score_and_costs(scores, costs, references))]  # fmt: skip
+
+
+def _cut(*drawn: Sequence[tuple[Interval, tuple[float, float]]]) -> str:
+    """A sentence where intervals were cut at what values can be; empty where none was."""
+    if not any(figures.is_cut(found, limits) for group in drawn for found, limits in group):
+        return ""
+    return " An interval without an end mark is cut there: it goes on beyond what the value can be."
 
 
 def on_front(scores: Mapping[str, Interval], costs: Mapping[str, Interval], variants: Sequence[str]) -> list[str]:
@@ -150,6 +162,8 @@ def _of_forgetting(study: StudyResults, finished: Sequence[str], several: Sequen
     lost = {v: (study.interval(v, "final_forgetting"), study.interval(v, "learning_score")) for v in finished}
     if any(np.isfinite(forgetting.mean + learned.mean) for forgetting, learned in lost.values()):
         caption = "Right and low is best. Far left and low stands who kept what it had by learning little."
+        learned = [learned for _, learned in lost.values()]
+        caption += _cut([(one, figures.possible(learned)) for one in learned])
         found.append(Drawn(title="Learned and forgotten", name="learned_and_lost", caption=caption,
                            figure=figures.learned_and_lost(lost)))  # fmt: skip
     caption = "Mean over the tasks that ended before; the shade is the range over seeds."
@@ -165,7 +179,7 @@ def _by_task(study: StudyResults, finished: Sequence[str], several: Sequence[str
     return [
         Drawn(title="Result tables", name="heat_maps", caption=caption, figure=tables, broad=True),
         Drawn(title="Final scores by task", name="final_scores", figure=figures.final_scores(bars), broad=True,
-              caption="After the last task; mean and 95 % interval over seeds."),
+              caption="After the last task; mean and 95 % interval over seeds, cut at what scores can be."),
     ]  # fmt: skip
 
 

@@ -51,7 +51,8 @@ class Asking:
 class Board:
     """One bar for each run that is under way, and one for the study."""
 
-    def __init__(self, console: Console, runs: int) -> None:
+    def __init__(self, console: Console, runs: int | None) -> None:
+        """`runs` in all; None where whoever supplies them tells how far it is."""
         self._bars = Bars(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -63,7 +64,7 @@ class Board:
         )
         self._runs, self._closed = runs, 0
         self._study: TaskID | None = None
-        if runs > 1:
+        if runs is not None and runs > 1:
             self._study = self._bars.add_task("study", total=runs, note="runs")
 
     def __enter__(self) -> Board:
@@ -82,7 +83,7 @@ class Board:
         self._bars.remove_task(bar.id)
         self._closed += 1
         console = self._bars.console
-        if status == "FINISHED" and not console.is_terminal and not console.quiet:
+        if self._runs is not None and status == "FINISHED" and not console.is_terminal and not console.quiet:
             seconds = time.monotonic() - bar.begun
             print(
                 f"{bar.name}: finished in {seconds:.0f} s, {self._closed} of {self._runs}", file=sys.stderr, flush=True

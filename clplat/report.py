@@ -12,7 +12,7 @@ from rich.table import Table
 
 from clplat.errors import ConfigError, nearest
 from clplat.journal import ENDED
-from clplat.metrics import interval, paired, verdict
+from clplat.metrics import amount, interval, paired, verdict
 from clplat.result_table import Scores
 from clplat.study_results import StudyResults
 
@@ -47,6 +47,7 @@ COSTS = {
     "cost/tokens_per_second": ("tokens/s", lambda v: f"{v:,.0f}"),
     "cost/training_seconds": ("train s", lambda v: f"{v:.1f}"),
     "cost/evaluation_seconds": ("eval s", lambda v: f"{v:.1f}"),
+    "cost/boundary_seconds": ("between tasks s", lambda v: f"{v:.1f}"),
     "cost/training_flops": ("FLOPs", lambda v: f"{v:.1e}"),
     "cost/peak_memory_bytes": ("peak MiB", lambda v: f"{v / 2**20:.0f}"),
     "cost/parameters": ("parameters", lambda v: f"{v:,.0f}"),
@@ -147,7 +148,7 @@ def notes(study: StudyResults, baseline: str | None = None) -> list[str]:
         means = {variant: study.interval(variant, name).mean for variant in group}
         values = [value for value in means.values() if not math.isnan(value)]
         if values and max(values) > 1.02 * min(values):
-            listed = ", ".join(f"{variant} {value:,.4g}" for variant, value in means.items())
+            listed = ", ".join(f"{variant} {amount(value)}" for variant, value in means.items())
             found.append(f"unequal {name.removeprefix('cost/')}: {listed}; these arms are not on one budget")
     return found
 

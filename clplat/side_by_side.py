@@ -12,7 +12,8 @@ from rich.console import Group
 
 from clplat.errors import ConfigError, nearest
 from clplat.metrics import Interval, differences, interval, verdict
-from clplat.report import MEANING, number_table
+from clplat.report import MEANING, notes, number_table
+from clplat.same_stream import settings_apart, sharing
 from clplat.study_results import StudyResults
 
 FEWEST = 5
@@ -49,10 +50,19 @@ class SideBySide:
         return interval(list(self.by_seed(variant, column).values()))
 
     @cached_property
+    def shared(self) -> list[list[str]]:
+        """Columns of one stream, in groups: with any, columns are not streams, and nothing is said over them."""
+        return sharing(self.studies)
+
+    def lacking(self, variant: str) -> list[str]:
+        """The studies that have no final score of a variant."""
+        return [column for column in self.studies if math.isnan(self.score(variant, column).mean)]
+
+    @cached_property
     def ranked(self) -> list[str]:
-        """The variants that every stream has a final score of, but for reference arms."""
-        return [v for v in self.variants() if not self.is_reference(v)
-                and not any(math.isnan(self.score(v, column).mean) for column in self.studies)]  # fmt: skip
+        """The variants that every stream has a final score of, but for reference arms; two at least, or none."""
+        found = [v for v in self.variants() if not self.is_reference(v) and not self.lacking(v)]
+        return [] if self.shared or len(found) < 2 else found
 
     @cached_property
     def _ranks(self) -> np.ndarray:
@@ -76,18 +86,25 @@ class SideBySide:
         return sorted({cell.metric for cell in cells if cell.headline})
 
     def over_streams(self, variant: str) -> Interval | None:
-        """Mean difference to the baseline, a stream as one value; None where streams have different units or it is not
-        in all of them."""
-        gaps = [self.difference(variant, column).mean for column in self.studies]
-        return None if len(self.units) > 1 or any(map(math.isnan, gaps)) else interval(gaps)
+        """Mean difference to the baseline over the streams that have it, each as one value; None where there is none or
+        streams have different units."""
+        gaps = self._gaps(variant)
+        return None if self.shared or len(self.units) > 1 or not gaps else interval(gaps)
 
-    def better_in(self, variant: str) -> int:
-        """The streams in which it has the higher mean."""
-        return sum(self.difference(variant, column).mean > 0 for column in self.studies)
+    def better_in(self, variant: str) -> tuple[int, int]:
+        """In how many streams it has a higher mean than the baseline, and of how many that have both."""
+        gaps = self._gaps(variant)
+        return sum(gap > 0 for gap in gaps), len(gaps)
+
+    def _gaps(self, variant: str) -> list[float]:
+        means = [self.difference(variant, column).mean for column in self.studies]
+        return [mean for mean in means if not math.isnan(mean)]
 
     def critical_difference(self) -> tuple[float, float] | str:
         """Nemenyi's critical difference at 5 % and the p of Friedman's test; or why there is none (Demšar 2006)."""
         streams, variants = len(self.studies), len(self.ranked)
+        if self.shared:
+            return "no critical difference: that needs other streams, not other settings"
         if streams < FEWEST:
             return f"no critical difference: that needs at least {FEWEST} streams, and these are {streams}"
         if variants < 3:
@@ -125,73 +142,97 @@ def _common_baseline(studies: Sequence[StudyResults]) -> str | None:
 
 
 def score_rows(side: SideBySide) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: final score of each variant by stream, and its mean rank."""
-    ranks = side.mean_ranks()
-    rows = []
+    """Heads and rows: final score of each variant by stream, and its mean rank where columns are streams."""
+    ranks, rows = side.mean_ranks(), []
     for variant in side.variants():
-        rank = f"{ranks[variant]:.2f}" if variant in ranks else "–"
-        rows.append(
-            [
-                f"{variant} †" if side.is_reference(variant) else variant,
-                *(str(side.score(variant, column)) for column in side.studies),
-                rank,
-            ]
-        )
-    return ["variant", *side.studies, "mean rank"], rows
+        row = [_name(side, variant), *(str(side.score(variant, column)) for column in side.studies)]
+        rows.append(row if side.shared else [*row, f"{ranks[variant]:.2f}" if variant in ranks else "–"])
+    return ["variant", *side.studies, *([] if side.shared else ["mean rank"])], rows
+
+
+def _name(side: SideBySide, variant: str) -> str:
+    return f"{variant} †" if side.is_reference(variant) else variant
 
 
 def difference_rows(side: SideBySide) -> tuple[list[str], list[list[str]]]:
-    """Heads and rows: paired differences to the baseline by stream, over streams, and in how many they are above it."""
+    """Heads and rows: paired differences to the baseline by stream, over streams, and in how many they are above it;
+    the last two of those streams that have both."""
     rows = []
     for variant in side.variants():
         if variant == side.baseline:
             continue
         gaps = [side.difference(variant, column) for column in side.studies]
-        shown = [f"{gap}*" if verdict(gap) == "difference" else str(gap) for gap in gaps]
-        whole = side.over_streams(variant)
-        rows.append(
-            [
-                f"{variant} †" if side.is_reference(variant) else variant,
-                *shown,
-                str(whole or "–"),
-                f"{side.better_in(variant)} of {len(gaps)}",
-            ]
-        )
-    return [f"minus {side.baseline}", *side.studies, "over streams", "better in"], rows
+        row = [f"{gap}*" if verdict(gap) == "difference" else str(gap) for gap in gaps]
+        if not side.shared:
+            better, known = side.better_in(variant)
+            row += [str(side.over_streams(variant) or "–"), f"{better} of {known}" if known else "–"]
+        rows.append([_name(side, variant), *row])
+    return [f"minus {side.baseline}", *side.studies, *([] if side.shared else ["over streams", "better in"])], rows
 
 
 def side_finding(side: SideBySide) -> str:
-    """The result over streams in a few words."""
-    ranks = side.mean_ranks()
+    """The result over streams in a few words; of studies of one stream that of each."""
+    ranks, none = side.mean_ranks(), "No ranking over streams: "
+    if side.shared:
+        best = [f"{column}: {_best(study)}" for column, study in side.studies.items()]
+        return f"{none}{_said(side.shared)}. Best final score in {'; in '.join(best)}."
     if not ranks:
-        return "No variant has a final score in every stream."
-    best = min(ranks, key=lambda variant: ranks[variant])
-    text = f"Best mean rank over {len(side.studies)} streams: {best}, {ranks[best]:.2f} of {len(ranks)} variants"
+        return (
+            f"{none}that needs two variants, reference arms left out, with a final score in every study{_gone(side)}."
+        )
+    first = min(ranks, key=lambda variant: ranks[variant])
+    text = f"Best mean rank over {len(side.studies)} streams: {first}, {ranks[first]:.2f} of {len(ranks)} variants"
     text += " (reference arms left out)" if any(map(side.is_reference, side.variants())) else ""
-    over = side.over_streams(best) if side.baseline not in (None, best) else None
+    over = side.over_streams(first) if side.baseline not in (None, first) else None
     if over is not None:
-        text += (f"; its final score is {over} above {side.baseline} (a stream is one value; better in "
-                 f"{side.better_in(best)}): {MEANING[verdict(over)].replace('seeds', 'streams')}")  # fmt: skip
+        better, known = side.better_in(first)
+        text += (f"; its final score is {over} above {side.baseline} (a stream is one value; better in {better} of "
+                 f"{known}): {MEANING[verdict(over)].replace('seeds', 'streams')}")  # fmt: skip
     found = side.critical_difference()
     if isinstance(found, tuple):
-        worse = [v for v in ranks if ranks[v] - ranks[best] > found[0]]
+        worse = [v for v in ranks if ranks[v] - ranks[first] > found[0]]
         against = f"it is better than {', '.join(worse)}" if worse and found[1] < 0.05 else "no variant is told from it"
         text += f". By the critical difference of {found[0]:.2f} ranks (Friedman p = {found[1]:.2g}) {against}"
     return text + "."
 
 
+def _best(study: StudyResults) -> str:
+    arms = [v for v in study.variants() if not study.is_reference(v) and study.by_seed(v, "final_score")]
+    best = max(arms, key=lambda v: study.interval(v, "final_score").mean, default=None)
+    return "none yet" if best is None else f"{best}, {study.interval(best, 'final_score')}"
+
+
+def _said(shared: Sequence[Sequence[str]]) -> str:
+    return "; ".join(f"{', '.join(group)} are of one stream" for group in shared)
+
+
+def _gone(side: SideBySide) -> str:
+    """Which variants have no final score in which studies, reference arms left out."""
+    gone: dict[str, list[str]] = {}
+    for variant in side.variants():
+        if not side.is_reference(variant) and (lacks := side.lacking(variant)):
+            gone.setdefault(", ".join(lacks), []).append(variant)
+    return "".join(f"; {columns} has none of {', '.join(variants)}" if ", " not in columns else
+                   f"; {columns} have none of {', '.join(variants)}" for columns, variants in gone.items())  # fmt: skip
+
+
 def side_notes(side: SideBySide) -> list[str]:
-    """What to know before believing it."""
+    """What to know before believing it: of the whole, and of each study what its own comparison says."""
     found = []
-    partly = [v for v in side.variants() if v not in side.ranked and not side.is_reference(v)]
-    if partly:
-        found.append(f"not in every stream, and so not ranked: {', '.join(partly)}")
+    for group in side.shared:
+        apart = settings_apart({column: side.studies[column] for column in group}) or "nothing that is recorded"
+        found.append(f"{', '.join(group)} have the same stream with the same options and data, so that there is no "
+                     f"mean rank and no interval over streams; they differ in {apart}")  # fmt: skip
+    if side.ranked and (gone := _gone(side)):
+        found.append(f"not ranked, since not in every stream{gone.replace(';', ':', 1)}")
     if side.baseline is None:
         found.append("no differences: the studies have no common baseline; name one with --baseline")
     elif len(side.units) > 1:
         found.append(f"no mean of differences over streams: they are scored by {', '.join(side.units)}")
-    none = side.critical_difference()
-    return found + ([none] if isinstance(none, str) else [])
+    if not side.shared and isinstance(none := side.critical_difference(), str):
+        found.append(none)
+    return found + [f"{column}: {note}" for column, study in side.studies.items()
+                    for note in notes(study, side.baseline or study.baseline)]  # fmt: skip
 
 
 def side_table(side: SideBySide) -> Group:

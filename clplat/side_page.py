@@ -15,23 +15,25 @@ from clplat.storage import writing
 
 def write_side_page(side: SideBySide, folder: Path) -> Path:
     """Write comparison.html into `folder`, and its figures as PNG and SVG into `figures`."""
-    title = " · ".join(side.studies)
+    title, what = " · ".join(side.studies), "study" if side.shared else "stream"
     folders = [f"{column}: {Path(study.folder).name}" for column, study in side.studies.items()]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         small(f"{len(side.studies)} studies: {html.escape(', '.join(folders))}"),
         f'<p class="finding">{html.escape(side_finding(side))}</p>',
         *(f'<p class="note">{html.escape(note)}</p>' for note in side_notes(side)),
-        heading("Final scores by stream"),
-        small("Mean ± 95 % Student t interval over seeds; higher is better. Rank 1 is the best mean of a stream. "
-              "† Reference arms are not ranked."),
+        heading(f"Final scores by {what}"),
+        small("Mean ± 95 % Student t interval over seeds; higher is better. "
+              + ("† Reference arm." if side.shared
+                 else "Rank 1 is the best mean of a stream. † Reference arms are not ranked.")),
         table(*score_rows(side)),
     ]  # fmt: skip
     if side.baseline:
         parts += [
-            heading(f"Differences to {side.baseline} by stream"),
-            small("Paired over seeds; a star marks one at 95 %, for which at least 5 seeds are needed. Over streams: a "
-                  "stream's mean difference is one value, and the interval is over streams."),
+            heading(f"Differences to {side.baseline} by {what}"),
+            small("Paired over seeds; a star marks one at 95 %, for which at least 5 seeds are needed."
+                  + ("" if side.shared else " Over streams: a stream's mean difference is one value, and the interval "
+                     "is over the streams that have both variants, as many as “better in” counts.")),
             table(*difference_rows(side)),
         ]  # fmt: skip
     page = report_folder(folder) / "comparison.html"

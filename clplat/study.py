@@ -22,6 +22,7 @@ from clplat.journal import ENDED, last_status
 from clplat.launch import Launcher, launch, launcher_of, most_devices
 from clplat.machine import check_room
 from clplat.plan import first_seed, read_tasks, write_plan
+from clplat.storage import FULL
 from clplat.study_file import check_unchanged, expand, load_study, run_folders
 
 if TYPE_CHECKING:
@@ -140,10 +141,8 @@ def lay_out(study: StudyConfig, runs: Sequence[RunConfig], streams: Sequence[Map
     except OSError as error:
         # Half a study would be found and could not be resumed.
         shutil.rmtree(folder, ignore_errors=True)
-        raise ConfigError(
-            f"folder: {folder} cannot be made ({error.strerror}); free some space there, or name a folder that can be "
-            "written"
-        ) from error
+        fix = "free some space there, or name another folder" if error.errno in FULL else "name one that can be written"
+        raise ConfigError(f"folder: {folder} cannot be made ({error.strerror}); {fix}") from error
     return folder
 
 

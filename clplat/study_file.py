@@ -18,6 +18,7 @@ from clplat.errors import ConfigError, nearest
 from clplat.launchers.options import check_launcher
 from clplat.ranges import check_least, check_numbers
 from clplat.streams.budget import BUDGET_UNITS
+from clplat.tuning.options import TUNE_FILE
 from clplat.yaml_text import parse_yaml
 
 
@@ -30,10 +31,20 @@ def find(config: str | Path) -> Path:
     named = shipped / f"{config}.yaml"
     if named.is_file():
         return named
+    if path.is_dir():
+        raise ConfigError(f"configuration {str(config)!r}: is {_kind_of(path)}")
     names = [str(file.relative_to(shipped).with_suffix("")) for file in shipped.rglob("*.yaml")]
     raise ConfigError(
         f"configuration {str(config)!r}: no such file, and no shipped study has this name{nearest(str(config), names)}"
     )
+
+
+def _kind_of(folder: Path) -> str:
+    """What a folder is that was given in place of a configuration, and what can be done with it."""
+    for name, kind in ((TUNE_FILE, "a tune's folder"), ("study.yaml", "a study's folder"), ("config.yaml", "a run's")):
+        if (folder / name).is_file():
+            return f"{kind}; `clplat resume {folder}` goes on with it, and its {name} is the configuration"
+    return "a folder; name a file in it, or a shipped study (`clplat list studies`)"
 
 
 def shipped_folder() -> Path:
@@ -79,8 +90,20 @@ def _override(data: dict[str, Any], key: str, value: Any) -> None:
         _keep_variants(data, value.split(",") if isinstance(value, str) else value)
     elif value is None and (name := key.removeprefix("variants.")) in variants and name != key:
         _keep_variants(data, [one for one in variants if one != name])
+    elif written := next((one for one in data.get("space") or {} if f"{key}.".startswith(f"space.{one}.")), None):
+        # A dotted key stands in the file as one word: what is given for all of it takes its place.
+        inner = key.removeprefix(f"space.{written}").removeprefix(".")
+        data["space"] = data["space"] | {written: _with_key(data["space"][written], inner, value)}
     else:
         set_key(data, key, value)
+
+
+def _with_key(data: Any, key: str, value: Any) -> Any:
+    if not key:
+        return value
+    found = {"data": data}
+    set_key(found, f"data.{key}", value)
+    return found["data"]
 
 
 def _keep_variants(data: dict[str, Any], names: Sequence[str]) -> None:
@@ -97,6 +120,23 @@ def _keep_variants(data: dict[str, Any], names: Sequence[str]) -> None:
                 f"--variants leaves out the baseline {data['baseline']!r}: nothing is compared with it", file=sys.stderr
             )
         data["baseline"] = None
+
+
+def chosen(study: StudyConfig, variant: str | None, seed: int | None) -> StudyConfig:
+    """One of the study's variants alone, and one of its seeds; None leaves all of them."""
+    if variant is not None:
+        if variant not in study.variants:
+            raise ConfigError(f"--variant: no variant is called {variant!r}{nearest(variant, study.variants)}")
+        known_good = {name: one for name, one in study.known_good.items() if one.variant == variant}
+        baseline = variant if study.baseline == variant else None
+        alone = {variant: study.variants[variant]}
+        study = dataclasses.replace(study, variants=alone, baseline=baseline, known_good=known_good)
+    if seed is None:
+        return study
+    if seed not in study.seeds:
+        among = ", ".join(map(str, study.seeds))
+        raise ConfigError(f"--seed: {seed} is none of the study's seeds ({among}); --seeds '[{seed}]' runs another")
+    return dataclasses.replace(study, seeds=[seed])
 
 
 def _check_names(study: StudyConfig) -> None:
@@ -199,6 +239,13 @@ def check_unchanged(folder: Path, runs: Sequence[Path]) -> None:
                 f"{run}: its journal.jsonl is gone, and with it what was measured; remove the folder, and "
                 f"`clplat resume {folder}` runs it anew"
             )
+
+
+def record_name(folder: Path) -> str:
+    """What a study is called in MLflow: by its folder, and the report of a tune by that of the tune too, since the
+    folders of two reports may have one name."""
+    folder = folder.absolute()
+    return f"{folder.parent.name}-{folder.name}" if (folder.parent / TUNE_FILE).is_file() else folder.name
 
 
 def run_folders(folder: Path) -> list[Path]:

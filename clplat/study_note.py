@@ -31,7 +31,14 @@ def study_note(study: StudyResults, baseline: str | None) -> str:
             *(f"Note: {escaped(note)}" for note in notes(study, baseline)[:5]),
             markdown_table(heads, rows),
             "Mean ± 95 % interval over seeds; * a difference at 95 %. Score: higher is better; forgetting: lower.",
-            f"![result tables]({artifact(study.run_id, 'figures/heat_maps.png')})",
-            f"![forgetting]({artifact(study.run_id, 'figures/forgetting.png')})",
+            *_pictures(study),
         ]
     )
+
+
+def _pictures(study: StudyResults) -> list[str]:
+    """Only narrow figures: MLflow makes its page as wide as the widest picture, and text runs out of the window."""
+    if not any(study.forgetting(variant) for variant in study.variants()):
+        return []
+    shown = {"learned and forgotten": "learned_and_lost", "forgetting": "forgetting"}
+    return [f"![{words}]({artifact(study.run_id, f'figures/{name}.png')})" for words, name in shown.items()]

@@ -19,7 +19,7 @@ from clplat.mlflow_store import absolute, client, experiment_id, short
 from clplat.mlflow_view import add_view
 from clplat.result_table import ResultTable
 from clplat.storage import full_disk, read_json, write_json, writing
-from clplat.study_file import load_study, run_folders
+from clplat.study_file import load_study, record_name, run_folders
 from clplat.tracking import RUN_STATE, STUDY_STATE, Feed
 from clplat.yaml_text import parse_yaml
 
@@ -41,19 +41,20 @@ def _start(folder: Path) -> None:
             where = experiment_id(connection, study.tracking)
             variants = list(study.variants) or [study.name]
             tags = {
-                "study": study.name, "kind": "study", "study_run": folder.name, "baseline": study.baseline or "",
-                "folder": str(folder.resolve()), "variants": json.dumps(variants), "seeds": json.dumps(study.seeds),
+                "study": study.name, "kind": "study", "study_run": record_name(folder),
+                "baseline": study.baseline or "", "folder": str(folder.resolve()),
+                "variants": json.dumps(variants), "seeds": json.dumps(study.seeds),
                 "stream": study.stream.class_path.rpartition(".")[2],
                 "architecture": study.architecture.class_path.rpartition(".")[2],
             }  # fmt: skip
-            run = connection.create_run(where, tags=tags, run_name=folder.name)
+            run = connection.create_run(where, tags=tags, run_name=record_name(folder))
             state = {
                 "run_id": run.info.run_id, "uri": study.tracking.uri, "variants": variants,
                 "experiment": where, "experiment_name": study.tracking.experiment,
             }  # fmt: skip
             write_json(folder / STUDY_STATE, state)
             connection.log_artifact(state["run_id"], str(folder / "study.yaml"))
-            add_view(connection, where, folder.name, int(time.time() * 1000))
+            add_view(connection, where, record_name(folder), int(time.time() * 1000))
         connection.update_run(state["run_id"], status="RUNNING")
     except Exception as error:
         raise ClplatError(f"MLflow at {study.tracking.uri} cannot be reached ({short(error)})") from error

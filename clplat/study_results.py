@@ -7,7 +7,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,9 @@ class RunRecord:
     metrics: dict[str, float]
     read_tables: Callable[[], tuple[ResultTable | None, Curve]]
     """Reads the two below when they are first asked for: of a thousand runs this takes minutes, and many never are."""
+    params: dict[str, str] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
+    """Digests by the name of a data set."""
 
     @cached_property
     def _tables(self) -> tuple[ResultTable | None, Curve]:
@@ -69,6 +72,8 @@ class StudyResults:
     folder: str
     planned: list[tuple[str, int]]
     runs: list[RunRecord]
+    is_search: bool = False
+    """Whether the variants are trials of a tune, whose scores are no result: the best was chosen by them."""
 
     @cached_property
     def _finished(self) -> dict[str, list[RunRecord]]:
@@ -96,7 +101,7 @@ class StudyResults:
         """A metric of every finished run of a variant that has it."""
         if metric == "intransigence":
             return self._intransigence(variant)
-        found = {run.seed: _metric(run, metric) for run in self.of(variant)}
+        found = {run.seed: run.metrics.get(metric, math.nan) for run in self.of(variant)}
         return {seed: value for seed, value in found.items() if not math.isnan(value)}
 
     def views(self, variant: str) -> list[str]:
@@ -162,10 +167,6 @@ def _learned(run: RunRecord) -> float:
     return float(np.mean(np.diagonal(run.table.scores(), -1))) if run.table and trained else math.nan
 
 
-def _metric(run: RunRecord, name: str) -> float:
-    return run.metrics.get(name, math.nan)
-
-
 def load_study_results(study: str, uri: str | None = None) -> StudyResults:
     """A study out of MLflow: by its folder, its name (the newest of that name), or its run id."""
     state = Path(study) / STUDY_STATE
@@ -187,22 +188,29 @@ def load_study_results(study: str, uri: str | None = None) -> StudyResults:
     if not runs:
         raise ConfigError(f"study {study!r}: MLflow at {uri} has no runs of it yet")
     tags = parent.data.tags
+    is_search = tags.get("tune") == "true"
     planned = list(itertools.product(json.loads(tags["variants"]), json.loads(tags["seeds"])))
+    if is_search:
+        # Its trials are chosen on the way, and one that was pruned has not all seeds.
+        planned = sorted((run.variant, run.seed) for run in runs)
     order = {pair: number for number, pair in enumerate(planned)}
     return StudyResults(
         name=tags["study"], run_id=parent.info.run_id, uri=uri, baseline=tags["baseline"] or None,
         folder=tags["folder"], planned=planned,
-        # A search that is under way has runs that its parent does not name yet.
-        runs=sorted(runs, key=lambda run: order.get((run.variant, run.seed), len(order))),
+        runs=sorted(runs, key=lambda run: order.get((run.variant, run.seed), len(order))), is_search=is_search,
     )  # fmt: skip
 
 
 def _find(connection: Any, study: str, uri: str) -> Any:
     experiments = [experiment.experiment_id for experiment in connection.search_experiments()]
     studies = connection.search_runs(experiments, "tags.kind = 'study'", order_by=["attributes.start_time DESC"])
-    for run in studies:
-        if study in (run.info.run_id, run.info.run_name, run.data.tags.get("study")):
-            return run
+    exact = [run for run in studies if study in (run.info.run_id, run.info.run_name)]
+    if len(exact) > 1:
+        ids = " or ".join(f"{run.info.run_id} ({run.data.tags['folder']})" for run in exact)
+        raise ConfigError(f"study {study!r}: MLflow at {uri} has {len(exact)} of this name; give a run id: {ids}")
+    found = exact or [run for run in studies if run.data.tags.get("study") == study]
+    if found:
+        return found[0]
     names = {run.info.run_name for run in studies} | {run.data.tags["study"] for run in studies}
     raise ConfigError(f"study {study!r}: MLflow at {uri} has none of this name or id{nearest(study, names)}")
 
@@ -232,6 +240,7 @@ def _record(connection: Any, run: Any) -> RunRecord:
         run_id=run.info.run_id, variant=tags["variant"], seed=int(tags["seed"]),
         status="PRUNED" if tags.get("pruned") == "true" and run.info.status == "KILLED" else run.info.status,
         tags=dict(tags), metrics=dict(run.data.metrics), read_tables=partial(_read_tables, connection, run.info.run_id),
+        params=dict(run.data.params), data={one.dataset.name: one.dataset.digest for one in run.inputs.dataset_inputs},
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from clplat.mlflow_view import COLOUR, colours
 from clplat.points import Point, Translator, safe_key
 from clplat.run_note import NOTE, run_note
 from clplat.storage import read_json, write_json
+from clplat.study_file import record_name
 
 CHUNK = 900
 """Points in one request; MLflow takes 1000."""
@@ -145,7 +146,7 @@ class Feed:
         """What puts the run below its study, and what it is searched and told apart by there."""
         if not study:
             return {}
-        tags = {"mlflow.parentRunId": study["run_id"], "study_run": self.folder.parent.name}
+        tags = {"mlflow.parentRunId": study["run_id"], "study_run": record_name(self.folder.parent)}
         colour = colours(study.get("variants", [])).get(self._config.variant)
         return tags | ({COLOUR: colour} if colour else {})
 

@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from clplat.errors import ConfigError
@@ -24,6 +25,7 @@ SHOWN = 5
 
 def serve(uri: str, port: int) -> int:
     """Start MLflow's server, say where the newest studies are once it answers, stay until it ends; its exit code."""
+    check_store(uri)
     check_port(port)
     command = [sys.executable, "-P", "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
     # One process serves one person, and starts in a third of the time of four. Nothing is told to anybody.
@@ -43,6 +45,13 @@ def serve(uri: str, port: int) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
         server.wait()
+
+
+def check_store(uri: str) -> None:
+    """Refuse a SQLite file that is not there: MLflow would make it, and show an empty place."""
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+    if uri.startswith("sqlite:///") and not path.is_file():
+        raise ConfigError(f"--uri: there is no file {path}; go to the folder of the study, or name its database")
 
 
 def check_port(port: int) -> None:

@@ -136,6 +136,10 @@ class Strategy:
         """Answer with something else than the model's own logits (for example the nearest mean)."""
         raise TypeError(f"{type(self).__name__} does not predict")
 
+    def prepare_predict(self) -> None:
+        """Bring about what `predict` needs of other processes. Where several score a set each calls this first, under
+        what it is scored under, since one whose share of the set is empty may not call `predict`."""
+
     def views(self) -> Mapping[str, Callable[[], AbstractContextManager[None]]]:
         """Further ways to answer: by name a context manager within which the architecture is changed. The name
         `default` is not a further one, but stands for how the learner answers when nothing else is said."""
@@ -157,11 +161,14 @@ class Strategy:
         return {}
 
     def stored_bytes(self) -> int:
-        """Bytes kept for rows of earlier tasks (samples, tokens, stored logits): the replay budget."""
+        """Bytes kept for rows of earlier tasks (samples, tokens, stored logits), by all processes together: the replay
+        budget. The first process alone may ask."""
         return 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that must survive an interruption: tensors and plain data."""
+        """Everything that must survive an interruption: tensors and plain data, the same on all processes and whole.
+
+        All of them ask at once, so that what they share can be brought together, though the first alone writes."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,31 +1,28 @@
 """Where rows of earlier tasks are kept: preallocated tensors, and a policy that decides which rows stay.
 
-Every process of a run holds the same buffer: rows are gathered over processes before they are added, and all
-draw from the run's `strategy` generator. Which rows stay is decided on the CPU from counts and random numbers,
-so that a reservoir never makes a step wait for the device. The other policies read each row's class, and sort all
-rows' numbers at every step (about 1 ms for 5,000 rows).
+All processes of a run keep one buffer, each its share of the rows: place s is with process s mod size, and a budget
+is that of all together. What is decided (which rows stay, where, which are drawn) each of them decides for all places
+alike, from counts, classes and the run's `strategy` generator, so that rows alone travel, and the buffer is that of one
+process. It is decided on the CPU, so that a reservoir never makes a step wait for the device. The other policies read
+each row's class, and sort all rows' numbers at every step (about 1 ms for 5,000 rows).
 """
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from clplat.strategies.world import World
-from clplat.streams.base import digest
+from clplat.strategies.stored_rows import StoredRows, stored_fields
+from clplat.strategies.world import World, row_bytes, rows_at
 from clplat.streams.batch import Batch
 
 Policy = Literal["reservoir", "ring", "class_balanced", "ring_reservoir"]
 
-SLOT = "slot:"
-"""How the names of extra tensors begin that say where in a buffer replayed rows lie; they live for one step."""
 BEST = "extra.best_loss"
-"""Field with the lowest loss of each row so far, in a buffer that tracks losses."""
+"""The lowest loss of each row so far, as a state calls it, where losses are tracked."""
 
 
 class Buffer:
@@ -41,7 +38,10 @@ class Buffer:
     the optimizer step at which each row came, and the number of tasks that had been finished by then.
 
     With `tracks`, the name of an extra tensor, draws bring the places of their rows plus one under that name, and
-    `measured` takes the losses that these rows turned out to have: the lowest of each is kept beside the row.
+    `measured` takes the losses that these rows turned out to have: the lowest of each is kept in `best`.
+
+    `rows` are this process's share. What is known of a row beside it (`stamps`, `best`, group and priority: at most 36
+    bytes) every process has of all rows.
     """
 
     long_from = 0
@@ -52,6 +52,7 @@ class Buffer:
     ) -> None:
         self.capacity, self.policy, self.generator, self.world, self.tracks = capacity, policy, generator, world, tracks
         self.rows: dict[str, Tensor] = {}
+        self.best = torch.empty(0)
         self.size = self.seen = 0
         self.stamps = torch.zeros(capacity, 2, dtype=torch.long)
         self.rises = torch.zeros(2, 2, dtype=torch.float64)
@@ -64,8 +65,10 @@ class Buffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows that are kept now."""
-        return sum(store[: self.size].nbytes for store in self.rows.values())
+        """Bytes of the rows that are kept now by all processes together: a budget and a run's costs are those of the
+        run, and not smaller on more devices. Each process answers alone, without asking the others."""
+        lowest_loss = self.best.element_size() if self.tracks else 0
+        return self.size * (sum(row_bytes(store) for store in self.rows.values()) + lowest_loss)
 
     def add(
         self,
@@ -87,33 +90,42 @@ class Buffer:
             taken, slots = self._balanced(self._groups_of(batch), priority)
         self.seen += count
         if len(taken):
-            self._put(self._fields(batch, loss), taken, slots, stamp)
+            self._put(self._fields(batch), taken, slots, stamp, self._losses(batch, loss))
 
-    def _fields(self, batch: Batch, loss: Tensor | None) -> dict[str, Tensor]:
-        """What is kept of a batch's rows, of all processes."""
+    def _fields(self, batch: Batch) -> dict[str, Tensor]:
+        """What is kept of a batch's rows, of this process."""
         fields = stored_fields(batch)
         fields.pop(BEST, None)
-        if self.tracks:
-            unknown = torch.full((len(batch),), float("inf"), device=batch.inputs.device)
-            fields[BEST] = unknown if loss is None else loss.float()
         if self.rows:
             # What other strategies mixed in brings fields of theirs (logits) to the current rows too, filled with 0.
             fields = {n: t for n, t in fields.items() if n in self.rows or not n.startswith("extra.")}
         if self.rows and fields.keys() != self.rows.keys():
             raise ValueError(f"tasks differ in the fields of their rows, {sorted(self.rows)} and {sorted(fields)}; "
                              "replay needs the same in all tasks")  # fmt: skip
-        fields = {name: self.world.gather(tensor) for name, tensor in fields.items()}
         if not self.rows:
-            self._allocate(fields)
+            self._allocate(fields, batch.inputs.device)
         return fields
 
-    def _put(self, fields: Mapping[str, Tensor], taken: Tensor, slots: Tensor, stamp: tuple[int, int]) -> None:
-        """The rows `taken` of some fields come to the places `slots`; both lie on the CPU."""
+    def _losses(self, batch: Batch, loss: Tensor | None) -> Tensor:
+        """What a batch's rows have cost so far, of all processes; nothing where losses are not tracked."""
+        if not self.tracks:
+            return self.best
+        unknown = torch.full((len(batch),), float("inf"), device=batch.inputs.device)
+        return self.world.gather(unknown if loss is None else loss.float())
+
+    def _put(
+        self, fields: Mapping[str, Tensor], taken: Tensor, slots: Tensor, stamp: tuple[int, int], losses: Tensor
+    ) -> None:
+        """The rows numbered `taken` of all processes' `fields` come to the places `slots`; both lie on the CPU."""
         self.size = max(self.size, int(slots.max()) + 1)
         self.stamps[slots] = torch.tensor(stamp)
-        for name, store in self.rows.items():
+        if self.tracks:
+            self.best[slots.to(self.best.device, non_blocking=True)] = rows_at({BEST: losses}, taken)[BEST]
+        rank, size = self.world.rank, self.world.size
+        mine = slots if size == 1 else slots[slots % size == rank] // size
+        for name, tensor in self.world.deal(fields, taken, slots % size).items():
             # Not blocking: the indices come from the CPU, and waiting for the device would stall the step.
-            store[slots.to(store.device, non_blocking=True)] = fields[name][taken.to(store.device, non_blocking=True)]
+            self.rows[name][mine.to(tensor.device, non_blocking=True)] = tensor
 
     def draw(self, count: int, *, rounds: bool = False, step: int | None = None, position: int | None = None) -> Batch:
         """`count` rows at random for this process, none twice while there are enough; other processes get others.
@@ -140,11 +152,10 @@ class Buffer:
 
     def _drawn(self, places: Tensor) -> Batch:
         """This process's share of the rows at some places, with the places where losses are tracked."""
-        index = places[self.world.rank :: self.world.size]
-        rows = {n: store[index.to(store.device, non_blocking=True)] for n, store in self.rows.items()}
-        batch = self._batch(rows)
+        rank, size = self.world.rank, self.world.size
+        batch = self._batch(self.world.deal(self.rows, places, torch.arange(len(places)) % size))
         if self.tracks:
-            batch.extra[self.tracks] = (index + 1).to(batch.inputs.device, non_blocking=True)
+            batch.extra[self.tracks] = (places[rank::size] + 1).to(batch.inputs.device, non_blocking=True)
         return batch
 
     def measured(self, slots: Tensor, loss: Tensor) -> None:
@@ -154,7 +165,7 @@ class Buffer:
         that had no loss before counts as no rise. Nothing waits for the device.
         """
         slots, loss = self.world.gather(slots), self.world.gather(loss.float())
-        best = torch.cat([self.rows[BEST].new_zeros(1), self.rows[BEST]])
+        best = torch.cat([self.best.new_zeros(1), self.best])
         before = best[slots]
         rise = torch.where(before.isinf(), 0.0, (loss - before).clamp(min=0))
         group = (slots > self.long_from).long()
@@ -162,7 +173,7 @@ class Buffer:
         both = torch.stack([rise.double() * mine, mine], 1)
         self.rises = self.rises.to(loss.device, non_blocking=True).index_add(0, group, both)
         best.scatter_reduce_(0, slots, loss, "amin")
-        self.rows[BEST].copy_(best[1:])
+        self.best.copy_(best[1:])
 
     def _next_of_round(self, count: int) -> Tensor:
         if self.round_size != self.size:
@@ -173,18 +184,34 @@ class Buffer:
         return index
 
     def batch(self, rows: slice = slice(None)) -> Batch:
-        """The rows that are kept, or some of them, in the order of their places."""
-        return self._batch({name: store[: self.size][rows] for name, store in self.rows.items()})
+        """The rows that are kept, or some of them, in the order of their places; on every process, and all ask."""
+        start, stop, step = rows.indices(self.size)
+        found = self.world.together(self.rows, start, max(start, stop))
+        return self._batch({name: tensor[::step] for name, tensor in found.items()})
+
+    def share(self, rows: slice) -> Batch:
+        """This process's share of consecutive rows: every size-th, beginning with the one that its rank counts."""
+        (start, stop, _), rank, size = rows.indices(self.size), self.world.rank, self.world.size
+        if start % size:
+            places = torch.arange(start, stop)
+            return self._batch(self.world.deal(self.rows, places, torch.arange(len(places)) % size))
+        # Those that it holds.
+        first = start // size
+        own = slice(first, first + len(range(start + rank, stop, size)))
+        return self._batch({name: store[own] for name, store in self.rows.items()})
 
     def data(self) -> StoredRows:
-        """The rows that are kept now, as data to train on, on the CPU until the loader moves them."""
-        return StoredRows(self.batch().to("cpu"))
+        """The rows that are kept now, as data to train on, on the CPU until the loader moves them; all ask for them."""
+        return StoredRows(self._batch(self.world.together(self.rows, 0, self.size, torch.device("cpu"))))
 
     def _batch(self, rows: Mapping[str, Tensor]) -> Batch:
-        return Batch.from_tensors({n: t.long() if t.dtype == torch.int32 else t for n, t in rows.items() if n != BEST})
+        return Batch.from_tensors({n: t.long() if t.dtype == torch.int32 else t for n, t in rows.items()})
 
-    def _allocate(self, fields: Mapping[str, Tensor]) -> None:
-        self.rows = {name: tensor.new_empty(self.capacity, *tensor.shape[1:]) for name, tensor in fields.items()}
+    def _allocate(self, like: Mapping[str, Tensor], device: torch.device) -> None:
+        """Room for this process's places, and for a loss of each row of all."""
+        places = len(range(self.world.rank, self.capacity, self.world.size))
+        self.rows = {name: t.new_empty(places, *t.shape[1:], device=device) for name, t in like.items()}
+        self.best = torch.empty(self.capacity * bool(self.tracks), device=device)
 
     def _balanced(self, new_groups: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
         """Which new rows stay, and the slots of those that go: every group keeps its rows of lowest priority number.
@@ -222,9 +249,17 @@ class Buffer:
         return self.world.gather(labels).cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """Rows and counters; the generator belongs to the run."""
+        """Rows of all processes, of which each has to ask, and counters; the generator belongs to the run.
+
+        It is what one process would have, so that any number of them may go on from it. Several have it on the CPU.
+        """
+        alone = self.world.size == 1
+        rows = self.world.together(self.rows, 0, self.size, None if alone else torch.device("cpu"))
+        rows = {name: tensor.clone() for name, tensor in rows.items()} if alone else rows
+        if self.tracks and rows:
+            rows[BEST] = self.best[: self.size].clone()
         return {
-            "rows": {name: store[: self.size].clone() for name, store in self.rows.items()},
+            "rows": rows,
             "seen": self.seen,
             "groups": self.groups.clone(),
             "priority": self.priority.clone(),
@@ -235,16 +270,19 @@ class Buffer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """The inverse of `state_dict`, with the rows on `device`."""
+        """The inverse of `state_dict`, also of another number of processes; this one's share of rows on `device`."""
         self.seen, self.groups, self.priority = state["seen"], state["groups"].clone(), state["priority"].clone()
         self.round, self.round_size = state["round"].clone(), state["round_size"]
         self.stamps[: len(state["stamps"])], self.rises = state["stamps"], state["rises"].to(device)
         self.rows, self.size = {}, 0
-        if state["rows"]:
-            self._allocate({name: tensor.to(device) for name, tensor in state["rows"].items()})
-        for name, tensor in state["rows"].items():
-            self.size = len(tensor)
-            self.rows[name][: self.size] = tensor
+        rows, losses = {n: t for n, t in state["rows"].items() if n != BEST}, state["rows"].get(BEST)
+        if rows:
+            self._allocate(rows, device)
+        for name, tensor in rows.items():
+            self.size, own = len(tensor), tensor[self.world.rank :: self.world.size]
+            self.rows[name][: len(own)] = own
+        if losses is not None:
+            self.best[: len(losses)] = losses
 
 
 def vitter(seen: int, count: int, capacity: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -257,32 +295,3 @@ def vitter(seen: int, count: int, capacity: int, generator: torch.Generator) -> 
     ordered, order = slots[taken].sort(stable=True)
     last = ordered.diff(append=torch.tensor([-1])) != 0
     return taken[order[last]], ordered[last]
-
-
-class StoredRows:
-    """The rows of one batch as a set to train on (`streams.base.Data`)."""
-
-    def __init__(self, rows: Batch) -> None:
-        self.rows, tensors = rows, rows.tensors().values()
-        self.nbytes = sum(tensor.nbytes for tensor in tensors)
-        self.digest = digest(*tensors)
-        self.tokens_per_row = math.prod(rows.targets.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def batch(self, rows: Tensor) -> Batch:
-        return self.rows.rows(rows.to(self.rows.inputs.device, non_blocking=True))
-
-    def to(self, device: torch.device) -> StoredRows:
-        """The same rows on another device."""
-        moved = copy.copy(self)
-        moved.rows = self.rows.to(device)
-        return moved
-
-
-def stored_fields(batch: Batch) -> dict[str, Tensor]:
-    """The tensors of a batch that a buffer keeps, as it keeps them."""
-    kept = {name: tensor for name, tensor in batch.tensors().items()
-            if name not in ("origin", "weight") and not name.startswith(f"extra.{SLOT}")}  # fmt: skip
-    return {name: tensor.int() if tensor.dtype == torch.long else tensor for name, tensor in kept.items()}

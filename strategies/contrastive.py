@@ -61,6 +61,9 @@ class SCR(ExperienceReplay):
     def objective(self, output: Output, batch: Batch) -> Tensor:
         return supervised_contrastive(output.logits, batch.targets, self.temperature)
 
+    def prepare_predict(self) -> None:
+        self.nearest.prepare()
+
     def predict(self, batch: Batch) -> Tensor:
         return self.nearest.logits(batch)
 

@@ -147,6 +147,10 @@ class FastSlow(QuadraticPenalty, ExperienceReplay):
         parts = [*self.context.batches(task.train, 256), *([self.buffer.batch()] if len(self.buffer) else [])]
         return reduce(Batch.joined, parts)
 
+    def prepare_predict(self) -> None:
+        if self.answers == "prototypes":
+            self.nearest.prepare()
+
     def predict(self, batch: Batch) -> Tensor:
         if self.answers == "prototypes":
             return self.nearest.logits(batch)

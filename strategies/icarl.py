@@ -74,6 +74,9 @@ class iCaRL(ExperienceReplay):  # noqa: N801 - the method's own name
         remember_exemplars(self.context, self.buffer, task, self.buffer.capacity)
         self.previous = copy.deepcopy(self.context.architecture).eval().requires_grad_(False)
 
+    def prepare_predict(self) -> None:
+        self.nearest.prepare()
+
     def predict(self, batch: Batch) -> Tensor:
         return self.nearest.logits(batch)
 

@@ -18,7 +18,8 @@ class NearestMean:
     """The nearest-mean classifier of iCaRL and SCR, over the rows of a buffer as the model sees them now.
 
     Features are the inputs of the model's last layer at unit length, and so are the means of each class's rows. Means
-    are worked out when they are first asked for after a change of weights or rows.
+    are worked out when they are first asked for after a change of weights or rows; several processes, which share the
+    rows, do so together.
     """
 
     def __init__(self, context: Context, buffer: Buffer, name: str) -> None:
@@ -52,6 +53,11 @@ class NearestMean:
             scores = scores.masked_fill(~self.seen[self.context.task.index], float("-inf"))
         return self.context.masked(Output(logits=scores), batch)
 
+    def prepare(self) -> None:
+        """Work the means out where that is due; all processes together, of which some may have nothing to answer."""
+        if len(self.buffer):
+            self.means()
+
     def means(self) -> tuple[Tensor, Tensor]:
         """The mean of each class's features (C, H), and which classes have rows (C,)."""
         # A tensor's version counts its changes in place: training, and views that put other weights in.
@@ -61,11 +67,16 @@ class NearestMean:
         return self._means
 
     def _measured(self) -> tuple[Tensor, Tensor]:
-        rows, classes = self.buffer.batch(), self.context.spec.num_outputs
-        parts = [rows.rows(slice(start, start + 256)) for start in range(0, len(rows), 256)]
-        features = torch.cat([unit_length(self.context.architecture(part, return_hidden="last")) for part in parts])
-        sums = features.new_zeros(classes, features.shape[1]).index_add(0, rows.targets, features)
-        return F.normalize(sums), rows.targets.bincount(minlength=classes) > 0
+        classes = self.context.spec.num_outputs
+        found, labels = [], []
+        # In parts, so that where several processes share the buffer none ever has more rows of the others.
+        for start in range(0, len(self.buffer), 256):
+            part = self.buffer.batch(slice(start, start + 256))
+            found.append(unit_length(self.context.architecture(part, return_hidden="last")))
+            labels.append(part.targets)
+        features, targets = torch.cat(found), torch.cat(labels)
+        sums = features.new_zeros(classes, features.shape[1]).index_add(0, targets, features)
+        return F.normalize(sums), targets.bincount(minlength=classes) > 0
 
 
 def unit_length(output: Output) -> Tensor:

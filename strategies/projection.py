@@ -157,9 +157,8 @@ class GEM(_EpisodicMemory):
 
     def reference_gradients(self, weights: list[torch.nn.Parameter]) -> Tensor:
         """Gradient of the mean loss on each earlier task's rows in memory, (tasks, P); the same on all processes."""
-        rank, size = self.context.world.rank, self.context.world.size
-        parts = [slice(start + rank, end, size) for start, end in zip([0, *self.ends], self.ends)]
-        return torch.stack([_flat(self.mean_gradient(weights, self.memory.batch(part))) for part in parts])
+        parts = [slice(start, end) for start, end in zip([0, *self.ends], self.ends)]
+        return torch.stack([_flat(self.mean_gradient(weights, self.memory.share(part))) for part in parts])
 
     def task_end(self, task: Task) -> None:
         super().task_end(task)

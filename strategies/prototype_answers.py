@@ -42,6 +42,9 @@ class PrototypeAnswers(_Rehearsal):
             remember_exemplars(self.context, self.buffer, trained, self.per_class)
         self.ended = task.index + 1
 
+    def prepare_predict(self) -> None:
+        self.nearest.prepare()
+
     def predict(self, batch: Batch) -> Tensor:
         return self.nearest.logits(batch)
 

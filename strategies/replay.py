@@ -10,8 +10,9 @@ from torch import Tensor
 
 from clplat.architectures.base import StepOutcome
 from clplat.strategies.base import Context, Fidelity, Fixed, Strategy
-from clplat.strategies.buffers import SLOT, Buffer, Policy, stored_fields
+from clplat.strategies.buffers import Buffer, Policy
 from clplat.strategies.ring_reservoir import RingReservoir
+from clplat.strategies.stored_rows import SLOT, stored_fields
 from clplat.streams.base import Data, Task
 from clplat.streams.batch import CURRENT, IGNORE, REPLAY, Batch
 

@@ -37,12 +37,12 @@ class RingReservoir(Buffer):
         loss: Tensor | None = None,
         stamp: tuple[int, int] = (0, 0),
     ) -> None:
-        fields = self._fields(batch, loss)
+        fields, losses = self._fields(batch), self._losses(batch, loss)
         for part in torch.arange(len(batch) * self.world.size).split(self.long_from):
             number = self.seen + torch.arange(len(part))
             places = number % self.long_from
             self._hand_over(places[number >= self.long_from])
-            self._put(fields, part, places, stamp)
+            self._put(fields, part, places, stamp, losses)
             self.seen += len(part)
 
     def _hand_over(self, leaving: Tensor) -> None:
@@ -51,7 +51,7 @@ class RingReservoir(Buffer):
         taken, slots = vitter(gone, len(leaving), self.capacity - self.long_from, self.generator)
         if len(taken):
             stamps = self.stamps[leaving[taken]]
-            self._put(self.rows, leaving[taken], self.long_from + slots, (0, 0))
+            self._put(self.rows, leaving[taken], self.long_from + slots, (0, 0), self.best)
             self.stamps[self.long_from + slots] = stamps
 
     def draw(

@@ -7,6 +7,7 @@ lines over a socket pair. A worker that dies takes only its present run with it.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import selectors
@@ -60,13 +61,18 @@ class Local:
 
 
 def _one_by_one(desk: Desk) -> int:
-    while (folder := desk.take()) is not None:
-        bar = desk.bar(folder)
-        outcome = execute_safely(folder, Asking(bar, partial(desk.boundary, folder)) if desk.asks else bar)
-        desk.ended(outcome)
-        if outcome.status == "KILLED":
-            return outcome.code
-    return 0
+    # Every run begins with a collection, which need not walk what was imported before (0.3 s of CPU time each).
+    gc.freeze()
+    try:
+        while (folder := desk.take()) is not None:
+            bar = desk.bar(folder)
+            outcome = execute_safely(folder, Asking(bar, partial(desk.boundary, folder)) if desk.asks else bar)
+            desk.ended(outcome)
+            if outcome.status == "KILLED":
+                return outcome.code
+        return 0
+    finally:
+        gc.unfreeze()
 
 
 @dataclass(kw_only=True)

@@ -39,13 +39,20 @@ TRIES, PAUSE_SECONDS = 5, 3.0
 
 
 def check_slurm() -> None:
-    """Refuse where Slurm's commands are not there."""
+    """Refuse where Slurm's commands are not there, or no cluster answers them."""
     missing = [name for name in COMMANDS if shutil.which(name) is None]
     if missing:
         raise ConfigError(
             f"launcher.kind: slurm needs {', '.join(COMMANDS)}, and there is no {', '.join(missing)} on the PATH here; "
             "start it on a login node of the cluster (Debian: apt-get install slurm-wlm), or use kind: local"
         )
+    try:
+        _queue()
+    except ClplatError as error:
+        raise ConfigError(
+            f"launcher.kind: no Slurm answers here ({error}); use --launcher.kind local, or start it on a login node "
+            "of the cluster"
+        ) from error
 
 
 class SlurmArrays:
@@ -141,4 +148,6 @@ def _command(*words: str) -> str:
         if not away or attempt == TRIES - 1:
             break
         time.sleep(PAUSE_SECONDS)
-    raise ClplatError(f"launcher.slurm: {words[0]} refused ({' '.join(done.stderr.split()) or done.returncode})")
+    # Each line begins with who says it; what stopped the command comes last.
+    said = [line.removeprefix(f"{words[0]}: ").strip() for line in done.stderr.splitlines() if line.strip()]
+    raise ClplatError(f"launcher.slurm: {words[0]} refused ({'; '.join(said[-2:]) or done.returncode})")

@@ -15,5 +15,6 @@ The flow of one trial, in the process that searches (workers know nothing of a s
     ├── gain       default against best in a study of their own; the paired difference
     └── outcome    front.csv, best.yaml, figures, tuning.html, MLflow's parent run
         └── front, figures, page
-    space      the keys that vary, checked against the configuration; options: the `tune:` block
+    checks     the configuration as far as nothing has to be built; options: the `tune:` block
+    space      the keys that vary, checked against the configuration
 """

@@ -10,10 +10,14 @@ import numpy as np
 from clplat.figures import PALETTE, draw_front, name_above, new_figure
 from clplat.tuning.front import Row
 from clplat.tuning.gain import Gain
+from clplat.tuning.words import named
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+COLUMNS = 2
+"""Panels beside each other: MLflow shows pictures as wide as they are, and text beside them no narrower."""
 
 
 def front_figure(rows: Sequence[Row], objectives: Mapping[str, int]) -> Figure:
@@ -21,7 +25,9 @@ def front_figure(rows: Sequence[Row], objectives: Mapping[str, int]) -> Figure:
     names = list(objectives)
     if len(names) == 1:
         return course_figure(rows, names[0], objectives[names[0]])
-    figure, axes = new_figure(0.6 + 4.2 * (len(names) - 1), 3.6, len(names) - 1, len(names) - 1)
+    panels = len(names) - 1
+    columns = min(COLUMNS, panels)
+    figure, axes = new_figure(5.4 if panels == 1 else 6.2, 3.4 * -(-panels // columns), panels, columns)
     finished = [row for row in rows if row.objectives]
     for axis, other in zip(axes, names[1:], strict=True):
         marked: dict[str, tuple[list[Row], dict[str, object]]] = {
@@ -48,7 +54,7 @@ def front_figure(rows: Sequence[Row], objectives: Mapping[str, int]) -> Figure:
 
 
 def _with_direction(name: str, direction: int) -> str:
-    return f"{name} ({'higher' if direction > 0 else 'lower'} is better)"
+    return f"{named(name)} ({'higher' if direction > 0 else 'lower'} is better)"
 
 
 def course_figure(rows: Sequence[Row], name: str, direction: int) -> Figure:
@@ -80,7 +86,8 @@ def _ticks_below(axis: Axes, rows: Sequence[Row], state: str, colour: str) -> No
 
 def gain_figure(gains: Sequence[Gain]) -> Figure:
     """best − default of each metric: a point a seed, and the mean with its 95 % interval."""
-    figure, axes = new_figure(0.8 + 2.6 * len(gains), 3.2, len(gains), len(gains))
+    columns = min(COLUMNS, len(gains))
+    figure, axes = new_figure(0.6 + 2.8 * columns, 2.7 * -(-len(gains) // columns), len(gains), columns)
     for axis, gain in zip(axes, gains, strict=True):
         found = gain.difference
         axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
@@ -91,5 +98,6 @@ def gain_figure(gains: Sequence[Gain]) -> Figure:
         )  # fmt: skip
         axis.set_xticks([0, 0.25], ["seeds", "mean"])
         axis.set_xlim(-0.2, 0.45)
-        axis.set_ylabel(f"{gain.metric}: best − default", fontsize=8)
+        axis.set_title(named(gain.metric), fontsize=9)
+        axis.set_ylabel("best − default")
     return figure

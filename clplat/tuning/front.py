@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from clplat.dominance import pareto
 from clplat.tuning.space import Space
+from clplat.tuning.words import exact, named, number, setting
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -64,6 +64,14 @@ def best(rows: Sequence[Row], objectives: Mapping[str, int]) -> Row | None:
     return max(front, key=lambda row: ([d * row.objectives[name] for name, d in objectives.items()], -row.number))
 
 
+def counts(rows: Sequence[Row]) -> str:
+    """How many trials there are, and what they came to."""
+    states = [row.state for row in rows]
+    words = {"FINISHED": "finished", "PRUNED": "pruned", "FAILED": "failed", "RUNNING": "not ended"}
+    parts = [f"{states.count(state)} {word}" for state, word in words.items() if state in states]
+    return f"{len(rows)} trial{'s' * (len(rows) != 1)}: {', '.join(parts)}."
+
+
 def write_csv(rows: Sequence[Row], objectives: Sequence[str], keys: Sequence[str], path: Path) -> None:
     """One line a trial: what it came to, whether it is on the front, its objectives, its settings."""
     with path.open("w", newline="") as file:
@@ -71,14 +79,9 @@ def write_csv(rows: Sequence[Row], objectives: Sequence[str], keys: Sequence[str
         writer.writerow(["trial", "status", "front", "default", *objectives, *keys, "reason"])
         for row in rows:
             scores = [repr(row.objectives[name]) if row.objectives else "" for name in objectives]
-            settings = [said(row.settings.get(key, "")) for key in keys]
+            settings = [exact(row.settings.get(key, "")) for key in keys]
             truths = [str(row.on_front).lower(), str(row.is_default).lower()]
             writer.writerow([row.name, row.state, *truths, *scores, *settings, row.reason])
-
-
-def said(value: Any) -> str:
-    """A setting in one cell."""
-    return json.dumps(value) if isinstance(value, Mapping | list) else str(value)
 
 
 def front_table(rows: Sequence[Row]) -> Table:
@@ -86,10 +89,11 @@ def front_table(rows: Sequence[Row]) -> Table:
     shown = [row for row in rows if row.on_front or (row.is_default and row.objectives)]
     names = list(shown[0].objectives)
     keys = list(shown[0].settings)
-    heads = [*names, *(key.split(".")[-1] for key in keys)]
-    table = Table("trial", "front", *heads, title="Pareto front, and the default settings")
+    table = Table("trial", "front", title="Pareto front, and the default settings")
+    for head in (*map(named, names), *(key.split(".")[-1] for key in keys)):
+        table.add_column(head, justify="right", overflow="fold")
     for row in shown:
         name, kept = "default" if row.is_default else row.name, "yes" if row.on_front else "no"
-        settings = [f"{v:.4g}" if isinstance(v, float) else said(v) for v in row.settings.values()]
-        table.add_row(name, kept, *(f"{row.objectives[head]:.4g}" for head in names), *settings)
+        reached = [number(metric, row.objectives[metric]) for metric in names]
+        table.add_row(name, kept, *reached, *map(setting, row.settings.values()))
     return table

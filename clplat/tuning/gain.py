@@ -23,14 +23,16 @@ from clplat.study_results import StudyResults, journal_results
 from clplat.tuning.front import Row
 from clplat.tuning.protocol import Protocol
 from clplat.tuning.search import mark
+from clplat.tuning.words import COSTS, UNSEEN, named, number, shown
 
 DEFAULT, BEST = "default", "best"
-COSTS = {"cost/training_flops": "training operations", "cost/buffer_bytes": "bytes of replay"}
-"""What a gain may have been bought with, and what it is called."""
-UNSEEN = "final_score_unseen_tasks"
-"""The final score of those tasks alone that no trial has seen."""
-LARGE = 1e4
-"""From here on numbers are written with an exponent."""
+LOSSES = {
+    "single seed": " With this seed the default settings scored higher.",
+    "direction": " With these seeds the default settings scored higher.",
+    "no difference shown": "",
+    "difference": " The default settings score higher.",
+}
+"""What is added where the difference is below zero, by how far it may be trusted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,17 +105,6 @@ def _gain(metric: str, default: dict[int, float], best: dict[int, float]) -> Gai
     )  # fmt: skip
 
 
-def signed(found: Interval) -> str:
-    """A difference with its sign, and half the width of its interval."""
-    digits = ".3f" if abs(found.mean) < LARGE else ".3g"
-    return f"{found.mean:+{digits}}" + (f" ± {found.half:{digits}}" if found.n > 1 else "")
-
-
-def shown(found: Interval) -> str:
-    """A mean and half the width of its interval."""
-    return str(found) if abs(found.mean) < LARGE else signed(found).removeprefix("+")
-
-
 def sentence(found: Sequence[Gain], best: Row, protocol: Protocol) -> str:
     """The gain in words, whichever its sign."""
     if not found:
@@ -123,16 +114,16 @@ def sentence(found: Sequence[Gain], best: Row, protocol: Protocol) -> str:
         )
     first = found[0]
     text = (
-        f"Gain of {best.name} over the default settings on the full stream, {first.difference.n} fresh seeds: final "
-        f"score {_moved(first)}, {MEANING[verdict(first.difference)]}."
+        f"Gain of {best.name} over the default settings on the full stream, {first.difference.n} fresh "
+        f"seed{'s' * (first.difference.n > 1)}: final score {_moved(first)}, {MEANING[verdict(first.difference)]}."
     )
     if first.difference.mean < 0:
-        text += " The default settings score higher."
+        text += LOSSES[verdict(first.difference)]
     for gain in found[1:]:
         if gain.metric == UNSEEN:
             text += f" On the tasks alone that the search never saw: {_moved(gain)}."
         elif gain.metric not in COSTS:
-            text += f" {gain.metric}: {_moved(gain)}."
+            text += f" {named(gain.metric).capitalize()}: {_moved(gain)}."
     if prices := [f"{_times(gain)} the {COSTS[gain.metric]}" for gain in found if gain.metric in COSTS]:
         text += f" The best settings take {' and '.join(prices)} of the default ones."
     if protocol.on_test_sequence:
@@ -141,12 +132,12 @@ def sentence(found: Sequence[Gain], best: Row, protocol: Protocol) -> str:
 
 
 def _moved(gain: Gain) -> str:
-    digits = ".3f" if abs(gain.default.mean) < LARGE else ".3g"
-    return f"{signed(gain.difference)} ({gain.default.mean:{digits}} → {gain.best.mean:{digits}})"
+    ends = (number(gain.metric, side.mean) for side in (gain.default, gain.best))
+    return f"{shown(gain.metric, gain.difference, sign=True)} ({' → '.join(ends)})"
 
 
 def _times(gain: Gain) -> str:
     """How many times the default's cost; a cost that the default does not have at all, as it is."""
-    return (
-        f"{gain.best.mean / gain.default.mean:.2f} times" if gain.default.mean else f"{gain.best.mean:.3g}, not 0, of"
-    )
+    if not gain.default.mean:
+        return f"{number(gain.metric, gain.best.mean)}, not 0, of"
+    return f"{gain.best.mean / gain.default.mean:.2f} times"

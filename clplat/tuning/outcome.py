@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,40 @@ import yaml
 
 from clplat.config import StudyConfig, plain
 from clplat.mlflow_store import client, short
+from clplat.mlflow_view import add_view
+from clplat.points import safe_key
+from clplat.run_note import NOTE, escaped
 from clplat.storage import read_json, write_json, writing
-from clplat.study_file import expand
+from clplat.study import Study
+from clplat.study_file import expand, record_name
 from clplat.study_record import start_study
 from clplat.tracking import STUDY_STATE
 from clplat.tuning import front
 from clplat.tuning.front import Row
 from clplat.tuning.gain import Gain
+from clplat.tuning.note import search_params, tune_note
 from clplat.tuning.protocol import Protocol
 from clplat.tuning.trials import Trials
 
 TAG_LENGTH = 5000
 """What MLflow keeps of a tag."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """How a tune stands: `status` FINISHED, KILLED (it can be resumed) or FAILED, its trials, the best and its gain."""
+
+    folder: Path
+    status: str
+    code: int
+    rows: list[Row] = field(default_factory=list)
+    best: Row | None = None
+    gains: list[Gain] = field(default_factory=list)
+    report: Study | None = None
+    text: str = ""
+    """What was gained, or why nothing can be said yet."""
+    unsent: str = ""
+    """What MLflow has not got, in a sentence; empty when it has all."""
 
 
 def write_front(folder: Path, protocol: Protocol, rows: Sequence[Row], objectives: Mapping[str, int]) -> None:
@@ -65,51 +89,70 @@ def start_record(folder: Path, study: StudyConfig, protocol: Protocol, trials: T
         return
     if shared != state:
         trials.study.set_user_attr("mlflow", state)
+    text = f"The search is under way, or was stopped without a word: `clplat resume {folder}` goes on with it."
     tags = protocol.tags() | {
-        "tune": "true",
-        "sampler": study.tune.sampler,
-        "objectives": ", ".join(study.tune.objectives),
-    }
+        "tune": "true", "sampler": study.tune.sampler, "objectives": ", ".join(study.tune.objectives),
+        NOTE: escaped(text), "finding": text,
+    }  # fmt: skip
+    columns = [
+        *(("metrics", name) for name in study.tune.objectives), ("tags", "pruned"),
+        *(("params", safe_key(key)) for key in protocol.space.dimensions), ("tags", "status_reason"),
+    ]  # fmt: skip
     with contextlib.suppress(Exception):  # a server that is away now is told at the end
-        _tag(client(state["uri"]), state["run_id"], tags)
+        connection = client(state["uri"])
+        _log(connection, state["run_id"], tags, params=search_params(protocol, plain(study.tune)))
+        add_view(connection, state["experiment"], record_name(folder), int(time.time() * 1000), columns)
 
 
-def send_record(
-    folder: Path, report: Path, protocol: Protocol, rows: Sequence[Row], gains: Sequence[Gain], text: str
-) -> str:
-    """Tell the parent run its trials, the gain and what it means, and attach the files.
+def send_record(known: Tuned, protocol: Protocol, *, ended: bool) -> str:
+    """Tell the parent run its trials, the gain and what it means, and attach the files; `ended` with its report.
 
     What MLflow has not got, in a sentence; empty when it has it all.
     """
-    state = read_json(folder / STUDY_STATE)
+    state = read_json(known.folder / STUDY_STATE)
     if state is None:
         return "MLflow has not got the search"
     names: list[str] = []
-    for row in rows:
+    for row in known.rows:
         if row.settings and len(json.dumps([*names, row.name])) <= TAG_LENGTH:
             names.append(row.name)
-    tags = protocol.tags() | {"variants": json.dumps(names), "mlflow.note.content": text}
-    numbers = {f"gain/{g.metric}": g.difference.mean for g in gains}
-    numbers |= {f"gain/{g.metric}_half_width": g.difference.half for g in gains}
+    numbers = {f"gain/{g.metric}": g.difference.mean for g in known.gains}
+    numbers |= {f"gain/{g.metric}_half_width": g.difference.half for g in known.gains}
+    reported = read_json(known.report.folder / STUDY_STATE) if known.report else None
     try:
         connection, run_id = client(state["uri"]), state["run_id"]
-        for key, number in numbers.items():
-            if math.isfinite(number):
-                connection.log_metric(run_id, key, number)
-        _attach(connection, run_id, folder)
-        _tag(connection, run_id, tags)
-        if reported := read_json(report / STUDY_STATE):
-            _tag(connection, reported["run_id"], protocol.tags() | {"tune_run": run_id})
-        # A trial that failed is a result of a search that did not.
-        connection.set_terminated(run_id, status="FINISHED")
+        _attach(connection, run_id, known.folder)
+        there = f"#/experiments/{state['experiment']}/runs/{reported['run_id']}" if reported else ""
+        note = tune_note(known.folder, run_id, protocol, known.rows, known.best, known.text, there)
+        tags = protocol.tags() | {"variants": json.dumps(names), NOTE: note, "finding": known.text[:1000]}
+        _log(connection, run_id, tags, metrics={k: v for k, v in numbers.items() if math.isfinite(v)})
+        if reported:
+            _log(connection, reported["run_id"], protocol.tags() | {"tune_run": run_id})
+        if ended:
+            # A trial that failed is a result of a search that did not.
+            connection.set_terminated(run_id, status="FINISHED")
     except Exception as error:  # noqa: BLE001 - a server can fail in any way; what was found is on disk
         return f"MLflow at {state['uri']} has not got all of the search ({short(error)})"
     return ""
 
 
-def _tag(connection: Any, run_id: str, tags: Mapping[str, str]) -> None:
-    for key, value in tags.items():
-        connection.set_tag(run_id, key, value)
+def _log(
+    connection: Any,
+    run_id: str,
+    tags: Mapping[str, str],
+    *,
+    params: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
+    """In one request."""
+    from mlflow.entities import Metric, Param, RunTag
+
+    now = int(time.time() * 1000)
+    connection.log_batch(
+        run_id, [Metric(key, value, now, 0) for key, value in (metrics or {}).items()],
+        [Param(safe_key(key), value[:6000]) for key, value in (params or {}).items()],
+        [RunTag(key, value) for key, value in tags.items()],
+    )  # fmt: skip
 
 
 def _attach(connection: Any, run_id: str, folder: Path) -> None:

@@ -6,11 +6,17 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from clplat.html_parts import document, picture, table
+from clplat.html_parts import document, heading, picture, small, table
 from clplat.tuning.figures import front_figure, gain_figure
-from clplat.tuning.front import Row, said
-from clplat.tuning.gain import COSTS, Gain, shown, signed
+from clplat.tuning.front import Row, counts
+from clplat.tuning.gain import Gain
 from clplat.tuning.protocol import Protocol
+from clplat.tuning.words import COSTS, named, number, setting, shown
+
+GAIN_CAPTION = (
+    "Each grey point is a seed of the report, the blue one their mean with its 95 % Student t interval. Above zero the "
+    "best settings have more: of scores this is better, of forgetting worse."
+)
 
 
 def write_page(
@@ -23,45 +29,58 @@ def write_page(
     report: str,
 ) -> Path:
     """Write tuning.html into the tune's folder and its figures into `figures`; `text` is the gain in words, `report`
-    the folder of the report's study inside this one."""
+    the folder of the report's study inside this one, empty where it has no page yet."""
     (folder / "figures").mkdir(exist_ok=True)
-    pictures = {"The search": ("front", front_figure(rows, objectives))}
-    if gains:
-        pictures = {
-            "The gain, seed by seed": ("gain", gain_figure([g for g in gains if g.metric not in COSTS]))
-        } | pictures
+    seeds = (
+        f"Tuning seeds {_numbers(protocol.trials.seeds)}; seeds of the report {_numbers(protocol.report.seeds)}. "
+        + (f'<a href="{report}/report.html">Report of default and best</a>.' if report else "")
+    )  # fmt: skip
     parts = [
         f"<h1>{html.escape(protocol.trials.name)}: tuned on {html.escape(protocol.tuned_on)}</h1>",
         f'<p class="finding">{html.escape(text)}</p>',
-        f'<p class="small">{_counts(rows)} Tuning seeds {_numbers(protocol.trials.seeds)}; seeds of the report '
-        f'{_numbers(protocol.report.seeds)}. <a href="{report}/report.html">Report of default and best</a>.</p>',
-        *(["<h2>Default and best on the full stream</h2>", _gains(gains)] if gains else []),
-        '<div class="figures">',
-        *(picture(title, *drawn, folder / "figures") for title, drawn in pictures.items()),
-        "</div><h2>Trials</h2>",
-        '<p class="small">Those of the Pareto front first, best first; empty cells are of trials that did not finish. '
-        "Their objectives were measured on what was tuned on, so the best of them are too good to be true: "
-        "the gain above is not.</p>",
+        small(f"{counts(rows)} {seeds}"),
+        *([heading("Default and best on the full stream"), _gains(gains)] if gains else []),
+        '<div class="figures">', *_pictures(folder / "figures", rows, objectives, gains), "</div>",
+        heading("Trials"),
+        small("Those of the Pareto front first, best first; empty cells are of trials that did not finish. "
+              "Their objectives were measured on what was tuned on, so the best of them are too good to be true: "
+              "the gain on the full stream is not."),
         _trials(protocol, rows, objectives),
-    ]
+        *_reasons(rows),
+    ]  # fmt: skip
     page = folder / "tuning.html"
     page.write_text(document(protocol.trials.name, parts))
     return page
+
+
+def _pictures(
+    folder: Path, rows: Sequence[Row], objectives: Mapping[str, int], gains: Sequence[Gain]
+) -> list[str]:  # fmt: skip
+    drawn = []
+    if scored := [gain for gain in gains if gain.metric not in COSTS]:
+        figure = gain_figure(scored)
+        drawn.append(picture("The gain, seed by seed", "gain", figure, folder, GAIN_CAPTION))
+    if any(row.objectives for row in rows):
+        shape = (
+            "The objective of each trial in the order in which they began; below, trials without one."
+            if len(objectives) == 1
+            else "Each trial by its objectives; the dashed stair is the Pareto front, which no trial is beyond."
+        )
+        figure = front_figure(rows, objectives)
+        drawn.append(picture("The search", "front", figure, folder, shape))
+    return drawn
 
 
 def _numbers(values: Sequence[int]) -> str:
     return ", ".join(map(str, values))
 
 
-def _counts(rows: Sequence[Row]) -> str:
-    states = [row.state for row in rows]
-    words = {"FINISHED": "finished", "PRUNED": "pruned", "FAILED": "failed", "RUNNING": "under way"}
-    parts = [f"{states.count(state)} {word}" for state, word in words.items() if state in states]
-    return f"{len(rows)} trials: {', '.join(parts)}."
-
-
 def _gains(gains: Sequence[Gain]) -> str:
-    rows = [[g.metric, str(g.difference.n), shown(g.default), shown(g.best), signed(g.difference)] for g in gains]
+    rows = [
+        [named(g.metric), str(g.difference.n), shown(g.metric, g.default), shown(g.metric, g.best),
+         shown(g.metric, g.difference, sign=True)]
+        for g in gains
+    ]  # fmt: skip
     return table(["metric", "seeds", "default", "best", "best − default, paired"], rows)
 
 
@@ -72,13 +91,15 @@ def _trials(protocol: Protocol, rows: Sequence[Row], objectives: Mapping[str, in
     body = [
         [
             row.name + (" (default)" if row.is_default else ""), "front" if row.on_front else row.state.lower(),
-            *(f"{row.objectives[name]:.4g}" if row.objectives else "" for name in objectives),
-            *(_short(row.settings[key]) if row.settings else "" for key in keys), row.reason[:120],
+            *(number(name, row.objectives[name]) if row.objectives else "" for name in objectives),
+            *(setting(row.settings[key]) if row.settings else "" for key in keys),
         ]
         for row in order
     ]  # fmt: skip
-    return table(["trial", "status", *objectives, *(key.split(".")[-1] for key in keys), ""], body)
+    return table(["trial", "status", *map(named, objectives), *(key.split(".")[-1] for key in keys)], body)
 
 
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else said(value)
+def _reasons(rows: Sequence[Row]) -> list[str]:
+    """Why trials did not finish, a line each: too long for a column."""
+    lines = [f"<li>{row.name}, {row.state.lower()}: {html.escape(row.reason)}</li>" for row in rows if row.reason]
+    return [heading("Trials that did not finish"), f'<ul class="small">{"".join(lines)}</ul>'] if lines else []

@@ -14,20 +14,10 @@ from typing import Any
 from clplat.components import Component
 from clplat.config import Experiment, RunConfig, StudyConfig, parse, plain
 from clplat.errors import ConfigError, nearest
-from clplat.ranges import check_least
 from clplat.study import preflight
 from clplat.study_file import expand
+from clplat.tuning.checks import check_objectives
 from clplat.tuning.space import Space
-
-OBJECTIVES = {
-    "final_score": 1, "learning_score": 1, "average_score": 1, "backward_transfer": 1, "forward_transfer": 1,
-    "final_forgetting": -1, "final_forgetting_first": -1, "cumulative_forgetting": -1,
-    "cumulative_forgetting_curve": -1, "cost/training_flops": -1, "cost/training_seconds": -1, "cost/steps": -1,
-    "cost/buffer_bytes": -1, "cost/replay_ratio": -1, "cost/peak_memory_bytes": -1, "cost/parameters": -1,
-}  # fmt: skip
-"""What can be searched for, by the names of docs/metrics.md; 1 where more is better, −1 where less is."""
-TRIALS = 30
-"""Trials of a search that says nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,49 +49,29 @@ class Protocol:
 
 
 def prepare(study: StudyConfig) -> Protocol:
-    """Check everything that can be known before the first trial, and build the two studies.
+    """Check what has to be built to be known before the first trial, and build the two studies.
 
-    Each corner of the space is built as `clplat run` would build it, so that what a component refuses is said now.
+    Each corner of the space is built as `clplat run` would build it, so that what a component refuses is said now. What
+    is cheap to check comes before what reads data.
     """
-    _check_options(study)
     whole = _tuned_arm(study)
-    total = len(preflight(expand(whole), here=study.launcher.kind == "local")[0]["order"])
-    trials, seen, tuned_on = _tuned_stream(study, whole, total)
-    shared = {f.name: plain(getattr(trials, f.name)) for f in dataclasses.fields(Experiment)}
+    space = Space(study.space, {f.name: plain(getattr(whole, f.name)) for f in dataclasses.fields(Experiment)})
     protocol = Protocol(
-        trials=trials, report=whole, space=Space(study.space, shared), seen=seen, tuned_on=tuned_on, streams=(),
+        trials=whole, report=whole, space=space, seen=0, tuned_on="", streams=(),
         on_test_sequence=study.tune.on_test_sequence,
     )  # fmt: skip
-    protocol.space.default(protocol.resolve)
+    space.default(protocol.resolve)
     if study.tune.sampler == "grid":
-        protocol.space.grid()
-    return dataclasses.replace(protocol, streams=_check_corners(protocol))
-
-
-def _check_options(study: StudyConfig) -> None:
-    tune = study.tune
-    check_least("tune.trials", tune.trials, 1)
-    check_least("tune.tasks", tune.tasks, 1)
-    check_least("tune.prune_after", tune.prune_after, 1)
-    check_least("tune.seeds", min(tune.seeds, default=0), 0)
-    if not tune.seeds or len(set(tune.seeds)) != len(tune.seeds):
-        raise ConfigError(f"tune.seeds: give at least one, each once; got {tune.seeds}")
-    if common := sorted(set(tune.seeds) & set(study.seeds)):
-        raise ConfigError(
-            f"tune.seeds: {common} are seeds of the report too, which must be fresh; tune with others than "
-            f"seeds: {study.seeds}"
-        )
-    if tune.timeout is not None and tune.timeout <= 0:
-        raise ConfigError(f"tune.timeout: must be positive seconds, got {tune.timeout}")
-    if not tune.objectives or len(set(tune.objectives)) != len(tune.objectives):
-        raise ConfigError(f"tune.objectives: give at least one, each once; got {tune.objectives}")
-    for name in tune.objectives:
-        if name not in OBJECTIVES:
-            raise ConfigError(f"tune.objectives: there is no {name!r}{nearest(name, OBJECTIVES)}")
-    if tune.storage is not None and "://" not in tune.storage:
-        raise ConfigError(f"tune.storage: expected a URL such as postgresql://… or sqlite:///…, got {tune.storage!r}")
-    if tune.prune and study.training.devices > 1:
-        raise ConfigError("tune.prune: runs of several processes do not ask at their boundaries; set it to false")
+        space.grid()
+    total = len(preflight(expand(whole), here=study.launcher.kind == "local")[0]["order"])
+    trials, seen, tuned_on = _tuned_stream(study, whole, total)
+    protocol = dataclasses.replace(protocol, trials=trials, seen=seen, tuned_on=tuned_on)
+    if "forward_transfer" in study.tune.objectives and trials.stream.init_args.get("scenario") == "class":
+        raise ConfigError("tune.objectives: forward_transfer needs scores of tasks before they are trained, and with "
+                          "scenario: class their classes are not answered")  # fmt: skip
+    streams = _check_corners(protocol)
+    check_objectives(study.tune.objectives, len(streams[0]["order"]), f"{tuned_on} has one")
+    return dataclasses.replace(protocol, streams=streams)
 
 
 def _tuned_arm(study: StudyConfig) -> StudyConfig:
@@ -129,9 +99,11 @@ def _tuned_stream(study: StudyConfig, whole: StudyConfig, total: int) -> tuple[S
         return _on_development(trials, tune.development, tune.tasks)
     tasks = tune.tasks if tune.tasks is not None else max(2, -(-total // 2))
     if tasks >= total:
+        all_of_them = f"the first {tasks} are all {total} tasks of the stream"
+        asked = all_of_them if tasks == total else f"{tasks} is more than the {total} tasks of the stream"
         raise ConfigError(
-            f"tune.tasks: the first {tasks} are all {total} tasks of the stream, and nothing is left that the search "
-            "has not seen; tune on fewer tasks or on a tune.development stream, or say --on-test-sequence"
+            f"tune.tasks: {asked}, and nothing is left that the search has not seen; tune on fewer tasks or on a "
+            "tune.development stream, or say --on-test-sequence"
         )
     return dataclasses.replace(trials, tasks=tasks), tasks, f"the first {tasks} of {total} tasks"
 

@@ -24,6 +24,7 @@ from clplat.study_results import measured
 from clplat.tuning.protocol import Protocol
 from clplat.tuning.pruning import FIRST_BOUNDARY, worse_than_most
 from clplat.tuning.trials import Trial, Trials, storage_errors
+from clplat.tuning.words import named, number
 
 
 class Search:
@@ -82,28 +83,28 @@ class Search:
             elif outcome.status in ENDED:
                 self._continue(trial)
             elif outcome.status == "FAILED":
-                self._tell(self.trials.fail(trial, f"{folder.name}: {outcome.reason}"))
+                # The reason has been said: runs of studies fail in the same words.
+                self._say_ended(trial, "failed", self.trials.fail(trial, f"{folder.name}: {outcome.reason}"))
 
     def _begin(self, trial: Trial) -> None:
         try:
             self._continue(trial)
         except ConfigError as error:
             # Only this combination is refused: its corners were not.
-            self._say(f"{trial.name}: FAILED. {error}")
-            self._tell(self.trials.fail(trial, str(error)))
+            self._fail(trial, str(error))
 
     def _continue(self, trial: Trial) -> None:
         """The next of a trial's runs into the queue; when all have finished, or one was pruned, the trial is over."""
         folders = self._enter(trial)
         stands = [last_status(folder) for folder in folders]
         if "PRUNED" in stands:
-            self._tell(self.trials.prune(trial, _reason(folders[stands.index("PRUNED")])))
+            self._prune(trial, _reason(folders[stands.index("PRUNED")]))
         elif all(status == "FINISHED" for status in stands):
             self._complete(trial, folders)
         else:
             number = next(n for n, status in enumerate(stands) if status != "FINISHED")
             if number and (reason := self._hopeless(trial, folders[number - 1], self._tasks)):
-                self._tell(self.trials.prune(trial, f"{folders[number - 1].name}: {reason}"))
+                self._prune(trial, f"{folders[number - 1].name}: {reason}")
             else:
                 self._wait_for(folders[number])
                 self._waiting.append(folders[number])
@@ -115,9 +116,21 @@ class Search:
         values = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
         missing = [name for name, value in zip(self.tune.objectives, values, strict=True) if not math.isfinite(value)]
         if missing:
-            self._tell(self.trials.fail(trial, f"it has no {missing[0]} on {self.protocol.tuned_on}"))
+            self._fail(trial, f"it has no {missing[0]} on {self.protocol.tuned_on}")
         else:
-            self._tell(self.trials.complete(trial, values))
+            reached = zip(self.tune.objectives, values, strict=True)
+            said = ", ".join(f"{named(name)} {number(name, value)}" for name, value in reached)
+            self._say_ended(trial, f"finished, {said}", self.trials.complete(trial, values))
+
+    def _prune(self, trial: Trial, reason: str) -> None:
+        self._say_ended(trial, f"pruned, {reason}", self.trials.prune(trial, reason))
+
+    def _fail(self, trial: Trial, reason: str) -> None:
+        self._say_ended(trial, f"FAILED. {reason}", self.trials.fail(trial, reason))
+
+    def _say_ended(self, trial: Trial, what: str, trouble: str) -> None:
+        """A line for every trial, and how many have ended by now; or why this one is not ours any more."""
+        self._say(trouble or f"{trial.name}: {what} ({self.trials.progress()})")
 
     def _hopeless(self, trial: Trial, folder: Path, row: int) -> str:
         """Write down what a run has reached after this row, and say why the trial should end there, if it should."""
@@ -173,10 +186,6 @@ class Search:
             self._say(f"{folder.name}: a worker of the tune that was killed is still at it; waiting for it")
             while is_busy(folder):
                 time.sleep(0.5)
-
-    def _tell(self, message: str) -> None:
-        if message:
-            self._say(message)
 
     @contextmanager
     def _trouble_said(self) -> Iterator[None]:

@@ -33,6 +33,11 @@ FIXED = {
     "training.devices": "changes no result but in its last bits",
     "training.sharding": "changes no result but in its last bits",
     "training.workers": "changes no result",
+    "seeds": "are those of the report; trials have tune.seeds",
+    **dict.fromkeys(
+        ("name", "launcher", "variants", "baseline", "folder", "known_good", "space", "tune"),
+        "belongs to the study and is no setting of a run",
+    ),
 }
 """Keys that cannot be searched, and why."""
 
@@ -130,14 +135,8 @@ class Space:
 
     def __init__(self, given: Mapping[str, Any], base: Mapping[str, Any]) -> None:
         """`given` is the `space:` as written, `base` the plain data of the configuration that it varies."""
-        if not given:
-            raise ConfigError(
-                "space: is empty; name the keys to vary, each with {low, high} or {choices} (docs/tuning.md)"
-            )
         self.base = base
-        self.dimensions: dict[str, Range | Choices] = {}
-        for key, fields in _written(given).items():
-            self.dimensions[key] = _dimension(key, fields, _own_value(key, base))
+        self.dimensions = dimensions_of(given, lambda key: _own_value(key, base))
 
     def distributions(self) -> dict[str, Any]:
         """What Optuna draws from, by key."""
@@ -193,6 +192,19 @@ class Space:
         return found
 
 
+def dimensions_of(given: Mapping[str, Any], own: Callable[[str], Any]) -> dict[str, Range | Choices]:
+    """The dimensions of a `space:` as written, by key; `own` gives the configuration's own value of a key."""
+    if not given:
+        raise ConfigError("space: is empty; name the keys to vary, each with {low, high} or {choices} (docs/tuning.md)")
+    found = {}
+    for key, fields in _written(given).items():
+        for prefix, why in FIXED.items():
+            if f"{key}.".startswith(f"{prefix}."):
+                raise ConfigError(f"space.{key}: {why}; leave it out of the space")
+        found[key] = _dimension(key, fields, own(key))
+    return found
+
+
 def _written(given: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, Any]]:
     """Ranges by dotted key, from keys that are dotted, nested or both; what is said of one twice is joined."""
     found: dict[str, dict[str, Any]] = {}
@@ -207,9 +219,6 @@ def _written(given: Mapping[str, Any], prefix: str = "") -> dict[str, dict[str, 
 
 
 def _own_value(key: str, base: Mapping[str, Any]) -> Any:
-    for prefix, why in FIXED.items():
-        if key == prefix or key.startswith(f"{prefix}."):
-            raise ConfigError(f"space.{key}: {why}; leave it out of the space")
     place: Any = base
     try:
         for part in key.split("."):
@@ -246,8 +255,10 @@ def _range(key: str, fields: Mapping[str, Any], own: Any) -> Range:
         raise ConfigError(f"space.{key}.log: must be true or false, got {log!r}")
     if not numbers["low"] < numbers["high"]:
         raise ConfigError(f"space.{key}: low must be less than high, got {numbers['low']} and {numbers['high']}")
-    if log and (step is not None or numbers["low"] <= 0):
-        raise ConfigError(f"space.{key}.log: needs low above 0, and no step")
+    if log and step is not None:
+        raise ConfigError(f"space.{key}.step: does not go with log; leave one of them out")
+    if log and numbers["low"] <= 0:
+        raise ConfigError(f"space.{key}.low: must be above 0, since log is set; got {numbers['low']}")
     if step is not None and step <= 0:
         raise ConfigError(f"space.{key}.step: must be positive, got {step}")
     whole = all(isinstance(value, int) for value in numbers.values()) and not isinstance(own, float)

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 BEAT_SECONDS, GRACE_SECONDS = 30, 180
 """How often a trial beats, and after how long a silence it counts as lost."""
+DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+"""Of databases, by the module that is missing: the package that brings it, where it has another name."""
+REMEDY = (
+    "if its disk is full, free some space; if it is a server, see that it is there; then continue with `clplat "
+    "resume`. What has finished is safe in the run folders."
+)
 RETRIES = 2
 """How often the settings of a lost trial are begun again."""
 
@@ -148,6 +154,12 @@ class Trials:
 
         return [t for t in self.study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
 
+    def progress(self) -> str:
+        """How many trials have ended of those that there are to be; one that was begun again counts once."""
+        found = self.all()
+        again = {t.user_attrs.get("replaces") for t in found}
+        return f"{sum(t.state.is_finished() and t.number not in again for t in found)} of {self._limit} trials"
+
     def passed(self, trial: Trial, place: str, step: int, values: Sequence[float]) -> None:
         """Write down what a trial had reached at a boundary, `place`, the `step`-th of the trial."""
         self._storage.set_trial_user_attr(self._id(trial.number), f"at {place}", list(values))
@@ -245,19 +257,34 @@ def _open(url: str, name: str, directions: Sequence[int], sampler: Any, again: A
     return storage, study
 
 
+def check_storage(url: str) -> None:
+    """Refuse an address under which no database answers, before a tune has a folder."""
+    from sqlalchemy import create_engine
+
+    with storage_errors(url, remedy="see that it is there and may be written; nothing has been begun."):
+        create_engine(url).connect().close()
+
+
 @contextmanager
-def storage_errors(url: str) -> Iterator[None]:
+def storage_errors(url: str, remedy: str = REMEDY) -> Iterator[None]:
     """What a database says, as what a person can do about it."""
     from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
+    place, secret, rest = url.rpartition("@")
+    shown = f"{place.partition('://')[0]}://…@{rest}" if secret else url
     try:
         yield
-    except (StorageInternalError, SQLAlchemyError, ImportError) as error:
-        said = " ".join(str(error.__cause__ or error).split())[:200]
-        place, secret, rest = url.rpartition("@")
-        shown = f"{place.partition('://')[0]}://…@{rest}" if secret else url
-        raise StorageError(
-            f"tune.storage: {shown} cannot be used ({said}). If its disk is full, free some space; if it is a server, "
-            "see that it is there; then continue with `clplat resume`. What has finished is safe in the run folders."
+    except ImportError as error:
+        driver = DRIVERS.get(error.name or "", error.name)
+        raise ConfigError(
+            f"tune.storage: {shown} needs a driver that is not installed: pip install {driver}"
         ) from error
+    except (ArgumentError, NoSuchModuleError) as error:
+        raise ConfigError(
+            f"tune.storage: {shown} is the address of no database that is known; write postgresql://…, mysql://… or "
+            "sqlite:///…"
+        ) from error
+    except (StorageInternalError, SQLAlchemyError) as error:
+        said = " ".join(str(error.__cause__ or error).split())[:200]
+        raise StorageError(f"tune.storage: {shown} cannot be used ({said}); {remedy}") from error

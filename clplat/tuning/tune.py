@@ -8,7 +8,6 @@ import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,18 @@ from clplat.launch import launcher_of, serve
 from clplat.launchers.network_disks import check_disk
 from clplat.lease import held
 from clplat.storage import writing
-from clplat.study import Study, conclude, settled
-from clplat.study_file import load_study, run_folders
+from clplat.study import conclude, settled
+from clplat.study_file import run_folders
 from clplat.study_record import send_unsent, settle_study
 from clplat.tuning import front, gain, outcome
+from clplat.tuning.checks import OBJECTIVES, TRIALS, load_tune
 from clplat.tuning.front import Row
-from clplat.tuning.gain import Gain
 from clplat.tuning.options import TUNE_FILE
+from clplat.tuning.outcome import Tuned
 from clplat.tuning.page import write_page
-from clplat.tuning.protocol import OBJECTIVES, TRIALS, Protocol, prepare
+from clplat.tuning.protocol import Protocol, prepare
 from clplat.tuning.search import Search, enter_trials
-from clplat.tuning.trials import Trials, storage_errors
+from clplat.tuning.trials import Trials, check_storage, storage_errors
 
 FRONT, SETTINGS, PAGE = "front.csv", "best.yaml", "tuning.html"
 """What a tune leaves beside it."""
@@ -38,28 +38,13 @@ CHANGEABLE = ("tune.trials", "tune.timeout", "launcher")
 """What a resumed tune may change, with the keys below them."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tuned:
-    """How a tune stands: `status` FINISHED, KILLED (it can be resumed) or FAILED, its trials, the best and its gain."""
-
-    folder: Path
-    status: str
-    code: int
-    rows: list[Row] = field(default_factory=list)
-    best: Row | None = None
-    gains: list[Gain] = field(default_factory=list)
-    report: Study | None = None
-    text: str = ""
-    """What was gained, or why nothing can be said yet."""
-    unsent: str = ""
-    """What MLflow has not got, in a sentence; empty when it has all."""
-
-
 def run_tune(study: StudyConfig, console: Console) -> Tuned:
     """Check, lay out and carry out a tune. Nothing is written before everything has been checked."""
     study = settled(study)
     _check_launcher(study)
     protocol = prepare(study)
+    if study.tune.storage:
+        check_storage(study.tune.storage)
     folder = Path(study.folder) / f"{study.name}-tune-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     try:
         folder.mkdir(parents=True)
@@ -77,7 +62,7 @@ def resume_tune(folder: Path, overrides: Sequence[tuple[str, str]], console: Con
     for key, _ in overrides:
         if not any(f"{key}.".startswith(f"{free}.") for free in CHANGEABLE):
             raise ConfigError(f"--{key}: a resumed tune stays the same search; {', '.join(CHANGEABLE)} may change")
-    study = settled(load_study(folder / TUNE_FILE, overrides))
+    study = settled(load_tune(folder / TUNE_FILE, overrides))
     if study.tune.sampler == "grid" and any(key == "tune.trials" for key, _ in overrides):
         raise ConfigError("--tune.trials: the points of a grid were chosen when it was begun; start a new tune")
     _check_launcher(study)
@@ -100,7 +85,6 @@ def _check_launcher(study: StudyConfig) -> None:
 
 def _carry_on(folder: Path, study: StudyConfig, protocol: Protocol, console: Console) -> Tuned:
     objectives = {name: OBJECTIVES[name] for name in study.tune.objectives}
-    console.print(f"{folder}: tuning on {protocol.tuned_on}", soft_wrap=True)
     with held(folder):
         if not (folder / "study.yaml").is_file():
             with writing(folder):
@@ -115,6 +99,7 @@ def _carry_on(folder: Path, study: StudyConfig, protocol: Protocol, console: Con
         )  # fmt: skip
         with storage_errors(url), trials.beating():
             trials.begin(_facts(study, protocol), points)
+            console.print(f"{folder}: tuning on {protocol.tuned_on} ({trials.progress()})", soft_wrap=True)
             if study.tracking.enabled:
                 outcome.start_record(folder, study, protocol, trials)
             search = Search(folder, study, protocol, trials, lambda text: console.print(text, soft_wrap=True))
@@ -131,7 +116,7 @@ def _search(search: Search, study: StudyConfig, limit: int, console: Console) ->
     try:
         search.resume()
         launcher = launcher_of(study, runs, study.training.devices)
-        code = serve(search, runs=runs, launcher=launcher, console=console, retries=study.launcher.retries)
+        code = serve(search, runs=None, launcher=launcher, console=console, retries=study.launcher.retries)
     finally:
         if study.tracking.enabled:
             unsent = send_unsent(run_folders(search.folder))
@@ -163,38 +148,52 @@ def _conclude_search(
     outcome.write_front(folder, protocol, rows, objectives)
     best = front.best(rows, objectives)
     known = Tuned(folder=folder, status="KILLED", code=code, rows=rows, best=best, unsent=unsent)
-    open_trials = sum(row.state == "RUNNING" for row in rows)
-    if code or open_trials:
-        text = f"{open_trials} trials have not ended; `clplat resume {folder}` goes on, and reports when all have."
-        return dataclasses.replace(known, text=text)
+    if code or any(row.state == "RUNNING" for row in rows):
+        text = (
+            f"The search has not ended ({front.counts(rows).rstrip('.')}); `clplat resume {folder}` goes on with it, "
+            "and reports when all trials have ended."
+        )
+        return _told(dataclasses.replace(known, text=text), study, protocol)
     if reporter != str(folder.resolve()):
         return dataclasses.replace(known, status="FINISHED", text=f"The report is made by the tune in {reporter}.")
     if best is None:
         said = next((row.reason for row in rows if row.reason), "nothing")
-        raise StudyFailedError(f"{folder}: no trial has finished; the first said: {said}")
-    return _report(dataclasses.replace(known, best=best), best, study, protocol, console)
+        text = f"No trial has finished; the first said: {said}"
+        _told(dataclasses.replace(known, text=text), study, protocol)
+        raise StudyFailedError(f"{folder}: {text[0].lower()}{text[1:]}")
+    return _report(known, best, study, protocol, console)
 
 
 def _report(known: Tuned, best: Row, study: StudyConfig, protocol: Protocol, console: Console) -> Tuned:
     """The runs of the report, the gain that they show, and the page."""
-    folder, rows, objectives = known.folder, known.rows, study.tune.objectives
     console.print(f"{best.name} is best on {protocol.tuned_on}; default and best run on the full stream now")
-    report = gain.carry_out_report(folder, protocol, best, console)
-    known = dataclasses.replace(known, report=report, status=report.status, code=report.code)
+    report = gain.carry_out_report(known.folder, protocol, best, console)
+    known = dataclasses.replace(
+        known, report=report, status=report.status, code=report.code, unsent=known.unsent or report.unsent
+    )
     if report.status in ("KILLED", "BUSY"):
-        return dataclasses.replace(known, text=f"The report's runs have not ended; `clplat resume {folder}` goes on.")
+        text = f"The report's runs have not ended; `clplat resume {known.folder}` goes on."
+        return _told(dataclasses.replace(known, text=text), study, protocol)
     conclude(report, console)
-    found = gain.gains(report.folder, objectives, protocol.seen)
+    found = gain.gains(report.folder, study.tune.objectives, protocol.seen)
     text = "The report's runs of default or best failed, so that no gain is known; their messages stand above."
     if found or best.is_default:
         text = gain.sentence(found, best, protocol)
+    return _told(dataclasses.replace(known, gains=found, text=text), study, protocol)
+
+
+def _told(known: Tuned, study: StudyConfig, protocol: Protocol) -> Tuned:
+    """The page of a tune as it stands, and the same in MLflow: what an earlier end left there would be out of date."""
+    folder, report = known.folder, known.report.folder if known.report else None
+    objectives = {name: OBJECTIVES[name] for name in study.tune.objectives}
+    page = report.name if report and (report / "report.html").is_file() else ""
     with writing(folder):
-        directions = {name: OBJECTIVES[name] for name in objectives}
-        write_page(folder, protocol, rows, directions, found, text, report.folder.name)
-    unsent = known.unsent or report.unsent
-    if study.tracking.enabled:
-        unsent = outcome.send_record(folder, report.folder, protocol, rows, found, text) or unsent
-    return dataclasses.replace(known, gains=found, text=text, unsent=unsent)
+        write_page(folder, protocol, known.rows, objectives, known.gains, known.text, page)
+    if not study.tracking.enabled:
+        return known
+    ended = report is not None and known.status not in ("KILLED", "BUSY")
+    unsent = outcome.send_record(known, protocol, ended=ended)
+    return dataclasses.replace(known, unsent=unsent or known.unsent)
 
 
 def show(tuned: Tuned, console: Console) -> None:

@@ -1,8 +1,8 @@
 """Launches the kernels of `self_modifying`: forward, from a state to outputs and the next state, and back.
 
-Forward: `walk` goes from chunk to chunk and keeps the state before every group of chunks. Back: `walk` goes through all
-groups at once and keeps what every chunk made, `read_back` finds what flows through the queries of each, `write_back`
-walks back through the writes. Nothing is added atomically: results are the same in every run.
+Forward: `walk` goes from chunk to chunk and keeps what every chunk made. Back: `read_back` finds what flows through the
+queries of each, `write_back` walks back through the writes, `make_back` finds what reaches the tokens. Nothing is added
+atomically: results are the same in every run.
 """
 
 from __future__ import annotations
@@ -18,34 +18,32 @@ from clplat.kernels.self_modifying.layout import Layout
 from clplat.kernels.self_modifying.reference import Inputs, Readouts, SelfModifyingState
 from clplat.kernels.self_modifying.triton_bwd import write_back
 from clplat.kernels.self_modifying.triton_fwd import walk
+from clplat.kernels.self_modifying.triton_make_back import make_back
 from clplat.kernels.self_modifying.triton_read_back import read_back
-from clplat.kernels.self_modifying.triton_tiles import NUM_MADE, NUM_SQUARES
+from clplat.kernels.self_modifying.triton_tiles import SHARES
 from clplat.kernels.self_modifying.tuning import options
 
 
-class Starts(NamedTuple):
-    """The states before all groups of chunks, (groups, M, H, D, D)."""
-
-    W: Tensor
-    S: Tensor | None
-
-
 class Kept(NamedTuple):
-    """What every chunk made, for the backward pass; in the inputs' type but for the last."""
+    """What every chunk made, for the backward pass, which else would walk once more; in the inputs' type but for the
+    last. Where nothing is kept the first two and `squares` have room for one chunk of each sequence."""
 
-    values: Tensor
-    """(B, T, H, D)."""
-    W: Tensor
+    keys: Tensor
+    """(slots, H, C, D), zero for places without a token."""
+    differences: Tensor
+    """The same of what slopes are made of: keys minus values, or minus values."""
+    W: Tensor | None
     """(slots, H, M, D, D), at the chunk's start."""
     S: Tensor | None
-    slopes: Tensor
-    """(B, T, H, M, D), of the inner losses, before they are shortened."""
+    slopes: Tensor | None
+    """(slots, H, M, C, D), of the inner losses, before they are shortened."""
     answers: Tensor | None
-    """(B, T, H, M, D), to each token's key just before its write; None where nothing is erased."""
+    """(slots, H, M, C, D), to each token's key just before its write; None where nothing is erased."""
     squares: Tensor
-    """(slots, H, 4, C, C): how keys meet, G1, the solved system, and room."""
-    made: Tensor
-    """(slots, H, 4, C): gates before their squashing, and by what keys and values were multiplied."""
+    """(slots, H, 3 or 4, C, C): how keys meet, the solved system, how keys meet as far as steps are left, and G1."""
+    made: Tensor | None
+    """(slots, H, 12 + 2 M, C): gates before and behind their squashing, by what keys and values were multiplied,
+    decays, and for each matrix how slopes are shortened; `triton_tiles` names them."""
 
 
 class Gradients(NamedTuple):
@@ -61,75 +59,58 @@ class Gradients(NamedTuple):
 def forward(
     inputs: Inputs, readouts: Readouts, state: SelfModifyingState, cu_seqlens: Tensor | None, layout: Layout, *,
     keep: bool,
-) -> tuple[Tensor, SelfModifyingState, Starts | None]:  # fmt: skip
-    """Outputs, the end state without its offset, and with `keep` the states before all groups."""
-    o = torch.empty(inputs.q.shape, dtype=layout.dtype, device=inputs.q.device)
+) -> tuple[Tensor, SelfModifyingState, Kept | None]:  # fmt: skip
+    """Outputs, the end state without its offset, and with `keep` what the backward pass needs."""
+    x, q, log_momentum, damping = inputs
+    o = torch.empty(q.shape, dtype=layout.dtype, device=q.device)
     W, S = state.W.clone(), None if state.S is None else state.S.clone()
     end_anchor = (state.W if state.anchor is None else state.anchor).clone() if layout.open_chunk else None
-    starts = None
-    if keep:
-        # An operator's outputs must not depend on what lay in memory, and idle places are left as they are.
-        make = torch.zeros if layout.packed or layout.offsets else torch.empty
-        shape = (layout.all_groups, *W.shape[1:])
-        places = [None if part is None else make(shape, dtype=W.dtype, device=W.device) for part in (W, S)]
-        assert places[0] is not None
-        starts = Starts(places[0], places[1])
-    end = SelfModifyingState(W, S, end_anchor)
-    walked(inputs, readouts, end, state, cu_seqlens, layout, o=o, starts=starts)
-    return o, end, starts
-
-
-def walked(
-    inputs: Inputs, readouts: Readouts, states: SelfModifyingState, begun: SelfModifyingState,
-    cu_seqlens: Tensor | None, layout: Layout, *,
-    o: Tensor | None = None, starts: Starts | None = None, kept: Kept | None = None, keys: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Launches `walk`, which changes `states`: one row for each sequence, or with `kept` for each group."""
-    x, q, log_momentum, damping = inputs
-    keys = torch.empty(q.shape, dtype=layout.dtype, device=x.device) if keys is None else keys
-    values, kept_W, kept_S, slopes, answers, squares, made = kept or (None,) * 7
-    walk[(len(states.W), layout.H)](
-        x, q, log_momentum, damping, *readouts, states.W, states.S, begun.anchor, states.anchor, o, keys, values,
-        *(starts or (None, None)), kept_W, kept_S, slopes, answers, squares, made, cu_seqlens, begun.offset,
-        *strides(x), _between_inputs(x), *strides(q), *_bounds(layout), layout.T, layout.N, layout.slots,
-        layout.group_slots, PER=layout.per, BN=triton.next_power_of_2(layout.N), ANCHOR=states.anchor is not None,
-        READ=o is not None,
-        KEEP=kept is not None, MARK=starts is not None, GROUPED=kept is not None,
-        **layout.constants(), **options("walk", layout),
+    kept = room(q, layout, keep=keep)
+    walk[(layout.N, layout.H)](
+        x, q, log_momentum, damping, *readouts, W, S, state.anchor, end_anchor, o, *kept, cu_seqlens, state.offset,
+        *strides(x), _between_inputs(x), *strides(q), *_bounds(layout), layout.T, layout.slots,
+        ANCHOR=end_anchor is not None, KEEP=keep, **layout.constants(), **options("walk", layout),
     )  # fmt: skip
+    return o, SelfModifyingState(W, S, end_anchor), kept if keep else None
 
 
 def backward(
     inputs: Inputs, readouts: Readouts, state: SelfModifyingState, cu_seqlens: Tensor | None, layout: Layout,
-    starts: Starts, do: Tensor, dend: SelfModifyingState,
+    kept: Kept, do: Tensor, dend: SelfModifyingState,
 ) -> Gradients:  # fmt: skip
     """Adjoints of all inputs; `do` (B, T, H, D) dense, `dend` that of the end state, whose tensors are changed."""
     (x, q, log_momentum, damping), device = inputs, inputs.x.device
-    kept, keys = _room(q, layout), torch.empty(q.shape, dtype=layout.dtype, device=device)
-    copies = SelfModifyingState(starts.W.clone(), None if starts.S is None else starts.S.clone())
-    walked(inputs, readouts, copies, state, cu_seqlens, layout, kept=kept, keys=keys)
-    wide = {"dtype": layout.accumulator, "device": device}
+    keys, differences, *middle = kept
+    wide, N, H, C, D = {"dtype": layout.accumulator, "device": device}, layout.N, layout.H, layout.C, layout.D
     dx, dq = (torch.empty(part.shape, dtype=layout.dtype, device=device) for part in (x, q))
-    dk_read, dsteps, derased = (torch.empty(q.shape, **wide) for _ in range(3))
-    dsquares = torch.empty(layout.all_slots, layout.H, 2, layout.C, layout.C, **wide)
-    dvectors = torch.empty(layout.all_slots, layout.H, 2, layout.C, **wide)
-    constants, middle = layout.constants(), kept[1:]
-    every = {"BN": triton.next_power_of_2(layout.N)}
-    read_back[(layout.all_slots, layout.H)](
-        q, log_momentum, damping, keys, *middle, do, dq, dk_read, dsteps, derased, dsquares, dvectors, cu_seqlens,
-        state.offset, *strides(q), *_bounds(layout), layout.T, layout.N, layout.slots,
-        **every, **constants, **options("read_back", layout),
+    dk_read, dsteps, derased = (torch.empty(keys.shape, **wide) for _ in range(3))
+    dsquares = torch.empty(layout.all_slots, H, 1 + layout.momentum, C, C, **wide)
+    dvectors = torch.empty(layout.all_slots, H, 3, C, **wide)
+    constants, ways = layout.constants(), (cu_seqlens, state.offset)
+    every = {"BN": triton.next_power_of_2(N)}
+    read_back[(layout.all_slots, H)](
+        q, keys, *middle, do, dq, dk_read, dsteps, derased, dsquares, dvectors, *ways, *strides(q), layout.T, N,
+        layout.slots, **every, **constants, **options("read_back", layout),
     )  # fmt: skip
     dmomentum, ddamping = (None if gate is None else torch.empty_like(gate) for gate in (log_momentum, damping))
-    dreadouts = torch.empty(layout.N, layout.H, 2, layout.D, **wide)
-    dbiases = torch.empty(layout.N, layout.H, 2, **wide)
-    write_back[(layout.N, layout.H)](
-        x, q, log_momentum, damping, readouts.rate, readouts.decay, keys, kept.values, state.anchor, *middle, do,
-        dk_read, dsteps, derased, dsquares, dvectors, dend.W, dend.S, dend.anchor, dx, dmomentum, ddamping, dreadouts,
-        dbiases, cu_seqlens, state.offset, *strides(x), _between_inputs(x), *strides(q), *_bounds(layout), layout.T,
-        layout.slots, ANCHOR=layout.open_chunk, **constants, **options("write_back", layout),
+    dkeys, dvalues = torch.empty_like(keys), torch.empty_like(keys)
+    # Idle places are left as they are.
+    dmade, dreadouts = (torch.zeros(layout.all_slots, H, 2, width, **wide) for width in (C, D))
+    backs, sums = q.new_empty(N, H, layout.M, C, D), q.new_empty(N, H, C, C)
+    pushes = torch.empty(backs.shape, **wide) if layout.momentum else None
+    write_back[(N, H)](
+        x, q, log_momentum, damping, readouts.rate, readouts.decay, keys, differences, state.anchor, *middle, do,
+        dk_read, dsteps, derased, dsquares, dvectors, dend.W, dend.S, dend.anchor, backs, pushes, sums, dkeys, dvalues,
+        dmade, dmomentum, ddamping, *ways, *strides(x), _between_inputs(x), *strides(q), layout.T, layout.slots,
+        ANCHOR=layout.open_chunk, **constants, **options("write_back", layout),
     )  # fmt: skip
-    read = [part.clone() for pair in zip(dreadouts.sum(0).unbind(1), dbiases.sum(0).unbind(1)) for part in pair]
+    make_back[(layout.all_slots, H)](
+        x, readouts.rate, readouts.decay, kept.W, state.anchor, dkeys, dvalues, dmade, dx, dreadouts, *ways,
+        *strides(x), _between_inputs(x), layout.T, N, layout.slots, **every, **constants,
+        **options("make_back", layout),
+    )  # fmt: skip
+    found = (*dreadouts.sum(0).unbind(1), *dmade.sum((0, 3)).unbind(1))
+    read = [found[place].clone() for place in (0, 2, 1, 3)]
     return Gradients(
         Inputs(dx, dq, dmomentum, ddamping), Readouts(*read[: 2 + 2 * (readouts.decay is not None)]),
         *_begun(dend, state),
@@ -141,15 +122,20 @@ def _between_inputs(x: Tensor) -> int:
     return x.stride(3) if x.ndim == 5 else 0
 
 
-def _room(q: Tensor, layout: Layout) -> Kept:
-    """Where `walk` keeps what chunks made."""
-    chunks, erases = (layout.all_slots, layout.H), layout.rule.delta != "none"
-    states = [q.new_empty(*chunks, layout.M, layout.D, layout.D) for _ in range(1 + layout.momentum)]
-    tokens = [q.new_empty(*q.shape[:3], layout.M, layout.D) for _ in range(1 + erases)]
-    made = torch.empty(*chunks, int(NUM_MADE.value), layout.C, dtype=layout.accumulator, device=q.device)
+def room(q: Tensor, layout: Layout, *, keep: bool) -> Kept:
+    """Where `walk` leaves what chunks made; `q` says where and in which type."""
+    erases, M, C, D = layout.rule.delta != "none", layout.M, layout.C, layout.D
+    # An operator's outputs must not depend on what lay in memory, and idle places are left as they are.
+    make = q.new_zeros if keep and (layout.packed or layout.offsets or not erases) else q.new_empty
+    chunks = (layout.all_slots if keep else layout.N, layout.H)
+    keys, differences = make(*chunks, C, D), make(*chunks, C, D)
+    squares = make(*chunks, 3 + layout.momentum, C, C)
+    if not keep:
+        return Kept(keys, differences, None, None, None, None, squares, None)
     return Kept(
-        q.new_empty(q.shape), states[0], states[1] if layout.momentum else None, tokens[0],
-        tokens[1] if erases else None, q.new_empty(*chunks, int(NUM_SQUARES.value), layout.C, layout.C), made,
+        keys, differences, make(*chunks, M, D, D), make(*chunks, M, D, D) if layout.momentum else None,
+        make(*chunks, M, C, D), make(*chunks, M, C, D) if erases else None, squares,
+        make(*chunks, int(SHARES.value) + 2 * M, C, dtype=layout.accumulator),
     )  # fmt: skip
 
 

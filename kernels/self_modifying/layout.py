@@ -10,17 +10,16 @@ from torch import Tensor
 
 from clplat.kernels.backends import interpreting
 from clplat.kernels.delta_memory.op import num_slots
-from clplat.kernels.mlp_memory.layout import chunks_per_group, may_end_inside
+from clplat.kernels.mlp_memory.layout import may_end_inside
 from clplat.kernels.self_modifying.reference import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """N sequences of at most T tokens, H heads of D features with M matrices each, in chunks of C, `per` of which form
-    a group.
+    """N sequences of at most T tokens, H heads of D features with M matrices each, in chunks of C.
 
     `own`: each matrix that makes something has its own x. `slots` are the places for chunks of each sequence, or of all
-    where they are packed; `group_slots` those of groups.
+    where they are packed.
     """
 
     N: int
@@ -29,13 +28,10 @@ class Layout:
     D: int
     M: int
     C: int
-    per: int
     packed: bool
     offsets: bool
     slots: int
     all_slots: int
-    group_slots: int
-    all_groups: int
     dtype: torch.dtype
     rule: Rule
     momentum: bool
@@ -45,13 +41,11 @@ class Layout:
     def of(
         cls, x: Tensor, q: Tensor, W: Tensor, rule: Rule, chunk: int, *, momentum: bool, packed: bool, offsets: bool
     ) -> Layout:  # fmt: skip
-        (_, T, H, D), (N, M), per = q.shape, W.shape[:2], chunks_per_group(chunk)
+        (_, T, H, D), (N, M) = q.shape, W.shape[:2]
         every = num_slots(N, T, chunk, packed=packed, offsets=offsets)
-        groups = num_slots(N, T, chunk * per, packed=packed, offsets=offsets)
         return cls(
-            N=N, T=T, H=H, D=D, M=M, C=chunk, per=per, packed=packed, offsets=offsets, all_slots=every,
-            slots=every if packed else every // N, all_groups=groups, group_slots=groups if packed else groups // N,
-            dtype=q.dtype, rule=rule, momentum=momentum, own=x.ndim == 5,
+            N=N, T=T, H=H, D=D, M=M, C=chunk, packed=packed, offsets=offsets, all_slots=every,
+            slots=every if packed else every // N, dtype=q.dtype, rule=rule, momentum=momentum, own=x.ndim == 5,
         )  # fmt: skip
 
     @property

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from clplat.kernels.delta_memory.op import num_slots
-from clplat.kernels.mlp_memory.layout import chunks_per_group, may_end_inside
+from clplat.kernels.mlp_memory.layout import may_end_inside
 from clplat.kernels.self_modifying.layout import Layout
 from clplat.kernels.self_modifying.reference import DELTAS, Inputs, Readouts, Rule, SelfModifyingState
 
@@ -89,14 +88,16 @@ def forward_op(
     decay: Tensor | None, decay_bias: Tensor | None, W: Tensor, S: Tensor | None, anchor: Tensor | None,
     offset: Tensor | None, cu_seqlens: Tensor | None, delta: int, max_rate: float, max_gradient: float | None,
     unit_values: bool, self_targets: bool, chunk: int, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """o, the end state's W, S and anchor, and W and S before all groups of chunks, which the backward pass needs."""
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # fmt: skip
+    """o, the end state's W, S and anchor, and what the backward pass needs: `launch.Kept`."""
     from clplat.kernels.self_modifying.launch import forward
 
     tensors = (x, q, log_momentum, damping, rate, rate_bias, decay, decay_bias, W, S, anchor, offset, cu_seqlens)
     parts = _parts(tensors, _rule(delta, max_rate, max_gradient, unit_values, self_targets), chunk)
-    o, end, starts = forward(*parts, keep=keep)
-    found = (o, *end[:3], *(starts or (None, None)))
+    o, end, kept = forward(*parts, keep=keep)
+    found = (o, *end[:3], *(kept or (None,) * 8))
     return tuple(x.new_empty(0) if part is None else part for part in found)  # type: ignore[return-value]
 
 
@@ -107,20 +108,16 @@ def _forward_shapes(
     offset: Tensor | None, cu_seqlens: Tensor | None, delta: int, max_rate: float, max_gradient: float | None,
     unit_values: bool, self_targets: bool, chunk: int, keep: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    where = {"packed": cu_seqlens is not None, "offsets": offset is not None}
-    groups = num_slots(len(W), x.shape[1], chunk * chunks_per_group(chunk), **where)
-    opened = may_end_inside(x.shape[1], chunk, **where)
+    from clplat.kernels.self_modifying.launch import room
 
-    def like(part: Tensor | None, count: int, *, there: bool = True) -> Tensor:
-        return x.new_empty(0) if part is None or not there else part.new_empty(count, *part.shape[1:])
-
+    rule = _rule(delta, max_rate, max_gradient, unit_values, self_targets)
+    given = (x, q, log_momentum, damping, rate, rate_bias, decay, decay_bias, W, S, anchor, offset, cu_seqlens)
+    layout = _parts(given, rule, chunk)[-1]
+    kept = room(q, layout, keep=True) if keep else (None,) * 8
+    parts = (W, S, W if layout.open_chunk else None, *kept)
     return (
         torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        like(W, len(W)),
-        like(S, len(W)),
-        like(W, len(W), there=opened),
-        like(W, groups, there=keep),
-        like(S, groups, there=keep),
+        *(x.new_empty(0) if part is None else torch.empty_like(part) for part in parts),
     )
 
 
@@ -128,14 +125,15 @@ def _forward_shapes(
 def backward_op(
     x: Tensor, q: Tensor, log_momentum: Tensor | None, damping: Tensor | None, rate: Tensor, rate_bias: Tensor,
     decay: Tensor | None, decay_bias: Tensor | None, W: Tensor, S: Tensor | None, anchor: Tensor | None,
-    offset: Tensor | None, cu_seqlens: Tensor | None, starts_W: Tensor, starts_S: Tensor, do: Tensor,
-    dW: Tensor | None, dS: Tensor | None, danchor: Tensor | None, delta: int, max_rate: float,
+    offset: Tensor | None, cu_seqlens: Tensor | None, keys: Tensor, differences: Tensor, kept_W: Tensor,
+    kept_S: Tensor, slopes: Tensor, answers: Tensor, squares: Tensor, made: Tensor, do: Tensor, dW: Tensor | None,
+    dS: Tensor | None, danchor: Tensor | None, delta: int, max_rate: float,
     max_gradient: float | None, unit_values: bool, self_targets: bool, chunk: int,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # fmt: skip
     """Adjoints of the first eleven tensors; None for that of an end state's part means zero."""
-    from clplat.kernels.self_modifying.launch import Starts, backward
+    from clplat.kernels.self_modifying.launch import Kept, backward
 
     tensors = (x, q, log_momentum, damping, rate, rate_bias, decay, decay_bias, W, S, anchor, offset, cu_seqlens)
     parts = _parts(tensors, _rule(delta, max_rate, max_gradient, unit_values, self_targets), chunk)
@@ -145,8 +143,9 @@ def backward_op(
         for part in (dW, dS, danchor)
     ]
     ends: Any = [part if is_wanted else None for part, is_wanted in zip(given, wanted, strict=True)]
-    starts = Starts(starts_W, None if S is None else starts_S)
-    found = backward(*parts, starts, do.contiguous(), SelfModifyingState(*ends))
+    parted = (keys, differences, kept_W, kept_S, slopes, answers, squares, made)
+    kept = Kept(*(part if part.numel() or not x.numel() else None for part in parted))  # type: ignore[arg-type]
+    found = backward(*parts, kept, do.contiguous(), SelfModifyingState(*ends))
     named = (*found.inputs, *found.readouts, *found[2:])
     return tuple(x.new_empty(0) if part is None else part for part in named)  # type: ignore[return-value]
 
@@ -204,7 +203,7 @@ def _forward_flops(x: Shape, *rest: Any, **_: Any) -> int:
 
 @register_flop_formula(torch.ops.clplat.self_modifying_backward)
 def _backward_flops(x: Shape, *rest: Any, **_: Any) -> int:
-    return 2 * _counted(rest[0], rest[7], rest[8], delta=rest[18], chunk=rest[23])
+    return 2 * _counted(rest[0], rest[7], rest[8], delta=rest[24], chunk=rest[29])
 
 
 def _counted(q: Shape, W: Shape, S: Shape | None, *, delta: int, chunk: int) -> int:

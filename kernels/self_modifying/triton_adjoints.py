@@ -5,8 +5,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from clplat.kernels.delta_memory.triton_tiles import lower, upper
-from clplat.kernels.self_modifying.triton_tiles import dot, load_matrix, plus, store_matrix
+from clplat.kernels.delta_memory.triton_tiles import load_tile, load_turned, lower, upper
+from clplat.kernels.self_modifying.triton_tiles import (
+    DECAY_,
+    KEY,
+    RATE,
+    SHARES,
+    VALUE,
+    dot,
+    load_matrix,
+    load_rows,
+    plus,
+    store_matrix,
+    store_rows,
+)
 
 
 @triton.jit
@@ -67,8 +79,62 @@ def load_source(
 
 @triton.jit
 def read_out_back(a_DD, r_D, x_CD, dz_C, ACC: tl.constexpr):
-    """Of a gate: what x meets, what the matrix gets along the readout, and the readout's adjoint."""
+    """Of a gate: what x meets, and the readout's adjoint."""
     wide_DD = a_DD.to(ACC)
-    u_D = tl.sum(wide_DD * r_D[None, :], 1)
     xz_D = tl.sum(x_CD.to(ACC) * dz_C[:, None], 0)
-    return u_D, xz_D, tl.sum(wide_DD * xz_D[:, None], 0)
+    return tl.sum(wide_DD * r_D[None, :], 1), tl.sum(wide_DD * xz_D[:, None], 0)
+
+
+@triton.jit
+def made_of(
+    x, to, dk_CD, dv_CD, dz_C, dzd_C, r_D, s_D, valid, x_token, x_memory, H: tl.constexpr, D: tl.constexpr,
+    C: tl.constexpr, BD: tl.constexpr, DECAY: tl.constexpr, OWN: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds to the matrices at `to` what reaches them through keys, values and gates that they made of a chunk's x."""
+    c, d = tl.arange(0, C), tl.arange(0, BD)
+    step: tl.constexpr = H * D * D
+    x_DC = load_turned(x, c, valid, x_token, d, D, UPCAST)
+    add_to(to + KEY * step, dot(x_DC, dk_CD, ACC, PRECISION), D, BD)
+    if OWN:
+        x_DC = load_turned(x + VALUE * x_memory, c, valid, x_token, d, D, UPCAST)
+    add_to(to + VALUE * step, dot(x_DC, dv_CD, ACC, PRECISION), D, BD)
+    x_CD = load_tile(x + (RATE * x_memory if OWN else 0), c, valid, x_token, d, D, UPCAST)
+    add_to(to + RATE * step, tl.sum(x_CD.to(ACC) * dz_C[:, None], 0)[:, None] * r_D[None, :], D, BD)
+    if DECAY:
+        if OWN:
+            x_CD = load_tile(x + DECAY_ * x_memory, c, valid, x_token, d, D, UPCAST)
+        add_to(to + DECAY_ * step, tl.sum(x_CD.to(ACC) * dzd_C[:, None], 0)[:, None] * s_D[None, :], D, BD)
+
+
+@triton.jit
+def through_momentum(
+    key, slopes, kept_S, made, dW, dS, pushes, own, place, rate_C, l_end_C, f_end, m_end, H: tl.constexpr,
+    D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Takes all dS through a chunk, but for what was erased, and writes what reaches its steps to `pushes`. Returns
+    their part of dk, the adjoint of l, and those of f and m at the end, still to be summed."""
+    size: tl.constexpr = D * D
+    c = tl.arange(0, C)
+    dk_CD, dl_C = tl.zeros([C, BD], dtype=ACC), tl.zeros([C], dtype=ACC)
+    df_end_D, dm_end_D = tl.zeros([BD], dtype=ACC), tl.zeros([BD], dtype=ACC)
+    for m in tl.range(M, disable_licm=True):
+        at, kept = own + m * H * size, place * M + m
+        g_CD = load_rows(slopes + kept * C * D, C, D, BD, UPCAST)
+        narrow = g_CD.dtype
+        share_C = tl.load(made + (place * (SHARES + 2 * M) + SHARES + 2 * m) * C + c)
+        steps_CD = (-rate_C * share_C)[:, None] * g_CD.to(ACC)
+        dsn_DD = load_matrix(dS + at, D, BD, False).to(narrow)
+        dpush_CD = dot(load_rows(key, C, D, BD, UPCAST), dsn_DD, ACC, PRECISION)
+        dl_C += tl.sum(dpush_CD * steps_CD, 1)
+        store_rows(pushes + m * C * D, l_end_C[:, None] * dpush_CD, C, D, BD)
+        dk_CD = plus(dk_CD, (l_end_C[:, None] * steps_CD).to(narrow), tl.trans(dsn_DD), ACC, PRECISION)
+        # Other threads may not have read yet what is overwritten.
+        tl.debug_barrier()
+        dw_DD, ds_DD = load_matrix(dW + at, D, BD, False), load_matrix(dS + at, D, BD, False)
+        store_matrix(dS + at, m_end * ds_DD + f_end * dw_DD, D, BD)
+        s_DD = load_matrix(kept_S + kept * size, D, BD, UPCAST).to(ACC)
+        df_end_D += tl.sum(s_DD * dw_DD, 1)
+        dm_end_D += tl.sum(s_DD * ds_DD, 1)
+    return dk_CD, dl_C, df_end_D, dm_end_D

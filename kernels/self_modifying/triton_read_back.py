@@ -11,24 +11,27 @@ import triton.language as tl
 
 from clplat.kernels.delta_memory.triton_tiles import chunk_of, load_tile, load_turned, lower, rows_at, store_tile, upper
 from clplat.kernels.self_modifying.triton_tiles import (
-    NUM_MADE,
-    NUM_SQUARES,
+    B1,
+    ERASED,
+    F1,
+    RATE_,
+    SHARES,
     STEPS,
     Z_DECAY,
-    Z_RATE,
-    decays,
     dot,
-    gates_of,
     load_matrix,
+    load_rows,
+    log_sigmoid,
     plus,
-    shortening,
+    store_rows,
+    turned_rows,
 )
 
 
 @triton.jit
 def read_back(
-    q, log_momentum, damping, keys, kept_W, kept_S, slopes, answers, squares, made, do, dq, dk_read, dsteps, derased,
-    dsquares, dvectors, cu_seqlens, offsets, q_row, q_token, q_head, max_rate, max_gradient, T, N, slots,
+    q, keys, kept_W, kept_S, slopes, answers, squares, made, do, dq, dk_read, dsteps, derased,
+    dsquares, dvectors, cu_seqlens, offsets, q_row, q_token, q_head, T, N, slots,
     H: tl.constexpr, D: tl.constexpr, M: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr,
     DECAY: tl.constexpr, MOMENTUM: tl.constexpr, ERASE: tl.constexpr, DIFFERENCE: tl.constexpr, BOUNDED: tl.constexpr,
     UNIT: tl.constexpr, OWN: tl.constexpr, SELF: tl.constexpr, PACKED: tl.constexpr, OFFSETS: tl.constexpr,
@@ -44,59 +47,66 @@ def read_back(
     token, place = (row * T + start).to(tl.int64) * H + head, slot.to(tl.int64) * H + head
     q = rows_at(q, row, start, head, q_row, q_token, q_head)
     q_CD = load_tile(q, c, valid, q_token, d, D, UPCAST)
-    q_DC = load_turned(q, c, valid, q_token, d, D, UPCAST)
-    k_CD = load_tile(keys + token * D, c, valid, H * D, d, D, UPCAST)
-    k_DC = load_turned(keys + token * D, c, valid, H * D, d, D, UPCAST)
+    k_CD = load_rows(keys + place * C * D, C, D, BD, UPCAST)
     do_CD = load_tile(do + token * D, c, valid, H * D, d, D, UPCAST)
-    do_DC = load_turned(do + token * D, c, valid, H * D, d, D, UPCAST)
     narrow = q_CD.dtype
-    found = made + place * NUM_MADE * C + c
-    z_C, zd_C = tl.load(found + Z_RATE * C), tl.load(found + Z_DECAY * C)
-    e_C, damping_C, decay_C, momentum_C, there_C = gates_of(
-        z_C, zd_C, log_momentum + token if MOMENTUM else None, damping + token if damping is not None else None,
-        max_rate, c, valid, H, C, DECAY, MOMENTUM, ACC,
-    )  # fmt: skip
-    b1_C, f1_C, _, _, _, _, _, _ = decays(decay_C, momentum_C, there_C, MOMENTUM, C)
+    found = made + place * (SHARES + 2 * M) * C + c
+    decay_C, there_C = tl.zeros([C], dtype=ACC), tl.where(c < valid, 1.0, 0.0)
+    if DECAY:
+        decay_C = log_sigmoid(tl.load(found + Z_DECAY * C)) * there_C
+    e_C, b1_C, f1_C = tl.load(found + ERASED * C), tl.load(found + B1 * C), tl.load(found + F1 * C)
+    rate_C = -tl.load(found + RATE_ * C) * tl.load(found + (SHARES + 2 * M - 2) * C)
     total_C = tl.cumsum(decay_C, 0)
     A1_ij = lower(total_C - decay_C, total_C, False, C)
     A1_ji = upper(total_C - decay_C, total_C, False, C)
-    G1_ij = load_tile(squares + (place * NUM_SQUARES + STEPS) * C * C, c, C, C, c, C, UPCAST).to(ACC)
-    G1_ji = load_turned(squares + (place * NUM_SQUARES + STEPS) * C * C, c, C, C, c, C, UPCAST).to(ACC)
-    own = (token * M + M - 1) * D
-    w_DD = load_matrix(kept_W + (place * M + M - 1) * D * D, D, BD, UPCAST)
-    g_CD = load_tile(slopes + own, c, valid, H * M * D, d, D, UPCAST).to(ACC)
-    g_DC = load_turned(slopes + own, c, valid, H * M * D, d, D, UPCAST).to(ACC)
-    k_wide_CD = k_CD.to(ACC)
-    share_C, _ = shortening(g_CD, tl.sum(k_wide_CD * k_wide_CD, 1), max_gradient, BOUNDED, C, ACC)
-    rate_C = -e_C * damping_C * share_C
-    QK_ij, QK_ji = dot(q_CD, k_DC, ACC, PRECISION), dot(k_CD, q_DC, ACC, PRECISION)
-    through_ij = dot(do_CD, (rate_C[None, :] * g_DC).to(narrow), ACC, PRECISION)
+    G1_ij, G1_ji = A1_ij, A1_ji
+    if MOMENTUM:
+        square = squares + (place * 4 + STEPS) * C * C
+        G1_ij = load_rows(square, C, C, C, UPCAST).to(ACC)
+        G1_ji = turned_rows(square, C, C, C, UPCAST).to(ACC)
+    own = (place * M + M - 1) * C * D
+    wide: tl.constexpr = H * D
+    vectors = dvectors + place * 3 * C + c
+    # First what reaches keys and writes, then what reaches queries: so fewer tiles live at once.
+    QK_ji = dot(k_CD, load_turned(q, c, valid, q_token, d, D, UPCAST), ACC, PRECISION)
+    do_DC = load_turned(do + token * D, c, valid, wide, d, D, UPCAST)
+    written_CD = rate_C[:, None] * load_rows(slopes + own, C, D, BD, UPCAST).to(ACC)
+    if ERASE:
+        f_CD = load_rows(answers + own, C, D, BD, UPCAST).to(ACC)
+        if not MOMENTUM:
+            written_CD -= e_C[:, None] * f_CD
+    dQK_ji = G1_ji * dot(written_CD.to(narrow), do_DC, ACC, PRECISION)
+    dsteps_CD = dot((QK_ji * G1_ji).to(narrow), do_CD, ACC, PRECISION)
+    store_rows(dsteps + place * C * D, dsteps_CD, C, D, BD)
+    if ERASE and MOMENTUM:
+        dQK_ji += A1_ji * dot((-e_C[:, None] * f_CD).to(narrow), do_DC, ACC, PRECISION)
+        derased_CD = dot((QK_ji * A1_ji).to(narrow), do_CD, ACC, PRECISION)
+        store_rows(derased + place * C * D, derased_CD, C, D, BD)
+        tl.store(vectors + 2 * C, tl.sum(derased_CD * f_CD, 1))
+    dk_CD = dot(dQK_ji.to(narrow), q_CD, ACC, PRECISION)
+    store_rows(dk_read + place * C * D, dk_CD, C, D, BD)
+    QK_ij = dot(q_CD, turned_rows(keys + place * C * D, C, D, BD, UPCAST), ACC, PRECISION)
+    written_DC = rate_C[None, :] * turned_rows(slopes + own, C, D, BD, UPCAST).to(ACC)
+    if ERASE:
+        f_DC = turned_rows(answers + own, C, D, BD, UPCAST).to(ACC)
+        if not MOMENTUM:
+            written_DC -= e_C[None, :] * f_DC
+    through_ij = dot(do_CD, written_DC.to(narrow), ACC, PRECISION)
+    here = dsquares + place * (1 + MOMENTUM) * C * C
+    store_rows(here, QK_ij * through_ij, C, C, C)
     dQK_ij = G1_ij * through_ij
-    here = dsquares + place * 2 * C * C
-    store_tile(here, QK_ij * through_ij, c, C, C, c, C)
-    dQK_ji = G1_ji * dot((rate_C[:, None] * g_CD).to(narrow), do_DC, ACC, PRECISION)
+    if ERASE and MOMENTUM:
+        through_ij = dot(do_CD, (-e_C[None, :] * f_DC).to(narrow), ACC, PRECISION)
+        dQK_ij += A1_ij * through_ij
+        store_rows(here + C * C, QK_ij * through_ij, C, C, C)
+    w_DD = load_matrix(kept_W + (place * M + M - 1) * D * D, D, BD, UPCAST)
     reach_CD = dot(do_CD, tl.trans(w_DD), ACC, PRECISION)
     dq_CD = b1_C[:, None] * reach_CD
-    vectors = dvectors + place * 2 * C + c
     tl.store(vectors, tl.sum(reach_CD * q_CD.to(ACC), 1))
     if MOMENTUM:
         s_DD = load_matrix(kept_S + (place * M + M - 1) * D * D, D, BD, UPCAST)
         reach_CD = dot(do_CD, tl.trans(s_DD), ACC, PRECISION)
         dq_CD += f1_C[:, None] * reach_CD
         tl.store(vectors + C, tl.sum(reach_CD * q_CD.to(ACC), 1))
-    if ERASE:
-        f_CD = load_tile(answers + own, c, valid, H * M * D, d, D, UPCAST).to(ACC)
-        f_DC = load_turned(answers + own, c, valid, H * M * D, d, D, UPCAST).to(ACC)
-        through_ij = dot(do_CD, (-e_C[None, :] * f_DC).to(narrow), ACC, PRECISION)
-        dQK_ij += A1_ij * through_ij
-        store_tile(here + C * C, QK_ij * through_ij, c, C, C, c, C)
-        dQK_ji += A1_ji * dot((-e_C[:, None] * f_CD).to(narrow), do_DC, ACC, PRECISION)
-        derased_CD = dot((QK_ji * A1_ji).to(narrow), do_CD, ACC, PRECISION)
-        store_tile(derased + token * D, derased_CD, c, valid, H * D, d, D)
     dq_CD = plus(dq_CD, dQK_ij.to(narrow), k_CD, ACC, PRECISION)
-    wide: tl.constexpr = H * D
     store_tile(dq + token * D, dq_CD, c, valid, wide, d, D)
-    dk_CD = dot(dQK_ji.to(narrow), q_CD, ACC, PRECISION)
-    store_tile(dk_read + token * D, dk_CD, c, valid, wide, d, D)
-    dsteps_CD = dot((QK_ji * G1_ji).to(narrow), do_CD, ACC, PRECISION)
-    store_tile(dsteps + token * D, dsteps_CD, c, valid, wide, d, D)

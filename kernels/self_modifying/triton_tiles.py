@@ -10,13 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from clplat.kernels.delta_memory.triton_tiles import load_row, load_tile, lower
+from clplat.kernels.delta_memory.triton_tiles import load_row, load_tile, lower, store_tile
 
 KEY, VALUE, RATE, DECAY_ = (tl.constexpr(number) for number in range(4))
-Z_RATE, Z_DECAY, KEY_SHARE, VALUE_SHARE = (tl.constexpr(number) for number in range(4))
-NUM_MADE = tl.constexpr(4)
-MEETS, STEPS, TURNS = (tl.constexpr(number) for number in range(3))
-NUM_SQUARES = tl.constexpr(4)
+Z_RATE, Z_DECAY, KEY_SHARE, VALUE_SHARE, ERASED, RATE_, B1, F1, A_END, G_END, L_END, ENDS = (
+    tl.constexpr(number) for number in range(12)
+)
+SHARES = tl.constexpr(12)
+"""Behind it two numbers for each matrix: by what its slope is multiplied, and the slope's squared length."""
+MEETS, TURNS, WEIGHED, STEPS = (tl.constexpr(number) for number in range(4))
 LOWEST, SHORTEST = tl.constexpr(-12.0), tl.constexpr(1e-12)
 
 
@@ -33,9 +35,37 @@ def plus(z, x, y, ACC: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def load_rows(pointer, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr):
+    """C rows of D numbers, one behind the other; without a mask, which takes registers, where it hides nothing."""
+    c, d = tl.arange(0, C)[:, None], tl.arange(0, BD)[None, :]
+    tile = tl.load(pointer + c * D + d) if D == BD else tl.load(pointer + c * D + d, mask=d < D, other=0.0)
+    return tile.to(tl.float32) if UPCAST else tile
+
+
+@triton.jit
+def turned_rows(pointer, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr):
+    """The same transposed (BD, C), by the order of its addresses."""
+    d, c = tl.arange(0, BD)[:, None], tl.arange(0, C)[None, :]
+    tile = tl.load(pointer + c * D + d) if D == BD else tl.load(pointer + c * D + d, mask=d < D, other=0.0)
+    return tile.to(tl.float32) if UPCAST else tile
+
+
+@triton.jit
+def store_rows(pointer, tile_CD, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Writes them."""
+    c, d = tl.arange(0, C)[:, None], tl.arange(0, BD)[None, :]
+    if D == BD:
+        tl.store(pointer + c * D + d, tile_CD.to(pointer.dtype.element_ty))
+    else:
+        tl.store(pointer + c * D + d, tile_CD.to(pointer.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
 def load_matrix(pointer, D: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr):
     """A matrix of one memory."""
     d = tl.arange(0, BD)
+    if D == BD:
+        return load_rows(pointer, BD, D, BD, UPCAST)
     return load_tile(pointer, d, D, D, d, D, UPCAST)
 
 
@@ -43,8 +73,10 @@ def load_matrix(pointer, D: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr
 def store_matrix(pointer, tile_DD, D: tl.constexpr, BD: tl.constexpr):
     """Writes it."""
     d = tl.arange(0, BD)
-    inside = (d < D)[:, None] & (d < D)[None, :]
-    tl.store(pointer + d[:, None] * D + d[None, :], tile_DD.to(pointer.dtype.element_ty), mask=inside)
+    if D == BD:
+        store_rows(pointer, tile_DD, BD, D, BD)
+    else:
+        store_tile(pointer, tile_DD, d, D, D, d, D)
 
 
 @triton.jit

@@ -1,4 +1,7 @@
-"""With how many warps the kernels run. Nothing here is measured; `benchmarks/memory_blocks.py --warps` times others."""
+"""With how many warps the kernels run: where fewest registers spill, as counted in docs/self_modifying.md.
+
+Nothing here is measured; `benchmarks/memory_blocks.py --warps` times others.
+"""
 
 from __future__ import annotations
 
@@ -7,5 +10,7 @@ from clplat.kernels.self_modifying.layout import Layout
 
 def options(kernel: str, layout: Layout) -> dict[str, int]:
     """Constants of a launch: warps, stages of pipelined loads."""
-    warps = {"walk": 4, "read_back": 4, "write_back": 8}[kernel]
-    return {"num_warps": 8 if layout.C == 64 or layout.dtype.itemsize > 2 else warps, "num_stages": 1}
+    wide, long = layout.dtype.itemsize > 2, layout.C == 64
+    # Without momentum all of `read_back` fits into 4 warps, of which two programs share a multiprocessor.
+    eight = {"walk": long, "read_back": long and layout.momentum, "write_back": True, "make_back": False}[kernel]
+    return {"num_warps": 8 if eight or wide else 4, "num_stages": 1}

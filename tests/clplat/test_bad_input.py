@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -280,8 +281,17 @@ def test_a_report_that_cannot_be_written_is_refused_by_name(tmp_path: Path, stor
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="folder: .*file"):
+    with pytest.raises(ConfigError, match=r"folder: .*file.* \(Not a directory\); name one that can be written$"):
         clplat.run(study(folder=str(tmp_path / "file")), quiet=True)
+
+
+def test_space_is_named_where_space_is_the_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("clplat.study.write_plan", full)
+    with pytest.raises(ConfigError, match=r"\(No space left on device\); free some space there, or"):
+        clplat.run(study(), quiet=True)
 
 
 def test_a_damaged_line_of_the_journal_is_named(tmp_path: Path) -> None:

@@ -91,6 +91,13 @@ def test_into_a_file_every_run_that_finished_is_a_line_on_the_error_output(
         (["list", "stream"], 1, "did you mean 'streams'"),
         (["compare", "quickstart", "--wrong"], 2, "unrecognized argument"),
         (["report", "unheard-of"], 1, "there is no mlflow.db in this folder"),
+        (["ui", "--uri", "sqlite:///gone/x.db"], 1, "--uri: there is no file gone/x.db"),
+        (["run", "quickstart", "--variant", "nope"], 1, "--variant: no variant is called 'nope'"),
+        (["run", "quickstart", "--seed", "17"], 1, "--seed: 17 is none of the study's seeds (0, 1, 2)"),
+        (["run", "quickstart", "--tracking.uri", "foo://bar"], 1, "MLflow knows no 'foo'; known: databricks"),
+        (["run", "quickstart", "--tracking.uri", "htp://x"], 1, "MLflow knows no 'htp'; did you mean 'http'"),
+        (["run", "quickstart", "--tracking.uri", "./mlruns"], 1, "tracking.uri: ./mlruns is a folder"),
+        (["run", "quickstart", "--tracking.uri", "mysql+nothing://x/y"], 1, "mysql+nothing://x/y is no database"),
     ],
 )
 def test_errors_are_one_line_with_the_fix_and_the_right_exit_code(
@@ -100,6 +107,7 @@ def test_errors_are_one_line_with_the_fix_and_the_right_exit_code(
     got, _, err = ran(capsys, *arguments)
     assert got == code
     assert message in err and "Traceback" not in err
+    assert not list(Path().iterdir()), "nothing is left"
 
 
 def test_list_shows_every_wing_and_the_shipped_studies(capsys: pytest.CaptureFixture[str]) -> None:

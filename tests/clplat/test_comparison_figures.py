@@ -39,7 +39,7 @@ def test_every_cost_has_a_panel_and_the_front_is_of_those_that_may_compete() -> 
     for axis, front in zip(figure.axes, ([[1.0, 2.0], [0.2, 0.8]], None), strict=True):
         stairs = [line for line in axis.lines if line.get_drawstyle() == "steps-post"]
         assert [[list(values) for values in line.get_data()] for line in stairs] == ([front] if front else [])
-    assert {text.get_text() for text in figure.axes[0].texts} == {"naive", "er"}
+    assert not figure.axes[0].texts, "names stand in the legend, where they lie on nothing"
     marks = {line.get_label(): line for line in figure.axes[0].lines if not line.get_label().startswith("_")}
     assert marks.keys() == {"naive", "er", "der", "joint"}, "one entry of the legend each, none for what has no score"
     assert marks["joint"].get_markerfacecolor() == "white" != marks["er"].get_markerfacecolor()

@@ -59,6 +59,27 @@ def test_scoring_every_five_steps_or_never_gives_bit_equal_weights(tmp_path: Pat
     assert views == {"default", "shaken"}
 
 
+class Summed(World):
+    """One of several processes whose sums are its own."""
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_answers_need_of_other_processes_comes_before_each_set_also_where_none_of_its_rows_are_ones_own(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strategies = {"own": {"class_path": "iCaRL", "init_args": {"capacity": 12}}}
+    parts = assemble(expand(load_study(study(strategies=strategies, evaluation={"max_rows": 2})))[0], World())
+    parts.context.task, called, own = parts.stream.tasks[0], [], parts.hooks.strategies["own"]
+    monkeypatch.setattr(own, "prepare_predict", lambda: called.append(torch.is_grad_enabled()))
+    parts.evaluator.world = Summed(rank=size - 1, size=size)
+    cells = parts.evaluator.cells([0, 1])
+    assert [cell.count for cell in cells if cell.metric == "accuracy"] == ([2, 2, 0] if size == 1 else [0, 0, 0])
+    assert called == ([] if size == 1 else [False, False]), "of two tasks seen"
+
+
 def test_modes_and_random_sources_are_as_before(tmp_path: Path) -> None:
     parts = assemble(expand(load_study(study()))[0], World())
     parts.architecture.train()

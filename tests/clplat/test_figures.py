@@ -11,6 +11,7 @@ from clplat.figures import (
     final_scores,
     forgetting_curves,
     heat_maps,
+    is_cut,
     learned_and_lost,
     limits_of,
     look,
@@ -77,3 +78,24 @@ def test_who_learned_nothing_stands_left_of_who_learned_and_arms_without_either_
     found = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0], line.get_color()) for line in axis.lines
              if not line.get_label().startswith("_")}  # fmt: skip
     assert found == {"frozen": (0.2, 0.0, look(0)["color"]), "naive": (0.9, 0.6, look(2)["color"])}
+
+
+def test_points_that_coincide_are_all_seen_the_later_ones_larger_and_behind() -> None:
+    far, near = Interval(mean=0.2, half=0.01, n=3), Interval(mean=0.9, half=0.01, n=3)
+    (axis,) = learned_and_lost({"naive": (near, near), "ewc": (near, near), "er": (far, far)}).axes
+    naive, ewc, er = (line for line in axis.lines if not line.get_label().startswith("_"))
+    assert ewc.get_markersize() >= naive.get_markersize() + 4 and ewc.get_zorder() < naive.get_zorder()
+    assert er.get_markersize() == naive.get_markersize()
+    assert {line.get_markersize() for line in axis.figure.legends[0].get_lines()} == {6.0}
+
+
+def test_an_interval_has_no_end_mark_where_it_is_cut() -> None:
+    wide, narrow = Interval(mean=0.9, half=0.3, n=3), Interval(mean=0.5, half=0.1, n=3)
+    (axis,) = learned_and_lost({"er": (narrow, wide)}).axes
+    ends = {(line.get_marker(), round(float(line.get_xdata()[0]), 6), round(float(line.get_ydata()[0]), 6))
+            for line in axis.lines if line.get_marker() in ("|", "_")}  # fmt: skip
+    assert ends == {("|", 0.6, 0.5), ("_", 0.9, 0.4), ("_", 0.9, 0.6)}
+    (across, _) = axis.containers[0].lines[2]
+    assert across.get_segments()[0][:, 0].tolist() == pytest.approx([0.6, 1.0])
+    assert is_cut(wide, (0.0, 1.0)) and not is_cut(narrow, (0.0, 1.0))
+    assert not is_cut(Interval(mean=0.9, half=float("nan"), n=1), (0.0, 1.0))

@@ -280,7 +280,7 @@ def test_sqlite_on_a_network_disk_is_refused_for_runs_on_other_machines(tmp_path
 
 def test_one_variant_and_one_seed_of_a_study_can_be_run_alone(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setattr("clplat.study.conclude", lambda *_: None)
-    data = study(variants={"a": {}, "b": {}}, seeds=[0, 1], launcher={"workers": 1})
+    data = study(variants={"a": {}, "b": {}}, seeds=[0, 7], launcher={"workers": 1})
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(data))
     ran = [main_code("run", "study.yaml", "--variant", "b", "--seed", "7")]
     (folder,) = (tmp_path / "runs").iterdir()

@@ -12,16 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from group_runs import finished, stop_at_step
 from lightning.pytorch.strategies import DDPStrategy
-from studies import run_folder, study
+from studies import assert_same, run_folder, study
 
 from clplat import execution
 from clplat.checkpoint import Checkpoints
-from clplat.config import TrainingConfig
+from clplat.config import TrainingConfig, save
 from clplat.execution import Outcome, execute
 from clplat.fitting import new_trainer
 from clplat.journal import Journal, last_status, read, table
 from clplat.strategies.buffers import BEST
+from clplat.study_file import expand, load_study
 
 ARMS: dict[str, dict[str, Any]] = {
     "naive": {},
@@ -63,6 +65,29 @@ def test_two_processes_give_the_weights_buffers_and_journal_of_one(tmp_path: Pat
     assert table(alone).rows() == table(together).rows() == [0, 1, 2, 3]
     kinds = [[entry["kind"] for entry in read(folder)] for folder in (alone, together)]
     assert kinds[0] == kinds[1], "rank zero alone writes the journal"
+
+
+def test_a_run_goes_on_in_two_processes_and_then_in_one_with_the_buffer_of_one(tmp_path: Path) -> None:
+    replay = {"capacity": 31, "policy": "ring_reservoir", "from_task": 1, "ratio": 0.5}
+    data = study(
+        strategies={"replay": {"class_path": "ExperienceReplay", "init_args": replay}}, training__budget={"steps": 6},
+        architecture={"class_path": "MLP", "init_args": {"hidden_sizes": [16]}}, tracking__log_every=1,
+    )  # fmt: skip
+    alone, moved = run_folder(tmp_path, data, "alone"), run_folder(tmp_path / "left", data)
+    assert execute(alone).status == "FINISHED"
+    stop_at_step(moved, 0, 4)
+    save(expand(load_study(data | two(data)))[0], moved / "config.yaml")
+    # The first of them alone is asked to stop; the other takes part in what it saves.
+    assert len(finished(tmp_path, 2)) == 2
+    save(expand(load_study(data))[0], moved / "config.yaml")
+    assert execute(moved).status == "FINISHED"
+    one, other = (Checkpoints(folder, every_seconds=0).load() for folder in (alone, moved))
+    assert one is not None and other is not None
+    assert one["global_steps"] == other["global_steps"] == 18
+    assert_same(*(state["strategies"]["replay"]["state"] for state in (one, other)))
+    assert len(one["strategies"]["replay"]["state"]["buffer"]["rows"]["inputs"]) == 31
+    for name, weight in one["architecture"].items():
+        torch.testing.assert_close(other["architecture"][name], weight, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,14 @@ def test_as_many_threads_and_processes_as_cores_are_let_through_and_two_processe
     check_room(TrainingConfig(devices=2, accelerator="cpu"))
 
 
+def test_a_gpu_where_there_is_none_is_what_is_missing_however_many_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^training\.accelerator: 'gpu' was asked for, and torch sees none"):
+        check_room(TrainingConfig(devices=8, accelerator="gpu"))
+
+
 def test_a_study_from_a_larger_machine_is_refused_before_a_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_study(study(training__threads=2))
     folder = lay_out(config, expand(config))

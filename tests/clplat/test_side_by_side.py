@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from records import Made, remembered
 from clplat.cli import main
 from clplat.errors import ConfigError
 from clplat.metrics import interval
-from clplat.side_by_side import SideBySide, side_by_side, side_finding, side_notes
+from clplat.side_by_side import SideBySide, difference_rows, score_rows, side_by_side, side_finding, side_notes
 from clplat.side_page import write_side_page
 from clplat.study_results import StudyResults
 
@@ -37,13 +38,49 @@ def test_columns_are_streams_and_ranks_and_differences_are_those_of_the_scores()
     assert side.mean_ranks() == {"naive": 2.25, "er": 2.0, "ewc": 1.75}
     assert side.over_streams("er").mean == pytest.approx(interval([0.4, -0.1]).mean)
     assert side.over_streams("er").half == pytest.approx(interval([0.4, -0.1]).half)
-    assert side.better_in("er") == 1 and side.over_streams("only_here") is None
+    assert side.better_in("er") == (1, 2)
+    assert str(side.over_streams("only_here")) == "0.400" and side.better_in("only_here") == (1, 1)
     assert side_notes(side) == [
-        "not in every stream, and so not ranked: only_here",
+        "not ranked, since not in every stream: S0 has none of only_here",
         "no critical difference: that needs at least 5 streams, and these are 2",
     ]
     assert side_finding(side).startswith("Best mean rank over 2 streams: ewc, 1.75 of 3 variants; its final score is")
     assert "with fewer than 5 streams a direction, not a finding" in side_finding(side)
+
+
+def stopped(study: StudyResults, *gone: str) -> StudyResults:
+    """The study with runs of some variants that were stopped before they had a score."""
+    runs = [replace(run, status="KILLED", metrics={}, tags=run.tags | {"status_reason": "stopped by SIGTERM"})
+            if run.variant in gone else run for run in study.runs]  # fmt: skip
+    return replace(study, runs=runs)
+
+
+def test_one_variant_that_all_studies_have_is_not_the_best_of_them_and_the_missing_are_named() -> None:
+    finals = {"naive": 0.2, "er": 0.8, "slow": 0.7}
+    whole = [known(finals, f"S{n}", seeds=1) for n in range(2)]
+    side = side_by_side([*whole, stopped(known(finals, "C", seeds=1), "er", "slow")])
+    assert side_finding(side) == (
+        "No ranking over streams: that needs two variants, reference arms left out, with a final score in every study; "
+        "C has none of er, slow."
+    )
+    assert difference_rows(side)[1][0] == ["er", "0.600", "0.600", "–", "0.600 ± 0.000", "2 of 2"]
+    assert "C: er, seed 0: KILLED stopped by SIGTERM" in side_notes(side)
+
+
+def test_studies_of_one_stream_are_no_streams_and_what_else_they_differ_in_is_said() -> None:
+    studies = [known({"naive": 0.2, "er": 0.6}, "S0"), known({"naive": 0.2, "er": 0.7}, "S1")]
+    runs = [replace(run, params={"stream.class_path": "S0", "training.batch_size": "64", "variant": run.variant},
+                    data={}) for run in studies[1].runs]  # fmt: skip
+    runs_of_first = [replace(run, params={"stream.class_path": "S0", "training.batch_size": "32"}, data={"a": "1"})
+                     for run in studies[0].runs]  # fmt: skip
+    first, second = replace(studies[0], runs=runs_of_first), replace(studies[1], runs=runs)
+    side = side_by_side([first, second, known({"naive": 0.2, "er": 0.6}, "S2")])
+    assert side.shared == [["S0", "S1"]] and not side.mean_ranks() and side.over_streams("er") is None
+    assert "they differ in training.batch_size: 32, 64" in side_notes(side)[0]
+    assert score_rows(side)[0] == ["variant", "S0", "S1", "S2"]
+    # The same options and other data, as of a folder whose files were changed, are another stream.
+    other = replace(second, runs=[replace(run, data={"a": "2"}) for run in runs])
+    assert not side_by_side([first, other]).shared
 
 
 def test_from_five_streams_on_the_critical_difference_is_that_of_nemenyis_test() -> None:
@@ -99,7 +136,10 @@ def test_compare_and_report_take_several_studies_and_name_those_of_one_stream_by
             main([*command, *map(str, folders)])
         assert ended.value.code == 0
     said = capsys.readouterr().out
-    assert "mean rank" in said and "final score − naive" in said and "both/comparison.html" in said
+    assert "final score − naive" in said and "both/comparison.html" in said
     page = Path("both/comparison.html").read_text()
-    assert "Best mean rank over 2 streams: er" in page and "Paired differences" in page
-    assert all(f"<th>{folder.name}</th>" in page for folder in folders)
+    assert all(f"<th>{folder.name}</th>" in page for folder in folders) and "Paired differences" in page
+    # Two studies of one stream are no two streams.
+    one, two = (folder.name for folder in folders)
+    assert f"{one}, {two} are of one stream. Best final score in {one}: er, 0.600; in {two}: er, 0.700." in page
+    assert "Mean rank" not in page and "<th>mean rank</th>" not in page and "better in" not in page

@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from studies import assert_same, everything, run_folder, study
 
-from clplat.errors import ClplatError
+from clplat.errors import ClplatError, ConfigError
 from clplat.execution import execute
 from clplat.journal import last_status, read
 from clplat.launch import launch
@@ -23,7 +23,7 @@ from clplat.launchers import post, slurm
 from clplat.launchers.options import LauncherConfig, SlurmConfig
 from clplat.launchers.slurm import SlurmArrays
 from clplat.lease import holder
-from clplat.study import lay_out
+from clplat.study import lay_out, run_study
 from clplat.study_file import expand, load_study
 
 
@@ -134,3 +134,15 @@ def test_a_controller_that_does_not_answer_is_asked_again(monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(slurm, "PAUSE_SECONDS", 0.0)
     assert slurm._queue() == {"5_0": "RUNNING"}
+
+
+def test_where_no_cluster_answers_a_study_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    fake_slurm.install(tmp_path / "bin")
+    (tmp_path / "bin" / "squeue").write_text(
+        "#!/bin/sh\necho 'squeue: error: DNS SRV lookup failed' >&2\n"
+        "echo 'squeue: fatal: Could not establish a source' >&2\nexit 1\n"
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with pytest.raises(ConfigError, match=r"no Slurm answers here \(.*DNS SRV lookup failed; fatal: .*kind local"):
+        run_study(load_study(study(launcher={"kind": "slurm"})), Console(quiet=True))
+    assert not (tmp_path / "runs").exists()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from searches import formulas, settings, tune
 
 from clplat.dominance import pareto
 from clplat.metrics import interval
+from clplat.tuning import checks, words
 from clplat.tuning.figures import front_figure
-from clplat.tuning.front import Row, best, write_csv
+from clplat.tuning.front import Row, best, front_table, write_csv
 from clplat.tuning.gain import Gain, sentence
 from clplat.tuning.pruning import worse_than_most
 
@@ -68,7 +71,7 @@ def test_the_figure_shows_every_finished_trial_the_front_and_the_default() -> No
     finished, front, default = [[tuple(place) for place in points.get_offsets()] for points in axis.collections]
     assert finished == [(9.0, 0.5), (5.0, 0.9), (6.0, 0.9), (1.0, 0.7)]
     assert front == [(5.0, 0.9), (1.0, 0.7)] and default == [(9.0, 0.5)]
-    assert axis.get_xlabel() == "cost/training_flops (lower is better)"
+    assert axis.get_xlabel() == "training operations (lower is better)"
     assert {text.get_text() for text in axis.texts} == {"t0001", "t0003"}
 
 
@@ -116,7 +119,33 @@ def test_a_gain_is_said_with_its_interval_and_its_price() -> None:
 
 def test_a_loss_is_said_as_plainly_as_a_gain() -> None:
     text = sentence([gain("final_score", [0.7, 0.8], [0.5, 0.6])], row(3, 0.9), Seen())
-    assert "final score -0.200" in text and "The default settings score higher" in text
+    assert "final score −0.200" in text and "With these seeds the default settings scored higher" in text
+    alone = sentence([gain("final_score", [0.7], [0.5])], row(3, 0.9), Seen())
+    assert "1 fresh seed: final score −0.200 (0.700 → 0.500), no interval" in alone and "With this seed the" in alone
+    unclear = sentence([gain("final_score", [0.7, 0.2, 0.3, 0.4, 0.5], [0.5, 0.4, 0.2, 0.4, 0.5])], row(3, 0.9), Seen())
+    assert "no difference shown" in unclear and "scored higher" not in unclear
+    sure = sentence([gain("final_score", [0.7] * 5, [0.5, 0.5, 0.5, 0.5, 0.49])], row(3, 0.9), Seen())
+    assert "The default settings score higher." in sure
+
+
+def test_numbers_of_one_kind_are_written_alike_and_metrics_in_words() -> None:
+    memory = gain("cost/buffer_bytes", [5280.0] * 2, [10560.0] * 2)
+    flops = gain("cost/training_flops", [2.38e4, 2.38e4], [2.0e8, 2.0e8])
+    assert words.shown(memory.metric, memory.default) == "5,280 ± 0"
+    assert words.shown(memory.metric, memory.difference, sign=True) == "+5,280 ± 0"
+    assert [words.shown(flops.metric, side) for side in (flops.default, flops.best)] == ["23,800 ± 0", "200 M ± 0"]
+    assert [words.number("cost/steps", n) for n in (999.0, 1e4, 1.5e6, 2.38e10)] == [
+        "999",
+        "10,000",
+        "1.50 M",
+        "23.8 G",
+    ]
+    lost = gain("cumulative_forgetting", [0.5], [0.3])
+    assert "Cumulative forgetting: −0.200 (0.500 → 0.300)" in sentence([lost, lost], row(3, 0.9), Seen())
+    console = Console(width=80, file=io.StringIO())
+    console.print(front_table(made()))
+    assert "…" not in console.file.getvalue() and "training" in console.file.getvalue()
+    assert all(words.named(name) != name for name in checks.OBJECTIVES)
 
 
 def test_the_page_and_the_figures_are_there_and_the_page_needs_no_network() -> None:

@@ -16,14 +16,19 @@ from typing import Any
 
 import pytest
 import yaml
-from searches import TwoThatAsk, folder_here, go_on, quiet, tune, tune_study
+from searches import LR, TwoThatAsk, folder_here, go_on, quiet, tune, tune_study
 from studies import assert_same
 
+from clplat.errors import ConfigError
 from clplat.journal import last_status, read, table
 from clplat.launch import serve
 from clplat.launchers.local import Local
 from clplat.lease import holder
 from clplat.mlflow_store import client
+from clplat.mlflow_view import VIEW
+from clplat.page import write_report
+from clplat.report import notes
+from clplat.run_note import NOTE
 from clplat.streams.base import TensorData
 from clplat.study_file import load_study, run_folders
 from clplat.study_results import load_study_results
@@ -92,6 +97,19 @@ def test_mlflow_holds_the_search_its_trials_and_the_gain_and_tells_pruned_runs_f
         report.data.tags["tune_run"] == parent.info.run_id and report.data.tags["tuned_on"] == "the first 3 of 6 tasks"
     )
     assert tuned.best.is_default and "the gain over them is 0" in tuned.text
+    assert report.info.run_name == f"{tuned.folder.name}-{tuned.report.folder.name}"
+    note, params = parent.data.tags[NOTE], parent.data.params
+    assert "the gain over them is 0" in note and "2 trials: 1 finished, 1 pruned" in note
+    for words in (f"runs/{report.info.run_id}", "path=tuning.html", "path=figures%2Ffront.png", "| t0000 (default) |"):
+        assert words in note
+    assert params["tune.sampler"] == "tpe" and json.loads(params[f"space.{LR}"])["high"] == 1.0
+    view = connection.get_experiment(parent.info.experiment_id).tags[f"{VIEW}clplat.{tuned.folder.name}"]
+    for column in ("tags.`pruned`", f"params.`{LR}`", "metrics.`final_score`"):
+        assert column in json.loads(json.loads(view)["state"])["selectedColumns"]
+    assert parent.data.tags["finding"] == tuned.text
+    with pytest.raises(ConfigError, match=r"is a tune, and the scores of its trials are no result.*tuning.html"):
+        write_report(results)
+    assert not (tuned.folder / "report.html").exists() and not any("record" in note for note in notes(results))
     assert "pruned" in (tuned.folder / "tuning.html").read_text()
 
 

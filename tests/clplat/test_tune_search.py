@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from searches import folder_here, formulas, go_on, settings, stopped, tune
 
 from clplat.config import RunConfig, save
@@ -14,6 +16,7 @@ from clplat.errors import ConfigError, Interrupted, StorageError, StudyFailedErr
 from clplat.journal import last_status, read
 from clplat.study_file import load_study
 from clplat.tuning import search, trials
+from clplat.tuning.tune import resume_tune
 
 
 def planted(config: RunConfig, row: int) -> float:
@@ -50,9 +53,9 @@ def test_settings_that_are_worse_on_the_full_stream_are_reported_as_worse() -> N
         tuned = tune()
     assert tuned.gains[0].difference.mean < 0
     assert tuned.gains[1].metric == "final_score_unseen_tasks" and tuned.gains[1].difference.mean < 0
-    assert f"final score {tuned.gains[0].difference.mean:+.3f}" in tuned.text
-    assert "The default settings score higher" in tuned.text
-    assert "never saw: -" in tuned.text
+    assert f"final score −{abs(tuned.gains[0].difference.mean):.3f}" in tuned.text
+    assert "With these seeds the default settings scored higher" in tuned.text
+    assert "never saw: −" in tuned.text
 
 
 def test_the_best_settings_are_a_study_ready_to_run_on_the_full_stream() -> None:
@@ -169,6 +172,29 @@ def test_a_run_whose_process_died_goes_on_once_and_fails_the_second_time() -> No
     assert [row.state for row in tuned.rows] == ["FINISHED", "FINISHED", "FAILED", "FINISHED"]
     assert [runs.ran.count(f"t000{number}-s1000") for number in range(4)] == [1, 2, 2, 1]
     assert "t0002-s1000: as planned" in tuned.rows[2].reason and tuned.status == "FINISHED"
+
+
+def test_progress_counts_the_trials_of_the_whole_search_and_tells_how_each_ended(monkeypatch) -> None:
+    worse = lambda values, finished, *_, **__: values[0] < 0  # noqa: E731
+    monkeypatch.setattr(search, "worse_than_most", worse)
+    said = Console(file=io.StringIO(), width=200)
+    with formulas(lambda config, row: float(settings(config)[0] == 0.05 or -1)) as runs:
+        runs.instead = {"t0002-s1000": stopped(), "t0003-s1000": ("FAILED", "")}
+        with pytest.raises(Interrupted):
+            tune(tune__tasks=3, stream__init_args__num_tasks=6)
+        resume_tune(folder_here(), [], said)
+    lines = said.file.getvalue().splitlines()
+    assert "tuning on the first 3 of 6 tasks (2 of 4 trials)" in lines[0]
+    assert (
+        "t0002: pruned, t0002-s1000: after 2 tasks worse than the median of 1 finished trials (3 of 4 trials)" in lines
+    )
+    assert "t0003-s1000: FAILED. as planned" in lines and "t0003: failed (4 of 4 trials)" in lines
+    assert said.file.getvalue().count("of 4 trials") == 3
+    edited = folder_here() / "tune.yaml"
+    edited.write_text(edited.read_text().replace("low: 0.25", "low: 0.2"))
+    with pytest.raises(ConfigError, match="was begun with another configuration"):
+        resume_tune(folder_here(), [], said := Console(file=io.StringIO()))
+    assert "tuning on" not in said.file.getvalue()
 
 
 def test_a_full_disk_ends_the_search_with_what_to_do_and_the_trial_goes_on_afterwards() -> None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from searches import CAPACITY, LR, RATIO, SPACE, tune_study
 
 from clplat.config import parse_yaml
 from clplat.errors import ConfigError
 from clplat.study_file import load_study
+from clplat.tuning.checks import load_tune
 from clplat.tuning.protocol import Protocol, prepare
+from clplat.tuning.space import dimensions_of
 
 OPTIMIZER = "training.optimizer"
 
 
 def prepared(**changes: Any) -> Protocol:
-    return prepare(load_study(tune_study(**changes)))
+    return prepare(load_tune(tune_study(**changes)))
 
 
 def refused(words: str, **changes: Any) -> None:
@@ -30,7 +35,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_one() -> None:
     key = "strategies.replay.init_args.capasity"
     refused(f"space.{key}: there is no such key; did you mean '{CAPACITY}'", space={key: {"low": 1, "high": 2}})
     refused("space.trainig.optimizer.init_args.lr: .* did you mean 'training", space={"trainig." + LR[9:]: SPACE[LR]})
-    refused("space.seeds: there is no such key", space={"seeds": {"choices": [[0], [1]]}})
+    refused(
+        "space.seeds: are those of the report; trials have tune.seeds; leave", space={"seeds": {"choices": [[0], [1]]}}
+    )
 
 
 @pytest.mark.parametrize("key", ["stream.init_args.num_tasks", "tasks", "evaluation.every", "training.threads"])
@@ -43,8 +50,8 @@ def test_what_scores_are_measured_on_cannot_be_searched(key: str) -> None:
     [
         ({"low": 1e-3}, "high is missing"),
         ({"low": 1.0, "high": 0.1}, "low must be less than high"),
-        ({"low": 0.0, "high": 0.1, "log": True}, "needs low above 0"),
-        ({"low": 1e-3, "high": 1.0, "step": 0.1, "log": True}, "and no step"),
+        ({"low": 0.0, "high": 0.1, "log": True}, "low: must be above 0, since log is set; got 0.0"),
+        ({"low": 1e-3, "high": 1.0, "step": 0.1, "log": True}, "step: does not go with log"),
         ({"low": 1e-3, "hihg": 1.0}, "did you mean 'high'"),
         ({"low": "a", "high": 1.0}, "low: must be a number, got 'a'"),
         ({"choices": []}, "choices is a list of values"),
@@ -81,8 +88,15 @@ def test_nested_and_dotted_keys_say_the_same_and_are_joined() -> None:
     nested = {"training": {"optimizer": {"init_args": {"lr": {"low": 1e-3, "high": 1.0, "log": True}}}}}
     dotted = prepared(space={LR: SPACE[LR]}).space.dimensions
     assert prepared(space=nested).space.dimensions == dotted
-    joined = load_study(tune_study(space={LR: SPACE[LR]}), [(f"space.{LR}.high", "0.5")])
+    joined = load_tune(tune_study(space={LR: SPACE[LR]}), [(f"space.{LR}.high", "0.5")])
     assert prepare(joined).space.dimensions[LR].high == 0.5
+    stepped = tune_study(space={RATIO: {"low": 0.25, "high": 2.0, "step": 0.25}})
+    chosen = load_tune(stepped, [(f"space.{RATIO}", "{choices: [0.25, 1.0]}")])
+    assert chosen.space == {RATIO: {"choices": [0.25, 1.0]}}
+    whole = load_tune(stepped, [(f"space.{RATIO}", "{low: 0.25, high: 1.0}"), (f"space.{LR}.low", "0.1"),
+                                (f"space.{LR}.high", "0.2")])  # fmt: skip
+    assert whole.space[RATIO] == {"low": 0.25, "high": 1.0}
+    assert dimensions_of(whole.space, lambda _: 0.1)[LR].high == 0.2
 
 
 def test_a_range_is_of_whole_numbers_where_its_ends_and_the_own_value_are() -> None:
@@ -133,6 +147,7 @@ def test_a_search_sees_the_first_half_of_the_tasks_and_all_of_them_only_on_deman
     protocol = prepared(stream__init_args__num_tasks=6)
     assert (protocol.trials.tasks, protocol.report.tasks, protocol.seen) == (3, None, 3)
     assert protocol.tuned_on == "the first 3 of 6 tasks" and len(protocol.streams[0]["order"]) == 3
+    refused("tune.tasks: 9 is more than the 3 tasks of the stream, and nothing is left", tune__tasks=9)
     assert prepared().trials.tasks == 2 and prepared(tune__tasks=1).trials.tasks == 1
     refused("tune.tasks: the first 3 are all 3 tasks .* say --on-test-sequence", tune__tasks=3)
     refused("tune.tasks: the first 2 are all 2 tasks", stream__init_args__num_tasks=2)
@@ -169,6 +184,37 @@ def test_a_development_stream_takes_the_place_of_the_first_tasks_but_may_not_be_
 )
 def test_an_option_of_the_search_that_means_nothing_is_refused_by_its_key(key: str, value: Any, words: str) -> None:
     refused(f"tune.{key}: .*{words}", **{f"tune__{key}": value})
+
+
+def test_an_objective_that_one_task_cannot_have_is_refused_before_the_first_trial() -> None:
+    both = ["final_score", "final_forgetting"]
+    refused("tune.objectives: final_forgetting needs two tasks; tune.tasks is 1", tune={"objectives": both, "tasks": 1})
+    one = {"class_path": "SplitDigits", "init_args": {"num_tasks": 1, "class_order": [6, 7]}}
+    refused("tune.objectives: backward_transfer needs two tasks; the development stream SplitDigits has one",
+            tune={"objectives": ["backward_transfer"], "development": one})  # fmt: skip
+    assert prepared(tune={"objectives": ["learning_score", "cost/training_flops"], "tasks": 1}).trials.tasks == 1
+    refused("tune.objectives: forward_transfer .*scenario: class",
+            tune={"objectives": ["forward_transfer"]}, stream__init_args__scenario="class")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["tune.yaml", "study.yaml"])
+def test_a_folder_in_place_of_a_configuration_is_named_as_what_it_is(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    kind = name.partition(".")[0]
+    with pytest.raises(
+        ConfigError, match=f"is a {kind}'s folder; `clplat resume {tmp_path}`.*its {name} is the config"
+    ):
+        load_tune(tmp_path)
+
+
+def test_wrong_words_are_refused_before_anything_that_trains_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "search.yaml").write_text(yaml.safe_dump(tune_study(space={LR: {"low": 1.0, "high": 0.5}})))
+    code = (
+        "import sys; from clplat.cli import main\ntry: main(['tune', 'search.yaml'])\n"
+        "finally: print({'torch', 'optuna', 'matplotlib'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "low must be less than high" in done.stderr and done.returncode == 1 and done.stdout == "set()\n"
 
 
 def test_of_several_variants_one_is_named_and_tuned() -> None:

@@ -33,7 +33,7 @@ def test_two_tunes_on_one_storage_share_the_trials_and_the_one_that_ends_last_re
     assert before == ["t0000-s1000", "t0001-s1000", "t0002-s1000"]
     mine = [name for name in runs.ran[len(before) :] if name.startswith("t")]
     assert mine == ["t0003-s1000", "t0004-s1000", "t0005-s1000"]
-    assert second.status == "KILLED" and "1 trials have not ended" in second.text and second.report is None
+    assert second.status == "KILLED" and "5 finished, 1 not ended" in second.text and second.report is None
     with formulas(planted) as rest:
         resumed = go_on(first)
         assert rest.ran[0] == "t0002-s1000" and len(resumed.rows) == 6
@@ -75,11 +75,15 @@ def test_a_search_of_another_configuration_is_not_joined(tmp_path: Path) -> None
 
 
 def test_a_storage_that_cannot_be_used_is_said_with_what_to_do_and_without_its_password() -> None:
-    with pytest.raises(StorageError, match="sqlite:////nowhere/at/all.db cannot be used .*then continue with `clplat"):
+    with pytest.raises(StorageError, match="sqlite:////nowhere/at/all.db cannot be used .*nothing has been begun"):
         tune(tune={"storage": "sqlite:////nowhere/at/all.db"})
-    with pytest.raises(StorageError) as raised:
+    driver = "needs a driver that is not installed: pip install 'psycopg|pip install psycopg2-binary"
+    with pytest.raises(ConfigError, match=driver) as raised:
         tune(tune={"storage": "postgresql://me:secret@localhost:1/db"})
     assert "secret" not in str(raised.value) and "localhost:1/db" in str(raised.value)
+    with pytest.raises(ConfigError, match="tune.storage: foo://x is the address of no database that is known"):
+        tune(tune={"storage": "foo://x"})
+    assert not Path("runs").exists()
 
 
 def test_a_storage_that_fails_on_the_way_ends_the_search_and_the_trial_goes_on_afterwards(monkeypatch) -> None:

@@ -11,7 +11,10 @@ import pytest
 import torch
 from every_component import SMALL, part, text
 from group_runs import ended
+from shared_buffers import CASES, seen, together
 from studies import assert_same
+
+from clplat.strategies.world import World, packed
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "naive": {},
@@ -58,6 +61,31 @@ def test_both_gpus_end_alike_and_as_one_does(runs: tuple[dict[str, Any], list[di
         assert [c["value"] for c in ours] == pytest.approx(
             [c["value"] for c in theirs], rel=1e-3, abs=1e-3, nan_ok=True
         )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_buffer_that_two_gpus_share_is_that_of_one_process_and_no_step_of_a_reservoir_waits(
+    case: str, shared: tuple[dict[str, Any], list[dict[str, Any]]]
+) -> None:
+    alone, both = shared[0][case], [rank[case] for rank in shared[1]]
+    for rank, record in enumerate(both):
+        for ours, theirs in zip(record["draws"], alone["draws"], strict=True):
+            for name, tensor in theirs.items():
+                assert torch.equal(packed({"": ours[name]}), packed({"": tensor[rank::2].contiguous()})), name
+        for name, tensor in alone["end"]["state"]["rows"].items():
+            assert torch.equal(packed({"": record["end"]["state"]["rows"][name]}), packed({"": tensor})), name
+        assert torch.equal(record["end"]["state"]["rises"], alone["end"]["state"]["rises"])
+    assert sum(record["held"] for record in both) == alone["held"]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    folder, alone = (
+        tmp_path_factory.mktemp("shared"),
+        {case: seen(case, World(), torch.device("cpu")) for case in CASES},
+    )
+    torch.save({case: record["middle"] for case, record in alone.items()}, folder / "middle.pt")
+    return alone, together(folder, [2], "gpu")[2]
 
 
 def test_replay_holds_the_budget_of_the_whole_run(runs: tuple[dict[str, Any], list[dict[str, Any]]]) -> None:

@@ -14,7 +14,6 @@ from self_modifying_ops import READ, STATES, TOKENWISE, Case, assert_close, by, 
 
 from clplat.kernels.backends import interpreting
 from clplat.kernels.self_modifying import SelfModifyingState
-from clplat.kernels.self_modifying import layout as sizes
 
 BACKENDS = ("torch", "triton") if interpreting() else ("torch",)
 DOUBLE = {"forward": 1e-13, "backward": 1e-12}
@@ -111,13 +110,7 @@ def test_the_rows_of_a_batch_continue_chunks_of_their_own(tokens: int, offsets: 
 
 @pytest.mark.parametrize("case", [Case(tokens=40), Case(lengths=(20, 0, 3), offsets=(15, 2, 0))], ids=str)
 @interpreted
-def test_groups_of_chunks_that_are_walked_once_more_begin_where_the_first_walk_passed(
-    case: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from clplat.kernels.self_modifying import op
-
-    for module in (sizes, op):
-        monkeypatch.setattr(module, "chunks_per_group", lambda chunk: 1)
+def test_the_kernels_walk_through_several_chunks(case: Case) -> None:
     agrees(case, "triton")
 
 

@@ -219,5 +219,5 @@ def test_every_kernel_compiles_for_a_hopper_gpu_and_fits_its_shared_memory() -> 
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     occupied = [line.split() for line in result.stdout.splitlines()]
-    assert {name for name, _ in occupied} == {"walk", "read_back", "write_back"}
+    assert {name for name, _ in occupied} == {"walk", "read_back", "write_back", "make_back"}
     assert max(int(size) for _, size in occupied) <= HOPPER_SHARED_BYTES

@@ -50,7 +50,7 @@ def times_kept(world: World, streams: int) -> torch.Tensor:
         buffer = Buffer(capacity=6, policy="reservoir", generator=generator, world=world)
         for rows in mine:
             buffer.add(Batch(inputs=rows, targets=rows))
-        counts[buffer.rows["inputs"].long()] += 1
+        counts[buffer.batch().inputs] += 1
     return counts
 
 

@@ -158,17 +158,6 @@ def test_a_draw_repeats_no_row_while_there_are_enough_and_says_nothing_of_the_or
     assert ((counts - 600).square() / (600 * 0.7)).sum() * 0.9 < 27.9, "chi-square, 9 degrees of freedom, 0.1 %"
 
 
-def test_processes_draw_different_rows_and_together_what_one_process_would() -> None:
-    labels = torch.zeros(12, dtype=torch.long)
-    whole = fill(buffer("reservoir", 12), labels, 12).draw(8).inputs
-    parts = []
-    for rank in range(2):
-        store = fill(buffer("reservoir", 12), labels, 12)
-        store.world = World(rank=rank, size=2)
-        parts.append(store.draw(4).inputs)
-    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
-
-
 def test_a_stored_and_loaded_buffer_goes_on_as_the_first_one() -> None:
     for policy in ("reservoir", "ring", "class_balanced"):
         labels = torch.arange(60) % 4

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from clplat.objective import Objective
-from clplat.strategies.buffers import BEST
 from clplat.strategies.replay import ExperienceReplay
 from clplat.strategies.ring_reservoir import RingReservoir
 from clplat.strategies.toy_run import BATCH, STEPS, ToyRun
@@ -100,9 +99,9 @@ def test_the_lowest_loss_and_how_far_losses_rose_are_kept_by_part() -> None:
     store = memory(capacity=4, ring_share=0.5, tracks="slot:me")
     store.add(numbers(0, 2), loss=torch.tensor([1.0, 2.0]))
     store.add(numbers(2, 2), loss=torch.tensor([3.0, float("inf")]))
-    assert store.rows[BEST].tolist() == [3.0, float("inf"), 1.0, 2.0], "the rows of the ring, then those that left it"
+    assert store.best.tolist() == [3.0, float("inf"), 1.0, 2.0], "the rows of the ring, then those that left it"
     store.measured(torch.tensor([1, 2, 3, 4, 4, 0]), torch.tensor([5.0, 7.0, 0.5, 2.5, 2.25, 9.0]))
-    assert store.rows[BEST].tolist() == [3.0, 7.0, 0.5, 2.0]
+    assert store.best.tolist() == [3.0, 7.0, 0.5, 2.0]
     assert store.rises.tolist() == [[2.0, 2.0], [0.75, 3.0]]
 
 
@@ -113,7 +112,7 @@ def test_a_run_measures_what_it_replays_and_the_sum_is_that_of_its_losses() -> N
     lowest: dict[int, float] = {}
     rise = count = 0.0
     for step in range(1, run.length + 1):
-        before = replay.buffer.rows[BEST].clone() if replay.buffer.rows else None
+        before = replay.buffer.best.clone() if replay.buffer.rows else None
         weights = {name: tensor.clone() for name, tensor in run.architecture.state_dict().items()}
         run.train(step)
         now = run.weights()
@@ -130,7 +129,7 @@ def test_a_run_measures_what_it_replays_and_the_sum_is_that_of_its_losses() -> N
                 lowest[place] = min(value, float(before[place]))
         newest = loss[:BATCH] if run.mixed.origin is None else loss[run.mixed.origin == CURRENT]
         latest = replay.buffer.stamps[:, 0] == step
-        assert torch.allclose(replay.buffer.rows[BEST][latest].sort().values, newest.sort().values[-4:], atol=1e-6)
+        assert torch.allclose(replay.buffer.best[latest].sort().values, newest.sort().values[-4:], atol=1e-6)
     assert count > 40
     assert float(replay.buffer.rises[:, 0].sum()) == pytest.approx(rise, rel=1e-5)
     assert float(replay.buffer.rises[:, 1].sum()) == count
@@ -151,7 +150,7 @@ def test_places_of_replayed_rows_are_kept_in_no_buffer() -> None:
     tracking, other = ExperienceReplay(capacity=12, from_task=1), ExperienceReplay(capacity=12, from_task=1)
     tracking.track_losses("replay")
     ToyRun([tracking, other], Objective).train()
-    assert BEST in tracking.buffer.rows
+    assert len(tracking.buffer.best) == 12
     assert other.buffer.rows.keys() == {"inputs", "targets", "task"}
 
 

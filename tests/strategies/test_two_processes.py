@@ -83,7 +83,7 @@ def test_two_processes_keep_what_one_alone_would_have_kept(ranks: list[dict[str,
         buffer = Buffer(capacity=6, policy="reservoir", generator=generator, world=World())
         for rows in torch.arange(24).split(8):
             buffer.add(Batch(inputs=rows, targets=rows))
-        counts[buffer.rows["inputs"].long()] += 1
+        counts[buffer.batch().inputs] += 1
     assert torch.equal(ranks[0]["times_kept"], counts)
 
 

@@ -38,6 +38,11 @@ def ended(
     given = {"devices": size, "accelerator": accelerator}
     for name, data in cases.items():
         run_folder(parent / name, {**data, "training": data["training"] | given})
+    return finished(parent, size, accelerator)
+
+
+def finished(parent: Path, size: int, accelerator: str = "cpu") -> list[dict[str, Any]]:
+    """What each process of a group ended with, of the run folders that are there."""
     # As `processes.spawn` has it: without ranks in the environment Lightning would start further processes.
     running = [
         subprocess.Popen(
@@ -53,7 +58,10 @@ def ended(
 
 def carried_out(folder: Path, rank: int) -> dict[str, Any]:
     """A run as a rank of the group sees it, and a last evaluation that this process does alone. A run called
-    `stopped…` is stopped at its fourth optimizer step, inside a task, and resumed from its checkpoint."""
+    `stopped…` is stopped at its fourth optimizer step, inside a task, and resumed from its checkpoint; one called
+    `left…` is left at its ninth, when the first process alone is asked to stop."""
+    if folder.parent.name.startswith("left"):
+        return {"held": stop_at_step(folder, rank, 9, asked=rank == 0)}
     held = stop_at_step(folder, rank, 4) if folder.parent.name.startswith("stopped") else 0
     run = started(folder, rank)
     table, model, hooks = run.execute(), run.parts.architecture, run.parts.hooks
@@ -77,13 +85,13 @@ def started(folder: Path, rank: int) -> Run:
     return Run(config, folder, journal=journal, interruption=Interruption(), progress=Silent())
 
 
-def stop_at_step(folder: Path, rank: int, step: int) -> int:
+def stop_at_step(folder: Path, rank: int, step: int, asked: bool = True) -> int:
     """The entries of weights, and of what an optimizer keeps of them, that this process then has."""
     run = started(folder, rank)
     finished = run.parts.learner.batch_done
 
     def batch_done() -> None:
-        if run.parts.learner.global_steps == step - 1:
+        if asked and run.parts.learner.global_steps == step - 1:
             run.interruption.requested = "SIGTERM"
         finished()
 

@@ -137,10 +137,10 @@ def compile_modifying(*, chunk: int, momentum: bool, packed: bool, dtype: torch.
         own, rows, W, SelfModifyingRule(), chunk, momentum=momentum, packed=packed, offsets=packed
     )  # fmt: skip
     readouts = Readouts(read, bias, read, bias)
-    starts = modifying.forward(inputs, readouts, state, bounds, layout, keep=True)[2]
-    assert starts is not None
+    kept = modifying.forward(inputs, readouts, state, bounds, layout, keep=True)[2]
+    assert kept is not None
     modifying.backward(
-        inputs, readouts, state, bounds, layout, starts, rows, SelfModifyingState(W, S, anchor)
+        inputs, readouts, state, bounds, layout, kept, rows, SelfModifyingState(W, S, anchor)
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from studies import study
 
+from clplat.config import flat, plain
 from clplat.journal import Journal
 from clplat.metrics import summary
 from clplat.record import write_artifacts
@@ -68,6 +69,7 @@ class Made:
         journal = Journal(folder)
         known = {"variant": variant, "seed": str(seed), "reference": "false", "task_order": ">".join(tasks)}
         journal.tags(known | dict(tags or {}))
+        journal.params(flat(plain(self.configs[variant, seed])))
         for row, scores in enumerate(rows):
             if scores is None:
                 continue
@@ -115,6 +117,7 @@ def remembered(
                 RunRecord(run_id="", variant=variant, seed=seed, status="FINISHED",
                           tags={"stream": name, "reference": "false"} | dict((tags or {}).get(variant, {})),
                           metrics=summary(table) | {"cost/steps": 20.0} | dict((costs or {}).get(variant, {})),
+                          params={"stream.class_path": name}, data={"a/train": name},
                           read_tables=lambda table=table: (table, ()))  # type: ignore[misc]
             )  # fmt: skip
     planned = [(record.variant, record.seed) for record in records]

@@ -20,11 +20,12 @@ from clplat.execution import Outcome
 from clplat.journal import Journal
 from clplat.launchers import local
 from clplat.progress import Progress
-from clplat.study_file import load_study
 from clplat.supply import Listed
 from clplat.tuning import trials
 from clplat.tuning import tune as tune_module
-from clplat.tuning.tune import Tuned, resume_tune, run_tune
+from clplat.tuning.checks import load_tune
+from clplat.tuning.outcome import Tuned
+from clplat.tuning.tune import resume_tune, run_tune
 
 LR, RATIO, CAPACITY = (
     "training.optimizer.init_args.lr", "strategies.replay.init_args.ratio", "strategies.replay.init_args.capacity",
@@ -59,7 +60,7 @@ def quiet() -> Console:
 
 def tune(**changes: Any) -> Tuned:
     """Begin a search."""
-    return run_tune(load_study(tune_study(**changes)), quiet())
+    return run_tune(load_tune(tune_study(**changes)), quiet())
 
 
 def go_on(folder: Path, *overrides: tuple[str, str]) -> Tuned:
