@@ -36,8 +36,8 @@ State = dict[str, Tensor]
 Space = Literal["weights", "products"]
 """`weights` moves every tensor, factors of adapters one by one; `products` moves the sum of the adapters' B·A."""
 Losses = dict[str, float]
-LINES = """α = 0 are the weights after the first task of a line, 1 those after the second. Losses of test rows: earlier, of
-the tasks trained by the first; later, of the second alone; seen, of all up to the second; general, of the probes."""
+LINES = """α = 0 are the weights after the first task of a line, 1 those after the second. Losses of test rows: earlier,
+of the tasks trained by the first; later, of the second alone; seen, of all up to the second; general, of the probes."""
 """What pictures and tables call the ends of a line and the sets of rows."""
 
 
