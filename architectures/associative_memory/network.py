@@ -164,7 +164,12 @@ class Network:
 
 
 def matched(part_H: Tensor, heads_N: Tensor) -> Tensor:
-    """What is known of a head, (…, H, T, D), for each of its memories: further heads, memory after memory."""
+    """What is known of a head, (…, H, T, D), for each of its memories: further heads, memory after memory.
+
+    Without heads, (T, D) or fewer axes, there is one memory.
+    """
+    if part_H.ndim < 3:
+        return part_H
     count = heads_N.shape[-3] // part_H.shape[-3]
     return part_H.repeat(*[1] * (part_H.ndim - 3), count, 1, 1) if count > 1 else part_H
 

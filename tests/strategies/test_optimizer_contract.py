@@ -177,7 +177,7 @@ def test_dgd_without_a_module_or_without_the_layers_forward_pass_is_refused() ->
         DGD(layer.parameters())
     optimizer = DGD.for_module(layer)
     layer.weight.grad = torch.ones(2, 3)
-    with pytest.raises(RuntimeError, match="something else uses its weight, so give it to `others`"):
+    with pytest.raises(RuntimeError, match="DGD: weight: .* something else uses the weight, so give it to `others`"):
         optimizer.step()
 
 
