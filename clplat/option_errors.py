@@ -120,9 +120,8 @@ def _names(base: type) -> set[str]:
     """A class and all that descend from it, if they can be built."""
     left_out = inspect.isabstract(base) or ABC in base.__bases__ or base.__name__.startswith("_")
     own = set() if left_out else {base.__name__}
-    for kind in base.__subclasses__():
-        own |= _names(kind)
-    return own
+    below: list[type] = base.__subclasses__()
+    return own.union(*(_names(kind) for kind in below))
 
 
 def _kind(annotation: str) -> str:
