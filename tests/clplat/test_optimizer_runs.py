@@ -165,7 +165,7 @@ def name_of(example: dict[str, Any]) -> str:
 @pytest.mark.parametrize("example", EXAMPLES, ids=name_of)
 def test_an_example_of_the_page_trains_the_small_transformer(example: dict[str, Any], tmp_path: Path) -> None:
     data = parse_yaml(find("quickstart_text").read_text(encoding="utf-8"))
-    data["training"] |= {"budget": {"steps": 4}, "batch_size": 4, "schedule": "constant"} | example["training"]
+    data["training"] |= {"budget": {"steps": 8}, "batch_size": 4, "schedule": "constant"} | example["training"]
     data["architecture"]["init_args"] |= {"hidden_size": 16}
     data |= {"variants": {}, "baseline": None, "evaluation": {"batch_size": 4, "max_rows": 2}}
     data |= {"checkpoint": {"every_seconds": 1e9}, "tracking": {"enabled": False, "system_metrics": False}}
@@ -175,8 +175,8 @@ def test_an_example_of_the_page_trains_the_small_transformer(example: dict[str, 
     state = Checkpoints(folder, every_seconds=0).load()
     assert state is not None
     still = {name for name, weight in state["architecture"].items() if torch.equal(weight, before[name])}
-    # Three tasks of four steps; with a new optimizer each, a period has to end inside one.
-    counted = 12 if example["training"].get("optimizer_state") == "keep" else 4
+    # Three tasks of eight steps; with a new optimizer each, a period has to end inside one.
+    counted = 24 if example["training"].get("optimizer_state") == "keep" else 8
     levels = example["training"]["optimizer"]["init_args"].get("levels", {}).values()
     slow = [level["match"] for level in levels if level.get("period", 1) > counted]
     assert still == {name for name in before if any(matches(name, patterns) for patterns in slow)}

@@ -159,6 +159,7 @@ def test_a_server_that_is_killed_and_started_again_during_a_study_has_the_whole_
 
 
 def test_a_port_that_is_taken_is_refused_with_one_that_is_free(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mlflow.db").touch()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

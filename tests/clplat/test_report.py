@@ -259,7 +259,7 @@ def test_other_views_of_the_same_runs_stand_beside_the_default_one(store: str) -
     )
     assert f"<td>{apart}</td>" in page
     text = printed(results)
-    assert re.search(r"other views of the same runs\s+variant\s+view\s+final score.*\n.*\n\s*er\s+slow\s+\S", text)
+    assert re.search(r"other views of the same runs(?:.*\n)+? variant +view +final score .*\n.*\n er +slow +\S", text)
     assert max(len(line) for line in text.splitlines()) <= 80 and str(apart) in text
     # Losses are turned in other views too.
     study = Made(store, ["naive"], [0], baseline=None)
