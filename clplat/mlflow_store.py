@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clplat.config import TrackingConfig
+from clplat.databases import SQLITE, driver_package, sqlite_file
 from clplat.errors import ConfigError, nearest
 from clplat.mlflow_view import KIND
 
@@ -40,8 +41,8 @@ def client(uri: str) -> Any:
     # What the store raises is caught and said once; its own log would say it, with the traceback, at every attempt.
     for name, level in {"mlflow": "ERROR", "alembic": "ERROR", "mlflow.store.db.utils": "CRITICAL"}.items():
         logging.getLogger(name).setLevel(level)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
+    if (path := sqlite_file(uri)) is not None:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
     return mlflow.MlflowClient(uri)
 
@@ -67,7 +68,7 @@ def check_uri(uri: str) -> None:
             raise ConfigError(f"tracking.uri: {uri} is no database's address ({short(error)})") from error
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"tracking.uri: {engine} needs its driver, which is not installed: pip install {error.name}"
+                f"tracking.uri: {engine} needs its driver, which is not installed: pip install {driver_package(error)}"
             ) from error
 
 
@@ -78,8 +79,8 @@ def _plugins() -> list[str]:
 
 def absolute(uri: str) -> str:
     """The URI with a relative SQLite file made absolute, so that it means the same from any folder."""
-    if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    if uri.startswith(SQLITE) and not uri.startswith(f"{SQLITE}/"):
+        return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
     return uri
 
 
@@ -88,10 +89,9 @@ def experiment_id(connection: Any, tracking: TrackingConfig) -> str:
     found = connection.get_experiment_by_name(tracking.experiment)
     if found is not None:
         return found.experiment_id
-    uri = absolute(tracking.uri)
-    place = None
-    if uri.startswith("sqlite:///"):
-        place = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / tracking.experiment).as_uri()
+    path, place = sqlite_file(absolute(tracking.uri)), None
+    if path is not None:
+        place = (path.parent / "mlartifacts" / tracking.experiment).as_uri()
     try:
         return connection.create_experiment(tracking.experiment, artifact_location=place, tags=KIND)
     except Exception:

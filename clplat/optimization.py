@@ -15,14 +15,12 @@ def configured_optimizer(training: TrainingConfig, architecture: Architecture) -
     levels have periods or rates of their own needs one that has levels."""
     component, key = training.optimizer, "training.optimizer"
     found = resolve(component.class_path, "optimizer", key)
+    optimizer: torch.optim.Optimizer
     try:
-        if not hasattr(found, "for_module"):
-            plain: torch.optim.Optimizer = found(
-                [p for p in architecture.parameters() if p.requires_grad], **component.init_args
-            )
-            _check_levels(plain, architecture, found.__name__)
-            return plain
-        optimizer: torch.optim.Optimizer = found.for_module(architecture, **arguments(component, "optimizer", key))
+        if hasattr(found, "for_module"):
+            optimizer = found.for_module(architecture, **arguments(component, "optimizer", key))
+        else:
+            optimizer = found([p for p in architecture.parameters() if p.requires_grad], **component.init_args)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{key}.init_args: {error}") from error
     _check_levels(optimizer, architecture, found.__name__)

@@ -115,10 +115,9 @@ class Feed:
             config = self._config
             # Also a run that fails before it can describe itself must be found under its variant.
             tags = {"study": config.study, "variant": config.variant, "seed": str(config.seed), "kind": "run"}
-            started = next((int(entry["t"]) for entry in read(self.folder)), None)
             ours = study.get("experiment_name") == self.tracking.experiment
             where = study["experiment"] if ours else experiment_id(connection, self.tracking)
-            run = connection.create_run(where, start_time=started, tags=tags | above, run_name=self.folder.name)
+            run = connection.create_run(where, start_time=self._began(), tags=tags | above, run_name=self.folder.name)
             self._note(run_id=run.info.run_id)
             self._fresh = True
         else:
@@ -136,6 +135,10 @@ class Feed:
     @cached_property
     def _config(self) -> RunConfig:
         return load_run(self.folder / "config.yaml")
+
+    def _began(self) -> int | None:
+        """When the run began, in ms, as far as its journal tells."""
+        return next((int(entry["t"]) for entry in read(self.folder)), None)
 
     def _study(self) -> dict[str, Any]:
         """The study as this server knows it; empty where it does not."""
@@ -178,7 +181,7 @@ class Feed:
         for one in self._monitor.monitors:
             one.clear_metrics()
         now = int(time.time() * 1000)
-        began = next((int(entry["t"]) for entry in read(self.folder)), now)
+        began = self._began() or now
         return [(f"system/{name}", float(value), now, (now - began) // 1000) for name, value in found.items()]
 
     def _send_new(self, status: str = "") -> None:

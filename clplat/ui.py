@@ -13,9 +13,9 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from clplat.databases import sqlite_file
 from clplat.errors import ConfigError
 from clplat.mlflow_view import page_of_study
 
@@ -49,8 +49,8 @@ def serve(uri: str, port: int) -> int:
 
 def check_store(uri: str) -> None:
     """Refuse a SQLite file that is not there: MLflow would make it, and show an empty place."""
-    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    if uri.startswith("sqlite:///") and not path.is_file():
+    path = sqlite_file(uri)
+    if path is not None and not path.is_file():
         raise ConfigError(f"--uri: there is no file {path}; go to the folder of the study, or name its database")
 
 

@@ -6,14 +6,12 @@ after each task took twice as long as its reading; taken from the first row they
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import nn
 
 from clplat.hooks import Hooks
-from clplat.streams.base import EvalSet
+from clplat.streams.base import EvalSet, digest
 
 OTHERWISE = ("predict", "told", "views")
 """Hooks through which a strategy may answer otherwise than the model, and differently from task to task."""
@@ -40,7 +38,8 @@ class Unchanged:
         """Forget everything if the model is another than when it was last scored."""
         if not self.possible:
             return
-        fingerprint = fingerprint_of(model)
+        # Also of a backbone, and of buffers that checkpoints leave out.
+        fingerprint = digest(*model.parameters(), *model.buffers())
         if fingerprint != self._fingerprint:
             self._found.clear()
         self._fingerprint = fingerprint
@@ -55,12 +54,3 @@ class Unchanged:
         found, depends = measure()
         self._found[id(test), tuple(seen) if depends else None] = found
         return found
-
-
-def fingerprint_of(model: nn.Module) -> str:
-    """SHA-256 over every parameter and buffer: also of a backbone and of buffers that checkpoints leave out."""
-    state = hashlib.sha256()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return state.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from clplat.databases import sqlite_file
 from clplat.errors import ConfigError
 
 NETWORK = {
@@ -17,10 +18,8 @@ MOUNTS = Path("/proc/mounts")
 
 def check_disk(key: str, uri: str) -> None:
     """Refuse a SQLite URI whose file several machines see; `key` is what names it in the configuration."""
-    if not uri.startswith("sqlite:///"):
-        return
-    path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
-    if (kind := disk(path)) in NETWORK:
+    path = sqlite_file(uri)
+    if path is not None and (kind := disk(path)) in NETWORK:
         raise ConfigError(
             f"{key}: {path} is a SQLite file on a network disk ({kind}), where its locks do not hold; name a server, "
             f"or a file on a disk of this machine: sqlite:////var/tmp/{path.name}"

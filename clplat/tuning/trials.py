@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+from clplat.databases import driver_package
 from clplat.errors import ClplatError, ConfigError, StorageError
 from clplat.tuning.sampling import NumberedSampler
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 BEAT_SECONDS, GRACE_SECONDS = 30, 180
 """How often a trial beats, and after how long a silence it counts as lost."""
-DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
-"""Of databases, by the module that is missing: the package that brings it, where it has another name."""
 REMEDY = (
     "if its disk is full, free some space; if it is a server, see that it is there; then continue with `clplat "
     "resume`. What has finished is safe in the run folders."
@@ -276,9 +275,8 @@ def storage_errors(url: str, remedy: str = REMEDY) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        driver = DRIVERS.get(error.name or "", error.name)
         raise ConfigError(
-            f"tune.storage: {shown} needs a driver that is not installed: pip install {driver}"
+            f"tune.storage: {shown} needs a driver that is not installed: pip install {driver_package(error)}"
         ) from error
     except (ArgumentError, NoSuchModuleError) as error:
         raise ConfigError(
