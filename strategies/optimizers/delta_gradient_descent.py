@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from clplat.strategies.optimizers.joined import (
     Joined,
@@ -60,6 +61,10 @@ class DGD(Joined):
         super().__init__(named, [own, *rest])
 
 
+_WATCHED: weakref.WeakKeyDictionary[nn.Linear, RemovableHandle] = weakref.WeakKeyDictionary()
+"""The hook by which each layer tells its inputs to the last optimizer that was built for it."""
+
+
 class _LayerDGD(Optimizer):
     """DGD's part for layers; what their inputs were stands in the state until the next step, as sums over rows."""
 
@@ -67,10 +72,16 @@ class _LayerDGD(Optimizer):
         super().__init__(list(params), defaults)
 
     def watch(self, layers: list[nn.Linear]) -> None:
-        """Follow the inputs of the layers as long as this optimizer lives."""
+        """Follow the inputs of the layers as long as this optimizer lives, in place of the one that did before.
+
+        That one may outlive its task until garbage is collected, and its sums are the tensors that this one loads.
+        """
         hook = _recorder(weakref.ref(self), {id(layer.weight) for layer in layers})
         for layer in layers:
-            weakref.finalize(self, layer.register_forward_hook(hook).remove)
+            if before := _WATCHED.pop(layer, None):
+                before.remove()
+            _WATCHED[layer] = layer.register_forward_hook(hook)
+            weakref.finalize(self, _WATCHED[layer].remove)
 
     def record(self, weight: Tensor, inputs: Tensor) -> None:
         """Add the rows of one forward pass to what the next step knows."""

@@ -159,6 +159,17 @@ def test_dgd_leaves_a_layer_when_its_optimizer_is_gone() -> None:
     assert [len(layer._forward_hooks) for layer in (task.model[0], task.model[2])] == [1, 1]
 
 
+def test_dgd_takes_a_layer_over_from_an_optimizer_that_is_not_gone_yet() -> None:
+    task = Task(PLAIN["DGD mean"])
+    earlier = task.optimizer
+    task.model(task.inputs)
+    task.optimizer = PLAIN["DGD mean"](NamedWeights.of(task.model))
+    task.optimizer.load_state_dict(earlier.state_dict())
+    task.model(task.inputs)
+    kept = task.optimizer.state[task.model[0].weight]
+    assert kept["rows"] == 64 and torch.allclose(kept["inputs"], 2 * task.inputs.T @ task.inputs, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
 def test_dgd_reads_inputs_of_a_compiled_model_too() -> None:
     task, other = Task(PLAIN["DGD mean"]), Task(PLAIN["DGD mean"])
