@@ -23,12 +23,29 @@ class Translator:
     def __init__(self) -> None:
         self.table = ResultTable()
         self.curve: list[tuple[int, Any]] = []
+        self._latest: dict[str, float] = {}
+        self._unchanged: dict[str, Point] = {}
 
     def points(self, entry: Mapping[str, Any]) -> Iterator[Point]:
-        """The metric points of one entry; NaN and infinite values are left out."""
+        """The metric points of one entry; NaN and infinite values are left out.
+
+        A constant learning rate would be half of all points: of a stretch of equal values while a task is trained the
+        first and the last are points, the last when the stretch ends or the task or the run does.
+        """
+        if entry["kind"] in ("results", "status"):
+            yield from self._unchanged.values()
+            self._unchanged.clear()
         for key, value, step in self._values(entry):
-            if math.isfinite(value):
-                yield safe_key(key), value, int(entry["t"]), step
+            if not math.isfinite(value):
+                continue
+            point = safe_key(key), value, int(entry["t"]), step
+            if key.startswith("train/") and self._latest.get(key) == value:
+                self._unchanged[key] = point
+                continue
+            if key in self._unchanged:
+                yield self._unchanged.pop(key)
+            self._latest[key] = value
+            yield point
 
     def _values(self, entry: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
         match entry["kind"]:

@@ -18,6 +18,7 @@ from clplat import page, report, tracking
 from clplat.execution import execute
 from clplat.journal import read, table
 from clplat.mlflow_store import client
+from clplat.points import Translator
 from clplat.study import conclude
 from clplat.study_record import sync
 from clplat.study_results import journal_results, load_study_results, results_frame
@@ -182,8 +183,20 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(store: str, tmp_path: Path
     assert steps == sorted(set(steps)) and steps[-1] == 36
 
 
+def test_of_a_stretch_of_equal_values_the_ends_are_recorded() -> None:
+    translator, found = Translator(), []
+    rates = [0.1, 0.1, 0.1, 0.1, 0.2, 0.3, 0.3]
+    entries = [{"kind": "metric", "t": n, "step": n, "values": {"train/learning_rate": rate, "train/loss": 2.0 - n}}
+               for n, rate in enumerate(rates)]  # fmt: skip
+    for entry in [*entries, {"kind": "status", "t": 7, "status": "KILLED", "reason": ""}]:
+        found += translator.points(entry)
+    assert [(value, step) for key, value, _, step in found if key == "train/learning_rate"] == [
+        (0.1, 0), (0.1, 3), (0.2, 4), (0.3, 5), (0.3, 6)
+    ]  # fmt: skip
+    assert sum(key == "train/loss" for key, *_ in found) == len(rates)
+
+
 def test_streams_of_more_than_fifty_tasks_record_aggregates_alone() -> None:
-    from clplat.points import Translator
     from clplat.result_table import Cell
 
     cells = [
