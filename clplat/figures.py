@@ -113,7 +113,9 @@ def forgetting_curves(lines: Mapping[str, Sequence[tuple[Scores, Scores]]]) -> F
         axis.fill_between(places, values.min(0), values.max(0), color=PALETTE[number % 8], alpha=0.15, linewidth=0)
     axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axis.set(xlabel="tasks trained", ylabel="forgetting (mean over earlier tasks)")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    # Without a least number of ticks two tasks would be divided into tenths.
+    axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axis.set_xlim(left=1)
     name_above(figure)
     return figure
 
