@@ -11,10 +11,10 @@ A plan is a YAML list, most urgent first; of several plans the steps take turns.
 
 or `command: [benchmarks/multi_gpu.py, --parts, speed]`, a script with its arguments, and either `gib` or `cards`, how
 many cards it has for itself; `minutes` ends it when they are over. A step begins on the first card where its runs find
-memory and cores beside those that are under way; a study gives back what its finished runs took. What is still running
-when the minutes are over, or at Ctrl-C or SIGTERM, is stopped and saved. The same command line goes on from there:
-finished steps are passed over, studies are resumed. Every step works in a folder of its name, which has its `log`,
-`mlflow.db` and `runs`.
+memory and cores beside those that are under way; a study gives back what its finished runs took, and one of which a run
+failed, for want of memory say, is resumed once when all others have begun. What is still running when the minutes are
+over, or at Ctrl-C or SIGTERM, is stopped and saved. The same command line goes on from there: finished steps are passed
+over, studies are resumed. Every step works in a folder of its name, which has its `log`, `mlflow.db` and `runs`.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ class Machine:
         for card, here in use.items():
             taken = sum(u.step.gib * u.runs() for u in here)
             busy = sum(u.runs() for u in here)
-            fits = taken + step.gib * step.workers <= self.gib and busy + step.workers <= self.slots
+            needed = step.gib * step.workers
+            fits = needed <= min(self.gib - taken, _free(card)) and busy + step.workers <= self.slots
             if fits and not any(u.step.cards for u in here):
                 return [card]
         return []
@@ -143,6 +144,11 @@ class Machine:
     def never(self, step: Step) -> bool:
         """Whether it has no room here even alone."""
         return step.cards > self.cards or step.gib * step.workers > self.gib or step.workers > self.slots
+
+
+def _free(card: int) -> float:
+    """GiB of a card that nobody has."""
+    return float(torch.cuda.mem_get_info(card)[0]) / 2**30 if torch.cuda.is_available() else float("inf")
 
 
 def work(steps: list[Step], machine: Machine, out: Path, minutes: float) -> list[str]:
@@ -157,6 +163,7 @@ def work(steps: list[Step], machine: Machine, out: Path, minutes: float) -> list
 
     signal.signal(signal.SIGTERM, end)
     waiting = [step for step in steps if not step.done(out / step.name)]
+    again: set[str] = set()
     try:
         while (waiting or machine.underway) and time.monotonic() - start < minutes * 60:
             for step in list(waiting):
@@ -174,6 +181,9 @@ def work(steps: list[Step], machine: Machine, out: Path, minutes: float) -> list
                 machine.underway.remove(now)
                 if code == 0 and now.step.command:
                     (now.folder / "done").touch()
+                elif code and now.step.study and now.step.name not in again:
+                    again.add(now.step.name)
+                    waiting.append(now.step)
                 say(f"{now.step.name} {'took too long' if code is None else f'ends with exit code {code}'}")
             time.sleep(1)
     except KeyboardInterrupt:
@@ -213,9 +223,8 @@ def main() -> None:
     options = parser.parse_args()
     steps = [step for step in read(options.plans, parser) if not options.steps or step.name in options.steps]
     cards = max(1, torch.cuda.device_count())
-    free = torch.cuda.mem_get_info()[0] / 2**30 * 0.95 if torch.cuda.is_available() else float("inf")
     slots = options.runs_per_card or max(1, (os.cpu_count() or 1) // cards)
-    machine = Machine(cards, options.gib or free, slots)
+    machine = Machine(cards, options.gib or 0.95 * min(map(_free, range(cards))), slots)
     if large := [step.name for step in steps if machine.never(step)]:
         parser.error(f"{', '.join(large)}: {cards} cards of {machine.gib:.0f} GiB and {slots} runs have no room for it")
     out = options.out.resolve()

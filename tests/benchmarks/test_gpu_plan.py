@@ -62,6 +62,15 @@ def test_a_plan_that_was_stopped_goes_on_and_is_packed_without_checkpoints() -> 
     assert last_status(run) == "KILLED" and list(run.parents[1].iterdir()) == [run.parent]
 
 
+def test_a_study_of_which_a_run_fails_is_resumed_once() -> None:
+    diverging = {"class_path": "SGD", "init_args": {"lr": 1e30}}
+    Path("s.yaml").write_text(yaml.safe_dump(study(training__optimizer=diverging)))
+    steps = [{"name": "a", "study": str(Path("s.yaml").resolve()), "gib": 1}]
+    done = subprocess.run(command(steps, "--gib", "4"), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stdout.count("a ends with exit code 1") == 2, done.stdout + done.stderr
+    assert "not done: a" in done.stdout and len(list(Path("out/a/runs").iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
