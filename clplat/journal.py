@@ -142,13 +142,13 @@ def read(folder: Path) -> Iterator[dict[str, Any]]:
         return
     with path.open() as file:
         for number, line in enumerate(file, start=1):
-            if line.endswith("\n"):
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise StorageError(
-                        f"{path}, line {number}: damaged ({error}); remove that line and go on"
-                    ) from error
+            if not line.endswith("\n"):
+                # Its other half may follow at this moment, and would be taken for a line.
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise StorageError(f"{path}, line {number}: damaged ({error}); remove that line and go on") from error
 
 
 def table(folder: Path) -> ResultTable:

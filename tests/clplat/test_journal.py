@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,17 @@ def test_a_torn_last_line_is_cut_and_nothing_else_is_lost(tmp_path: Path) -> Non
     again.metrics(2, {"a": 2.0})
     again.flush()
     assert [e["step"] for e in read(tmp_path)] == [1, 2]
+
+
+def test_a_line_whose_other_half_is_written_while_it_is_read_is_left_for_the_next_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's iterator yields the half that is there, and then the other half as a line of its own."""
+    entry = '{"t": 1, "kind": "status", "status": "RUNNING", "reason": ""}\n'
+    (tmp_path / NAME).write_text(entry)
+    parts = [entry, entry[:30], entry[30:]]
+    monkeypatch.setattr(Path, "open", lambda *_: contextlib.nullcontext(iter(parts)))
+    assert [found["status"] for found in read(tmp_path)] == ["RUNNING"]
 
 
 def test_nan_survives_as_standard_json(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_a_disk_that_is_really_full_fails_a_run_with_what_to_do_and_loses_nothin
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("where", "kib", "second"), [("database", 1200, "FINISHED"), ("both", 1240, "FAILED")])
+@pytest.mark.parametrize(("where", "kib", "second"), [("database", 1125, "FINISHED"), ("both", 1240, "FAILED")])
 def test_a_full_disk_under_mlflow_stops_no_run_and_its_record_is_whole_in_the_end(
     where: str, kib: int, second: str
 ) -> None:
