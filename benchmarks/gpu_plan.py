@@ -40,6 +40,8 @@ from clplat.study_file import run_folders
 ROOT = Path(__file__).parents[1]
 GRACE = 60.0
 """Seconds that a stopped step has to save itself."""
+TURN = 2.0
+"""Seconds between two looks at what is under way; each reads the journals of all runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +75,9 @@ class Step:
         if self.command:
             script, *rest = self.command
             return [sys.executable, str(ROOT / script), *rest]
-        verb = ["resume", *map(str, sorted(begun(folder / "runs")))] if begun(folder / "runs") else ["run", self.study]
-        options = {"launcher.workers": self.workers} | (self.options if verb[0] == "run" else {})
+        studies = sorted(begun(folder / "runs"))
+        verb = ["resume", *map(str, studies)] if studies else ["run", self.study]
+        options = {"launcher.workers": self.workers} | ({} if studies else self.options)
         words = [word for key, value in options.items() for word in (f"--{key}", json.dumps(value))]
         return [sys.executable, "-P", "-m", "clplat", *verb, *words]
 
@@ -89,6 +92,8 @@ class Underway:
 
     def __init__(self, step: Step, folder: Path, cards: list[int]) -> None:
         self.step, self.folder, self.cards, self.started = step, folder, cards, time.monotonic()
+        self.runs = step.workers
+        """How many runs of it are under way, at most."""
         folder.mkdir(parents=True, exist_ok=True)
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, cards))} if torch.cuda.is_available() else {}
         with (folder / "log").open("a") as log:
@@ -96,11 +101,11 @@ class Underway:
                 step.line(folder), cwd=folder, stdout=log, stderr=log, env=os.environ | visible, start_new_session=True
             )
 
-    def runs(self) -> int:
-        """How many runs of it are under way, at most."""
+    def look(self) -> None:
+        """Count the runs that are left."""
         studies = [study for study in begun(self.folder / "runs") if run_folders(study)]
-        left = sum(map(left_of, studies)) if studies else self.step.workers
-        return max(1, min(self.step.workers, left))
+        if studies:
+            self.runs = max(1, min(self.step.workers, sum(map(left_of, studies))))
 
     def late(self) -> bool:
         """Whether its own minutes are over."""
@@ -133,8 +138,8 @@ class Machine:
             idle = [card for card in use if not use[card]]
             return idle[: step.cards] if len(idle) >= step.cards else []
         for card, here in use.items():
-            taken = sum(u.step.gib * u.runs() for u in here)
-            busy = sum(u.runs() for u in here)
+            taken = sum(u.step.gib * u.runs for u in here)
+            busy = sum(u.runs for u in here)
             needed = step.gib * step.workers
             fits = needed <= min(self.gib - taken, _free(card)) and busy + step.workers <= self.slots
             if fits and not any(u.step.cards for u in here):
@@ -166,6 +171,8 @@ def work(steps: list[Step], machine: Machine, out: Path, minutes: float) -> list
     again: set[str] = set()
     try:
         while (waiting or machine.underway) and time.monotonic() - start < minutes * 60:
+            for now in machine.underway if waiting else ():
+                now.look()
             for step in list(waiting):
                 if cards := machine.place(step):
                     machine.underway.append(Underway(step, out / step.name, cards))
@@ -185,7 +192,7 @@ def work(steps: list[Step], machine: Machine, out: Path, minutes: float) -> list
                     again.add(now.step.name)
                     waiting.append(now.step)
                 say(f"{now.step.name} {'took too long' if code is None else f'ends with exit code {code}'}")
-            time.sleep(1)
+            time.sleep(TURN)
     except KeyboardInterrupt:
         say("stopped")
     for now in machine.underway:

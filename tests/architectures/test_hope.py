@@ -76,8 +76,9 @@ def test_a_row_read_in_parts_with_carried_state_equals_one_pass_and_the_state_do
 def test_the_largest_steps_over_a_thousand_tokens_do_not_blow_the_memories_up(
     inputs: Any, network: NetworkOptions, same: bool
 ) -> None:
-    """A token's step is at most 1 long, so that a thousand cannot carry a weight further than a thousand. Of 120 seeds
-    none came above 11, nor an answer above 37; without `max_gradient` MLPs overflow (docs/hope.md)."""
+    """Without `max_gradient` some MLPs overflow: docs/hope.md. MLPs' answers to one repeated token are chaotic and
+    differ between processors: of 120 seeds the largest was 36.5. Nothing else came above 11."""
+    largest = 100 if same and network.depth > 1 else 20
     for seed in (0, 2, 4):
         torch.manual_seed(seed)
         options = SelfModifyingOptions(network=network, inputs=inputs)
@@ -86,8 +87,8 @@ def test_the_largest_steps_over_a_thousand_tokens_do_not_blow_the_memories_up(
         with torch.no_grad():
             mixer.memory.biases["rate"].fill_(20.0)
             answers, state = mixer.memory(mixer._tokens(x, mixer.qkv(x), None, None))
-        assert answers.isfinite().all() and answers.abs().max() < 1000
-        assert max(float(part.abs().max()) for part in state.weights) < 1000
+        assert answers.isfinite().all() and answers.abs().max() < largest
+        assert max(float(part.abs().max()) for part in state.weights) < 20
 
 
 def test_each_switch_of_the_papers_table_is_another_model() -> None:
