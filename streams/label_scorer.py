@@ -13,13 +13,17 @@ from clplat.streams.base import Data, Metric
 from clplat.streams.batch import IGNORE, Batch
 from clplat.streams.scorers import Answerer, Scorer, Sums
 
+SLACK = 0.1
+"""Nats by which the same token may be more likely in one batch than in another, by rounding to 16 bits."""
+
 
 class LabelLikelihood(Scorer):
     """Accuracy of the label of highest log-probability, and the right answer's cross-entropy in nats a token.
 
-    Rows are prompts continued by the tokens of their right label (`labelled_rows.answered`). Every candidate label is
-    put in its place and read with the whole prompt again, at most `batch_size` pairs of row and label at a time; labels
-    of one token each are read off behind the prompt at once.
+    Rows are prompts continued by the tokens of their right label (`labelled_rows.answered`). Other labels are put in
+    its place and read with the whole prompt again, at most `batch_size` pairs of row and label at a time, the most
+    promising ones first: a label is no more likely than its first token, which is read off behind the prompt for all of
+    them at once, so that those whose first token is less likely than a whole label need not be read.
     """
 
     metrics = {
@@ -53,25 +57,25 @@ class LabelLikelihood(Scorer):
             return total
         for part in rows.split(batch_size):
             batch = data.batch(part).to(model.device())
-            nats, count = self._answer_loss(model, batch)
-            total["answer_loss"] += torch.tensor([nats, count], dtype=torch.float64)
-            chosen = candidates[self.likelihoods(model, batch, candidates, batch_size).argmax(1)]
+            logits = model.logits(batch)
+            total["answer_loss"] += self._answer_loss(logits, batch)
+            chosen = candidates[self._likeliest(model, batch, logits, candidates, batch_size)]
             right = (chosen == self.numbers(batch).cpu()).sum()
             total["accuracy"] += torch.tensor([float(right), len(part)], dtype=torch.float64)
         return total
 
-    def likelihoods(self, model: Answerer, batch: Batch, candidates: Tensor, at_once: int) -> Tensor:
-        """Log-probability (B, C) of every candidate (C,) behind every row's prompt, on the CPU."""
-        if self.tokens.shape[1] == 1:
-            place = self._places(batch)
-            logits = model.logits(batch)[torch.arange(len(batch), device=place.device), place[:, 0]]
-            return logits.float().log_softmax(-1).double().cpu()[:, self.tokens[candidates, 0]]
-        pairs = torch.arange(len(batch) * len(candidates))
-        found = [
-            self._pair_likelihoods(model, batch, part // len(candidates), candidates[part % len(candidates)])
-            for part in pairs.split(at_once)
-        ]
-        return torch.cat(found).view(len(batch), len(candidates))
+    def likelihoods(self, model: Answerer, batch: Batch, rows: Tensor, labels: Tensor) -> Tensor:
+        """The measure (N,) of one label each behind the prompts of some rows, on the CPU."""
+        places = self._places(batch)[rows]
+        targets, length = self.tokens[labels].to(places.device), self.tokens.shape[1]
+        spelled = targets.clamp(min=0)
+        # The label stands behind its prompt; what follows a short one is read by nobody, since the model is causal.
+        inputs = F.pad(batch.inputs[rows], (0, length + 1)).scatter(1, places + 1, spelled)[:, : int(places.max()) + 1]
+        task = None if batch.task is None else batch.task[rows]
+        logits = model.logits(Batch(inputs=inputs, targets=inputs, task=task))
+        at = places.unsqueeze(-1).expand(-1, -1, logits.shape[-1])
+        chances = logits.gather(1, at).float().log_softmax(-1).gather(2, spelled.unsqueeze(-1)).squeeze(-1)
+        return self._measured(chances.double().masked_fill(targets == IGNORE, 0.0).sum(1).cpu(), labels)
 
     def numbers(self, batch: Batch) -> Tensor:
         """The label number (B,) that each row's answer spells."""
@@ -87,22 +91,33 @@ class LabelLikelihood(Scorer):
         starts = (batch.targets != IGNORE).int().argmax(1, keepdim=True)
         return starts + torch.arange(self.tokens.shape[1], device=starts.device)
 
-    def _pair_likelihoods(self, model: Answerer, batch: Batch, rows: Tensor, labels: Tensor) -> Tensor:
-        """Log-probability (N,) of one label for each of some rows."""
-        places = self._places(batch)[rows]
-        targets, length = self.tokens[labels].to(places.device), self.tokens.shape[1]
-        spelled = targets.clamp(min=0)
-        # The label stands behind its prompt; what follows a short one is read by nobody, since the model is causal.
-        inputs = F.pad(batch.inputs[rows], (0, length + 1)).scatter(1, places + 1, spelled)[:, : int(places.max()) + 1]
-        task = None if batch.task is None else batch.task[rows]
-        logits = model.logits(Batch(inputs=inputs, targets=inputs, task=task))
-        at = places.unsqueeze(-1).expand(-1, -1, logits.shape[-1])
-        chances = logits.gather(1, at).float().log_softmax(-1).gather(2, spelled.unsqueeze(-1)).squeeze(-1)
-        sums = chances.double().masked_fill(targets == IGNORE, 0.0).sum(1).cpu()
+    def _likeliest(self, model: Answerer, batch: Batch, logits: Tensor, candidates: Tensor, at_once: int) -> Tensor:
+        """Which candidate (B,) has the highest measure behind each row's prompt; `logits` are the batch's own."""
+        place = self._places(batch)[:, 0]
+        first = logits[torch.arange(len(batch), device=place.device), place].float().log_softmax(-1).double().cpu()
+        bounds = self._measured(first[:, self.tokens[candidates, 0]], candidates)
+        # Labels of one token are read already.
+        known = bounds.masked_fill(self.lengths[candidates] > 1, float("-inf"))
+        bounds, order = bounds.masked_fill(self.lengths[candidates] == 1, float("-inf")).sort(1, descending=True)
+        begun, wave = 0, 1
+        while begun < len(candidates):
+            hopeful = bounds[:, begun : begun + wave] > known.amax(1, keepdim=True) - SLACK
+            rows, places = hopeful.nonzero(as_tuple=True)
+            if not len(rows):
+                break
+            asked = order[rows, begun + places]
+            for part in torch.arange(len(rows)).split(at_once):
+                pairs = rows[part], asked[part]
+                known[pairs] = self.likelihoods(model, batch, pairs[0], candidates[pairs[1]])
+            begun, wave = begun + wave, 2 * wave
+        return known.argmax(1)
+
+    def _measured(self, sums: Tensor, labels: Tensor) -> Tensor:
         return sums / self.lengths[labels] if self.measure == "mean" else sums
 
-    def _answer_loss(self, model: Answerer, batch: Batch) -> tuple[float, int]:
-        """Nats of the right answers' tokens, and their number."""
-        logits = model.logits(batch).flatten(0, 1).float()
-        nats = F.cross_entropy(logits, batch.targets.flatten(), reduction="sum", ignore_index=IGNORE)
-        return float(nats), int((batch.targets != IGNORE).sum())
+    def _answer_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Nats of the right answers' tokens, and their number, (2,) on the CPU."""
+        nats = F.cross_entropy(
+            logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="sum", ignore_index=IGNORE
+        )
+        return torch.stack([nats.double(), (batch.targets != IGNORE).sum()]).cpu()
