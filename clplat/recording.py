@@ -148,14 +148,15 @@ class Recording:
         self.batch = {name: tensor.clone() for name, tensor in batch.tensors().items()}
         self.state = pytree.tree_map_only(Tensor, torch.clone, state)
         self.given = [*self.batch.values(), *(t for t in pytree.tree_leaves(self.state) if isinstance(t, Tensor))]
-        with _unchanged(module):
-            recorder.rehearse(self._rehearsal)
-        leaves, self._replay_forward = recorder.record(self._forward)
-        open_leaves = [leaf for leaf in leaves if leaf.requires_grad]
-        self.slopes = [torch.zeros_like(leaf) for leaf in open_leaves]
-        found, self._replay_backward = recorder.record(partial(self._backward, open_leaves))
+        with _of_its_own(module, self.weights) as self._own:
+            with _unchanged(module):
+                recorder.rehearse(self._rehearsal)
+            leaves, self._replay_forward = recorder.record(self._forward)
+            open_leaves = [leaf for leaf in leaves if leaf.requires_grad]
+            self.slopes = [torch.zeros_like(leaf) for leaf in open_leaves]
+            found, self._replay_backward = recorder.record(partial(self._backward, open_leaves))
         self.is_open = [leaf.requires_grad for leaf in leaves]
-        # Without the graph of autograd, which would keep what accumulates weights' gradients on the recorder's stream.
+        # Without the graph of autograd, which would keep all that the two passes held for each other.
         self.results, self.gradients = [leaf.detach() for leaf in leaves], found
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor | None, Output, Tensor | None]:
@@ -195,6 +196,8 @@ class Recording:
         open_leaves = [leaf for leaf in self._forward() if leaf.requires_grad]
         if not open_leaves:
             raise NotRecordable("no result of it has a gradient")
+        if not _leaves(open_leaves) <= set(map(id, self._own)):
+            raise NotRecordable("it reads a weight from elsewhere than the module that has it")
         self.slopes = [torch.zeros_like(leaf) for leaf in open_leaves]
         self._backward(open_leaves)
 
@@ -212,7 +215,7 @@ class Recording:
     def _backward(self, open_leaves: list[Tensor]) -> list[Tensor | None]:
         """Gradients that lie as one copying kernel takes them all."""
         with _cast_anew(self.given[0].device):
-            found = torch.autograd.grad(open_leaves, self.weights, self.slopes, allow_unused=True)
+            found = torch.autograd.grad(open_leaves, self._own, self.slopes, allow_unused=True)
         return [None if slope is None else slope.contiguous() for slope in found]
 
 
@@ -256,6 +259,38 @@ def _cast_anew(device: torch.device) -> torch.autocast:
     return torch.autocast(
         kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
     )
+
+
+@contextmanager
+def _of_its_own(module: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Within it the modules have other leaves of autograd for these weights, in the same memory.
+
+    What accumulates the gradient of a weight belongs to the stream on which the weight was first used and lives as long
+    as any step's results do; a recording that met the one of an earlier step would have to wait for that stream.
+    """
+    own = {id(weight): nn.Parameter(weight.detach()) for weight in weights}
+    places = [(part, name, p) for part in module.modules() for name, p in part._parameters.items() if id(p) in own]
+    try:
+        for part, name, weight in places:
+            setattr(part, name, own[id(weight)])
+        yield list(own.values())
+    finally:
+        for part, name, weight in places:
+            setattr(part, name, weight)
+
+
+def _leaves(results: Sequence[Tensor]) -> set[int]:
+    """The ids of all tensors that autograd would give a gradient."""
+    seen = {result.grad_fn for result in results if result.grad_fn is not None}
+    found, waiting = {id(result) for result in results if result.grad_fn is None}, list(seen)
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting.append(node)
+                if hasattr(node, "variable"):
+                    found.add(id(node.variable))
+    return found
 
 
 @contextmanager

@@ -120,6 +120,12 @@ def shows(net: Net, x: Tensor) -> Tensor:
     return x
 
 
+def reads_elsewhere(net: Net, x: Tensor) -> Tensor:
+    if not hasattr(net, "also"):
+        net.also = [net.norm.weight]
+    return x * net.also[0]
+
+
 def replaces_a_buffer(net: Net, x: Tensor) -> Tensor:
     net.seen = net.seen + 1
     return x * net.seen
@@ -134,6 +140,7 @@ def replaces_a_buffer(net: Net, x: Tensor) -> Tensor:
         (counts_in_python, "each of its passes sets `number`"),
         (shows, "each of its passes sets `shown`"),
         (replaces_a_buffer, "each of its passes sets `seen`"),
+        (reads_elsewhere, "it reads a weight from elsewhere than the module that has it"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_replayed_runs_as_it_is_with_one_warning_that_says_why(
@@ -142,7 +149,12 @@ def test_what_cannot_be_replayed_runs_as_it_is_with_one_warning_that_says_why(
     with pytest.warns(UserWarning, match=reason) as warned:
         found = both(inside, [5, 5, 5, 3, 3, 3])
     assert len(warned) == 1 and tape.rehearsals == 1 and tape.recordings == tape.replays == 0
-    if inside in (waits, waits_backwards, shows):  # a number that a rehearsal moved is nobody's to put back
+    if inside in (
+        waits,
+        waits_backwards,
+        shows,
+        reads_elsewhere,
+    ):  # a number that a rehearsal moved is nobody's to put back
         assert_equal(found)
 
 
@@ -173,6 +185,35 @@ def test_weights_that_are_others_are_recorded_again_and_at_last_no_more(tape: Ta
     net.linear.bias.requires_grad_(False)
     with pytest.warns(UserWarning, match="weights, buffers or options are others again and again"):
         answer(rows(), None)[2].backward()
+
+
+def test_a_recording_meets_nothing_of_autograd_that_an_earlier_step_left(tape: Tape) -> None:
+    """A GPU waits for the stream of what accumulated a gradient before, which no recording may."""
+    net = Net()
+    answer = Recorded(net.step, net)
+    kept = answer(rows(), None)[2]  # its graph lives while the next step is recorded
+    before = {id(p): p.view_as(p).grad_fn.next_functions[0][0] for p in net.parameters()}
+    recorded: list[Tensor] = []
+    plain = net.step
+
+    def watched(batch: Batch, state: Any) -> Any:
+        found = plain(batch, state)
+        recorded.append(found[2])
+        return found
+
+    answer.answer = watched
+    _, _, loss = answer(rows(seed=1), None)
+    loss.backward()
+    assert tape.recordings == 2 and kept.grad_fn is not None
+    waiting, met = [recorded[-1].grad_fn], set()
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in met:
+                met.add(node)
+                waiting.append(node)
+    assert met and not met & set(before.values())
+    assert all(p.grad is not None for p in net.parameters())
+    assert {id(p) for p in net.parameters()} == set(before)
 
 
 def test_a_weight_with_a_hook_is_not_replayed(tape: Tape) -> None:
