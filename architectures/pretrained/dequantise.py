@@ -27,8 +27,19 @@ def dequantise(file: Path, folder: Path) -> str:
     model = cast(Any, source.load())
     origin = as_plain(model, source)
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.name, gguf_file=file.name).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(source.name, gguf_file=file.name)
+    _end_as(model.config, tokenizer)
+    tokenizer.save_pretrained(folder)
     return origin
+
+
+def _end_as(config: Any, tokenizer: Any) -> None:
+    """Give the tokenizer the model's special tokens: transformers 5.17 reads the first token of a text from GGUF as the
+    last one too."""
+    for role in ("bos", "eos", "pad"):
+        if isinstance(number := getattr(config, f"{role}_token_id", None), int):
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(number))
+            tokenizer.init_kwargs.pop(f"{role}_token_id", None)
 
 
 def as_plain(model: Any, source: Source) -> str:
