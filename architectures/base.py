@@ -27,13 +27,15 @@ class Output:
     """Result of one forward: `logits` (B, C) or (B, T, V), auxiliary losses by name (scalars that are
     added to the training loss), the carried `state`, and `hidden` activations where they were asked for. `stash`:
     what the model's `step_end` wants of this forward, detached tensors of B rows by name; those of the batches of one
-    optimizer step are joined."""
+    optimizer step are joined. `predicted`: where logits are of no interest but at targets, the places (N,) of these
+    among the B·T tokens, at which alone logits were computed; the others are 0."""
 
     logits: Tensor
     losses: dict[str, Tensor] = field(default_factory=dict)
     state: State = None
     hidden: Tensor | None = None
     stash: dict[str, Tensor] = field(default_factory=dict)
+    predicted: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

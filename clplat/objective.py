@@ -54,19 +54,17 @@ class Objective(nn.Module):
 
     def row_loss(self, output: Output, batch: Batch) -> Tensor:
         """Cross-entropy of every prediction in nats, (B,) or (B, T); 0 where the target is ignored."""
-        logits, targets = self.masked(output, batch), batch.targets
-        flat = F.cross_entropy(
-            logits.flatten(0, targets.ndim - 1), targets.flatten(), reduction="none", ignore_index=IGNORE
-        )
-        return flat.view_as(targets)
+        found = F.cross_entropy(*self._asked(output, batch), reduction="none", ignore_index=IGNORE)
+        if output.predicted is not None:
+            found = found.new_zeros(batch.targets.numel()).index_copy(0, output.predicted, found)
+        return found.view_as(batch.targets)
 
     def forward(self, output: Output, batch: Batch) -> Tensor:
         """Σ over origins of weight × mean; the mean counts a row's predictions, not its weight."""
         if batch.origin is None and self.spec.heads is not None:
             return self.row_loss(output, batch).sum(1).mean()
         if batch.origin is None:
-            logits, targets = self.masked(output, batch), batch.targets
-            return F.cross_entropy(logits.flatten(0, targets.ndim - 1), targets.flatten(), ignore_index=IGNORE)
+            return F.cross_entropy(*self._asked(output, batch), ignore_index=IGNORE)
         return self.by_origin(output, batch).sum()
 
     def by_origin(self, output: Output, batch: Batch) -> Tensor:
@@ -82,3 +80,10 @@ class Objective(nn.Module):
         sums = loss.new_zeros(AUXILIARY + 1).index_add(0, batch.origin, loss * weight)
         counts = loss.new_zeros(AUXILIARY + 1).index_add(0, batch.origin, counted)
         return (sums / counts.clamp(min=1))[:AUXILIARY]
+
+    def _asked(self, output: Output, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits (N, C) and targets (N,) of all predictions, or of those that the model has made."""
+        logits, targets = self.masked(output, batch).flatten(0, batch.targets.ndim - 1), batch.targets.flatten()
+        if output.predicted is None:
+            return logits, targets
+        return logits.index_select(0, output.predicted), targets.index_select(0, output.predicted)

@@ -97,6 +97,9 @@ class ILoRA(ExperienceReplay):
         self.pairs = SlowFast(self.model.adapter_parameters(self.fast), self.model.adapter_parameters(SLOW))
         if self.hidden is not None:
             self._check_hidden()
+        elif self.options.positions != "targets" and getattr(context.architecture, "logits_at", "all") == "targets":
+            raise ValueError(f"ILoRA.positions: {self.options.positions} of space: logits needs logits of all tokens; "
+                             "give positions: targets, or the model logits: all")  # fmt: skip
 
     def task_start(self, task: Task) -> None:
         if not self.context.past or self.options.boundary == "reset_slow":

@@ -8,8 +8,9 @@ Shapes: B rows, T tokens, C hidden size, L layers, V vocabulary.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ from clplat.architectures.pretrained.loading import (
 from clplat.streams.base import Spec
 from clplat.streams.batch import IGNORE, Batch
 
+Places = Literal["all", "targets"]
 TARGETS = ["q_proj", "v_proj"]
 """Where adapters go by default, as in peft for models of Llama's kind."""
 
@@ -55,6 +57,7 @@ class Pretrained(AdapterHost):
         attention: Attention = "sdpa",
         document_mask: bool = True,
         skip_padding: bool = True,
+        logits: Places = "all",
         gradient_checkpointing: bool = False,
         local_files_only: bool = False,
         allow_pickle: bool = False,
@@ -65,13 +68,17 @@ class Pretrained(AdapterHost):
         without, all weights. `dtype` is what the weights are loaded as; adapters beside bfloat16 are float32.
         `document_mask` keeps documents of one row apart, each with positions of its own. `skip_padding` leaves out the
         columns behind the last target of a batch (their logits and hidden states are 0), for which it waits for the
-        device once a forward pass. `gradient_checkpointing` trades time for memory in training. Weights are read from
-        safetensors alone unless `allow_pickle`, and code from the hub is not run unless `trust_remote_code`."""
+        device once a forward pass; `logits: targets` leaves the head out wherever no target is (logits are 0 there),
+        which spares most of a step's memory where answers are short. `gradient_checkpointing` trades time for memory in
+        training. Weights are read from safetensors alone unless `allow_pickle`, and code from the hub is not run unless
+        `trust_remote_code`."""
         source = Source(
             name=name, revision=revision, gguf_file=gguf_file, dtype=dtype, attention=attention,
             local_files_only=local_files_only, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         check_choices(source, dtype=Dtype, attention=Attention)
+        if logits not in get_args(Places) or (logits == "targets" and not skip_padding):
+            raise ValueError(f"logits: must be all, or targets beside skip_padding: true; got {logits!r}")
         if lora is not None:
             need("peft")
         backbone = source.load()
@@ -80,7 +87,7 @@ class Pretrained(AdapterHost):
         super().__init__(backbone, lora, TARGETS)
         self.source, self.config = source, cast(Any, backbone.config)
         self.row_length, self.num_outputs = spec.input_shape[0], spec.num_outputs
-        self.document_mask, self.skip_padding = document_mask, skip_padding
+        self.document_mask, self.skip_padding, self.logits_at = document_mask, skip_padding, logits
         # Asked once: it reads a signature, which takes longer than a layer of a small model.
         self.cache_name = cache.argument(backbone)
         self.masks = self._obeys_masks()
@@ -101,15 +108,22 @@ class Pretrained(AdapterHost):
         length = batch.inputs.shape[1]
         self._check_length(length)
         used = _used(batch.targets) if self.skip_padding else length
-        found = self._read(
-            batch.inputs[:, :used], use_cache=False, output_hidden_states=return_hidden is not None,
-            **self._documents(batch.segment_ids, used),
-        )  # fmt: skip
-        logits = F.pad(found.logits[..., : self.num_outputs], (0, 0, 0, length - used))
+        predicted = _predicted(batch.targets) if self.logits_at == "targets" else None
+        with self._head_at(predicted, length, used):
+            found = self._read(
+                batch.inputs[:, :used], use_cache=False, output_hidden_states=return_hidden is not None,
+                **self._documents(batch.segment_ids, used),
+            )  # fmt: skip
+        logits = found.logits[..., : self.num_outputs]
+        if predicted is None:
+            logits = F.pad(logits, (0, 0, 0, length - used))
+        else:
+            everywhere = logits.new_zeros(batch.targets.numel(), self.num_outputs)
+            logits = everywhere.index_copy(0, predicted, logits[0]).view(*batch.targets.shape, -1)
         if return_hidden is None:
-            return Output(logits=logits)
+            return Output(logits=logits, predicted=predicted)
         hidden = torch.stack(found.hidden_states, dim=1) if return_hidden == "all" else found.hidden_states[-1]
-        return Output(logits=logits, hidden=F.pad(hidden, (0, 0, 0, length - used)))
+        return Output(logits=logits, predicted=predicted, hidden=F.pad(hidden, (0, 0, 0, length - used)))
 
     def init_state(self, batch_size: int) -> cache.State:
         return cache.empty(batch_size, next(self.parameters()).device)
@@ -169,6 +183,24 @@ class Pretrained(AdapterHost):
 
     def _read(self, tokens: Tensor, **options: Any) -> Any:
         return self.backbone(input_ids=tokens, **options)
+
+    @contextmanager
+    def _head_at(self, places: Tensor | None, length: int, used: int) -> Iterator[None]:
+        """Within it the head reads these of the B · `length` tokens (all: None), of which the model has the first
+        `used` columns, as one row of N."""
+        if places is None:
+            yield
+            return
+        among_used = places // length * used + places % length
+
+        def chosen(_: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (given[0].flatten(0, 1).index_select(0, among_used).unsqueeze(0), *given[1:])
+
+        hook = cast(Any, self.backbone).get_output_embeddings().register_forward_pre_hook(chosen)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _documents(self, segment_ids: Tensor | None, used: int) -> dict[str, Tensor]:
         """Mask and positions that keep a row's documents apart; nothing where there is one document a row."""
@@ -239,6 +271,14 @@ def _used(targets: Tensor) -> int:
         return targets.shape[1]
     counted = (targets != IGNORE).any(0).nonzero()
     return int(counted[-1]) + 1 if len(counted) else targets.shape[1]
+
+
+def _predicted(targets: Tensor) -> Tensor | None:
+    """Places (N,) of the targets among B·T; None, for all, where there are none, and under a compiler or vmap."""
+    if traced():
+        return None
+    found = (targets != IGNORE).flatten().nonzero().squeeze(1)
+    return found if len(found) else None
 
 
 def _checkpoint(backbone: Any) -> None:

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from small_models import CONTEXT, END, VOCABULARY, model_folder, written_gguf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from clplat.architectures.contract import CHECKS
 from clplat.architectures.generation import greedy
@@ -17,14 +20,16 @@ from clplat.architectures.pretrained.dequantise import dequantise
 from clplat.architectures.pretrained.loading import Source
 from clplat.architectures.pretrained.model import Pretrained
 from clplat.architectures.probing import Contract
+from clplat.objective import Objective
 from clplat.streams.base import Spec
-from clplat.streams.batch import IGNORE, Batch
+from clplat.streams.batch import CURRENT, IGNORE, REPLAY, Batch
 
 SPEC = Spec(kind="language", input_shape=(12,), num_outputs=VOCABULARY, end_token=END)
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EAGER: dict[str, Any] = {"attention": "eager", "gradient_checkpointing": True}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
+    "llama-at-targets": ("llama", {"logits": "targets"}),
     "llama-lora": ("llama", {"lora": LoRA(rank=16, alpha=32, dropout=0.1, targets=LINEAR), **EAGER}),
     "gpt2": ("gpt2", {}),
 }
@@ -79,6 +84,37 @@ def test_leaving_out_padding_changes_no_logit_in_front_of_the_last_target(folder
     torch.testing.assert_close(found.logits[:, :8], expected.logits[:, :8])
     torch.testing.assert_close(found.hidden[:, :, :8], expected.hidden[:, :, :8])
     assert not found.logits[:, 8:].any() and bool(expected.logits[:, 8:].any())
+
+
+def test_a_head_at_targets_alone_gives_their_logits_losses_and_gradients(folders: dict[str, Path]) -> None:
+    rows, objective = batch(), Objective(SPEC, [])
+    rows.targets[0, :3], rows.targets[1, 1:], rows.targets[:, 8:] = IGNORE, IGNORE, IGNORE
+    mixed = rows.replaced(origin=torch.tensor([CURRENT, REPLAY, CURRENT]), weight=torch.tensor([1.0, 0.5, 1.0]))
+    found = []
+    for places in ("all", "targets"):
+        model = made(folders["llama"], logits=places).double().eval()
+        output = model(rows, return_hidden="last")
+        (objective(output, rows) + objective.by_origin(model(mixed), mixed).sum()).backward()
+        gradients = [p.grad for p in model.parameters()]
+        found.append((output, objective.row_loss(output, rows), gradients))
+    (whole, whole_loss, expected), (part, part_loss, got) = found
+    counted = rows.targets != IGNORE
+    torch.testing.assert_close(part.logits[counted], whole.logits[counted])
+    assert part.logits.shape == whole.logits.shape and not part.logits[~counted].any()
+    assert part.predicted.tolist() == counted.flatten().nonzero().flatten().tolist() and whole.predicted is None
+    torch.testing.assert_close(part_loss, whole_loss)
+    torch.testing.assert_close(part.hidden, whole.hidden)
+    torch.testing.assert_close(got, expected)
+
+
+def test_where_nothing_is_predicted_and_in_decoding_the_head_reads_all(folders: dict[str, Path]) -> None:
+    model, rows = made(folders["llama"], logits="targets").eval(), batch()
+    nothing = rows.replaced(targets=torch.full_like(rows.targets, IGNORE))
+    with torch.no_grad():
+        assert model(nothing).predicted is None and bool(model(nothing).logits.any(-1).all())
+        assert bool(model.decode(rows.inputs, model.init_state(3), torch.zeros(3, dtype=torch.long))[0].any(-1).all())
+    with pytest.raises(ValueError, match="logits: must be all, or targets beside skip_padding: true"):
+        made(folders["llama"], logits="targets", skip_padding=False)
 
 
 def test_hidden_states_are_embeddings_then_layers_and_last_what_the_head_reads(folders: dict[str, Path]) -> None:
@@ -234,17 +270,15 @@ def test_a_gguf_file_dequantised_once_is_the_same_model_and_still_says_what_its_
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written_gguf(tmp_path / "small.gguf", made(folders["llama"]).backbone, quantised=True)
-    saved: list[Path] = []
-
-    class Saver:
-        def save_pretrained(self, folder: Path) -> None:
-            saved.append(folder)
-
-    # The file has no tokenizer.
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: Saver())
+    # The file has no tokenizer; one whose texts end in the token with which they begin is what a release made of some.
+    words = Tokenizer(WordLevel({"<unk>": 0, "<begin>": 1, "<end>": 2}, unk_token="<unk>"))
+    read = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<begin>", eos_token="<begin>", eos_token_id=1)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: read)
     assert dequantise(tmp_path / "small.gguf", tmp_path / "folder") == "dequantised Q4_0"
     direct, once = made(tmp_path, gguf_file="small.gguf"), made(tmp_path / "folder")
-    assert once.checksum == direct.checksum and saved == [tmp_path / "folder"]
+    assert once.checksum == direct.checksum
+    kept = PreTrainedTokenizerFast.from_pretrained(tmp_path / "folder")
+    assert (kept.bos_token_id, kept.eos_token_id) == (once.config.bos_token_id, once.config.eos_token_id) == (1, 2)
     assert once.facts()["weights"] == direct.facts()["weights"] == "dequantised Q4_0, float32"
     with pytest.raises(ValueError, match="there is no file"):
         dequantise(tmp_path / "none.gguf", tmp_path / "other")
