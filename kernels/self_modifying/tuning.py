@@ -1,6 +1,6 @@
-"""With how many warps the kernels run: where fewest registers spill, as counted in docs/self_modifying.md.
+"""With how many warps the kernels run, as timed in whole blocks on an H200 (docs/results/memory_blocks.md).
 
-Nothing here is measured; `benchmarks/memory_blocks.py --warps` times others.
+`benchmarks/memory_blocks.py --warps` times others.
 """
 
 from __future__ import annotations
@@ -10,7 +10,5 @@ from clplat.kernels.self_modifying.layout import Layout
 
 def options(kernel: str, layout: Layout) -> dict[str, int]:
     """Constants of a launch: warps, stages of pipelined loads."""
-    wide, long = layout.dtype.itemsize > 2, layout.C == 64
-    # Without momentum all of `read_back` fits into 4 warps, of which two programs share a multiprocessor.
-    eight = {"walk": long, "read_back": long and layout.momentum, "write_back": True, "make_back": False}[kernel]
-    return {"num_warps": 8 if eight or wide else 4, "num_stages": 1}
+    eight = kernel == "write_back" or layout.dtype.itemsize > 2
+    return {"num_warps": 8 if eight else 4, "num_stages": 1}
