@@ -8,11 +8,9 @@ rehearsed first, and whatever could not be replayed rightly is found before anyt
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
-from traceback import extract_tb
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -21,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from clplat.architectures.base import Output, State
+from clplat.recordable import NotRecordable, leaves_of, of_its_own, rehearsing, why
 from clplat.streams.batch import Batch
 
 T = TypeVar("T")
@@ -29,10 +28,6 @@ Answer = Callable[[Batch, State], tuple[Tensor | None, Output, Tensor | None]]
 _NUMBERS = (bool, int, float)
 MOST_SHAPES = 4
 """Shapes of rows and state that are recorded in one task. Each holds a step's activations on the device."""
-
-
-class NotRecordable(RuntimeError):
-    """Why a step cannot be replayed, in words that follow "because"."""
 
 
 class Recorder(Protocol):
@@ -123,7 +118,7 @@ class Recorded:
         except RuntimeError as error:
             self.forget()
             self._refused = True
-            self._warn(f"steps run as they are, launched one kernel at a time, because {_why(error)}")
+            self._warn(f"steps run as they are, launched one kernel at a time, because {why(error)}")
             return None
         made.premises = premises
         return made
@@ -148,8 +143,8 @@ class Recording:
         self.batch = {name: tensor.clone() for name, tensor in batch.tensors().items()}
         self.state = pytree.tree_map_only(Tensor, torch.clone, state)
         self.given = [*self.batch.values(), *(t for t in pytree.tree_leaves(self.state) if isinstance(t, Tensor))]
-        with _of_its_own(module, self.weights) as self._own:
-            with _unchanged(module):
+        with of_its_own(module, self.weights) as self._own:
+            with rehearsing(module):
                 recorder.rehearse(self._rehearsal)
             leaves, self._replay_forward = recorder.record(self._forward)
             open_leaves = [leaf for leaf in leaves if leaf.requires_grad]
@@ -196,7 +191,7 @@ class Recording:
         open_leaves = [leaf for leaf in self._forward() if leaf.requires_grad]
         if not open_leaves:
             raise NotRecordable("no result of it has a gradient")
-        if not _leaves(open_leaves) <= set(map(id, self._own)):
+        if not leaves_of(open_leaves) <= set(map(id, self._own)):
             raise NotRecordable("it reads a weight from elsewhere than the module that has it")
         self.slopes = [torch.zeros_like(leaf) for leaf in open_leaves]
         self._backward(open_leaves)
@@ -259,73 +254,3 @@ def _cast_anew(device: torch.device) -> torch.autocast:
     return torch.autocast(
         kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
     )
-
-
-@contextmanager
-def _of_its_own(module: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Within it the modules have other leaves of autograd for these weights, in the same memory.
-
-    What accumulates the gradient of a weight belongs to the stream on which the weight was first used and lives as long
-    as any step's results do; a recording that met the one of an earlier step would have to wait for that stream.
-    """
-    own = {id(weight): nn.Parameter(weight.detach()) for weight in weights}
-    places = [(part, name, p) for part in module.modules() for name, p in part._parameters.items() if id(p) in own]
-    try:
-        for part, name, weight in places:
-            setattr(part, name, own[id(weight)])
-        yield list(own.values())
-    finally:
-        for part, name, weight in places:
-            setattr(part, name, weight)
-
-
-def _leaves(results: Sequence[Tensor]) -> set[int]:
-    """The ids of all tensors that autograd would give a gradient."""
-    seen = {result.grad_fn for result in results if result.grad_fn is not None}
-    found, waiting = {id(result) for result in results if result.grad_fn is None}, list(seen)
-    while waiting:
-        for node, _ in waiting.pop().next_functions:
-            if node is not None and node not in seen:
-                seen.add(node)
-                waiting.append(node)
-                if hasattr(node, "variable"):
-                    found.add(id(node.variable))
-    return found
-
-
-@contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Within it a step is rehearsed: buffers get their values back, and NotRecordable says what else it changed. A
-    replay changes no attribute of Python's."""
-    before, buffers = dict(_attributes(module)), list(module.buffers())
-    values = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, values, strict=True):
-                buffer.copy_(value)
-    for name, value in _attributes(module):
-        old = before.get(name)
-        if value is not old and (isinstance(value, Tensor) or value != old):
-            raise NotRecordable(f"each of its passes sets `{name}`, which replaying does not")
-
-
-def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """By name the tensors and numbers that modules hold as attributes or buffers."""
-    for path, part in module.named_modules():
-        for name, value in (*vars(part).items(), *part._buffers.items()):
-            if isinstance(value, Tensor | int | float):
-                yield f"{path}.{name}".lstrip("."), value
-
-
-def _why(error: BaseException) -> str:
-    """What went wrong first, and where in our code or the user's."""
-    while error.__context__ is not None:
-        error = error.__context__
-    if isinstance(error, NotRecordable):
-        return str(error)
-    inside = torch.__path__[0]
-    frames = [f for f in extract_tb(error.__traceback__) if not f.filename.startswith((inside, __file__))]
-    where = f" at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-    return f"a pass cannot be recorded: {(str(error) or type(error).__name__).splitlines()[0]}{where}"
