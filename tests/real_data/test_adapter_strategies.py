@@ -73,6 +73,20 @@ def test_every_strategy_trains_adapters_alone_and_learns(
     assert state is not None and all("lora" in key or key == "backbone_sha256" for key in state["architecture"])
 
 
+@pytest.mark.parametrize("name", ["er", "ewc", "gem", "ilora_code_intent"])
+def test_a_head_at_targets_alone_trains_as_one_that_reads_all(
+    data: Path, study: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    model = study["architecture"]
+    found = []
+    for places in ("all", "targets"):
+        options = {"architecture": model | {"init_args": model["init_args"] | {"logits": places}}}
+        folder = run_folder(tmp_path, variant(study | options, name), places)
+        assert execute(folder).status == "FINISHED"
+        found.append(losses(folder))
+    assert found[1] == [pytest.approx(row, rel=1e-4) for row in found[0]]
+
+
 def test_every_tensor_of_the_slow_adapter_follows_and_the_views_of_one_run_differ(
     data: Path, study: dict[str, Any], tmp_path: Path
 ) -> None:
