@@ -25,7 +25,7 @@ from clplat.streams.budget import Budget
 from clplat.tuning.options import TuneConfig
 from clplat.yaml_text import BOOLEAN, parse_yaml
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
+Precision = Literal["32-true", "tf32", "bf16-mixed", "16-mixed", "bf16-true", "64-true"]
 
 
 @dataclass(frozen=True, kw_only=True)

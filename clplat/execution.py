@@ -111,11 +111,14 @@ def _attempt(
     from clplat import processes
     from clplat.assembly import device_for
     from clplat.loop import Run
+    from clplat.precision import products
 
     torch.set_num_threads(config.training.threads)
+    device = device_for(config.training.accelerator)
     try:
-        processes.join(config.training.devices, device_for(config.training.accelerator).type == "cuda")
-        Run(config, folder, journal=journal, interruption=interruption, progress=progress).execute()
+        processes.join(config.training.devices, device.type == "cuda")
+        with products(config.training.precision, device):
+            Run(config, folder, journal=journal, interruption=interruption, progress=progress).execute()
     except Interrupted as stop:
         return Outcome(
             folder=folder, status="KILLED", code=exit_code(stop.signal_name),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,7 +41,19 @@ def read_rows(architecture: Architecture, precision: Precision) -> None:
 
 def of_trainer(precision: Precision) -> Precision:
     """What is left to Lightning's Trainer. It would convert the rows of training steps alone, and weights only then."""
-    return "32-true" if precision in _TRUE else precision
+    return "32-true" if precision in _TRUE or precision == "tf32" else precision
+
+
+@contextmanager
+def products(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Within it a GPU multiplies float32 matrices in TF32 where that is the run's precision, and in float32 where it is
+    not, whatever the process had before."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" and device.type == "cuda" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast | nullcontext[None]:

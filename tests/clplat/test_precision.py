@@ -14,6 +14,7 @@ from clplat.api import load_model
 from clplat.checkpoint import Checkpoints
 from clplat.execution import execute
 from clplat.journal import table
+from clplat.precision import products
 
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 GROWING = {
@@ -57,3 +58,24 @@ def test_double_precision_scores_every_task_as_single_precision_does(tmp_path: P
 def test_what_grew_in_such_a_run_resumes_bit_for_bit(precision: str, tmp_path: Path) -> None:
     grown = study(training__precision=precision, architecture=GROWING)
     assert_resumes_as_if_never_stopped(grown, step=30, folder=tmp_path)
+
+
+def test_float32_matrices_are_multiplied_as_the_run_says_whatever_the_process_had(tmp_path: Path) -> None:
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for before in ("highest", "medium"):
+        torch.set_float32_matmul_precision(before)
+        try:
+            for precision, device, expected in (
+                ("tf32", gpu, "high"),
+                ("tf32", cpu, "highest"),
+                ("32-true", gpu, "highest"),
+            ):
+                with products(precision, device):
+                    assert torch.get_float32_matmul_precision() == expected
+                assert torch.get_float32_matmul_precision() == before
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    folders = [run_folder(tmp_path, images(precision), precision) for precision in ("32-true", "tf32")]
+    assert all(execute(folder).status == "FINISHED" for folder in folders)
+    losses = [table(folder).matrix("loss") for folder in folders]
+    assert (losses[0] == losses[1]).sum() == (losses[0] == losses[0]).sum()
