@@ -114,8 +114,8 @@ def _attempt(
     from clplat.precision import products
 
     torch.set_num_threads(config.training.threads)
-    device = device_for(config.training.accelerator)
     try:
+        device = device_for(config.training.accelerator)
         processes.join(config.training.devices, device.type == "cuda")
         with products(config.training.precision, device):
             Run(config, folder, journal=journal, interruption=interruption, progress=progress).execute()

@@ -94,8 +94,9 @@ class LabelLikelihood(Scorer):
     def _likeliest(self, model: Answerer, batch: Batch, logits: Tensor, candidates: Tensor, at_once: int) -> Tensor:
         """Which candidate (B,) has the highest measure behind each row's prompt; `logits` are the batch's own."""
         place = self._places(batch)[:, 0]
-        first = logits[torch.arange(len(batch), device=place.device), place].float().log_softmax(-1).double().cpu()
-        bounds = self._measured(first[:, self.tokens[candidates, 0]], candidates)
+        first = logits[torch.arange(len(batch), device=place.device), place].float().log_softmax(-1)
+        begins = self.tokens[candidates, 0].to(place.device)
+        bounds = self._measured(first[:, begins].double().cpu(), candidates)
         # Labels of one token are read already.
         known = bounds.masked_fill(self.lengths[candidates] > 1, float("-inf"))
         bounds, order = bounds.masked_fill(self.lengths[candidates] == 1, float("-inf")).sort(1, descending=True)

@@ -36,6 +36,7 @@ from clplat.streams.base import Spec
 from clplat.streams.batch import IGNORE, Batch
 
 Places = Literal["all", "targets"]
+"""Which tokens the head reads."""
 TARGETS = ["q_proj", "v_proj"]
 """Where adapters go by default, as in peft for models of Llama's kind."""
 

@@ -1,4 +1,5 @@
-"""With how many warps the kernels run, as timed in whole blocks on an H200 (docs/results/memory_blocks.md).
+"""With how many warps the kernels run, as timed in whole blocks on an H200 (docs/results/memory_blocks.md:
+bf16, chunks of 64, 64 wide).
 
 `benchmarks/memory_blocks.py --warps` times others.
 """

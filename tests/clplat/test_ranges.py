@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
-from studies import study
+from studies import run_folder, study
 
 from clplat import machine
 from clplat.api import resume
 from clplat.config import TrainingConfig
 from clplat.errors import ConfigError
+from clplat.execution import execute
 from clplat.machine import check_room, cores
 from clplat.study import lay_out, run_study
 from clplat.study_file import expand, load_study
@@ -129,3 +130,9 @@ def test_a_variant_that_is_not_there_cannot_be_chosen() -> None:
 def test_a_variant_without_changes_in_a_file_is_not_taken_for_one_that_is_left_out() -> None:
     with pytest.raises(ConfigError, match=r"variants\.a: must be a mapping"):
         load_study(json.loads(json.dumps(study(variants={"a": None}))))
+
+
+def test_a_run_that_finds_no_gpu_ends_as_failed_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    outcome = execute(run_folder(tmp_path, study(training__accelerator="gpu")))
+    assert outcome.status == "FAILED" and "'gpu' was asked for, and torch sees none" in outcome.reason
