@@ -95,7 +95,7 @@ class Underway:
         self.runs = step.workers
         """How many runs of it are under way, at most."""
         folder.mkdir(parents=True, exist_ok=True)
-        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, cards))} if torch.cuda.is_available() else {}
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(_device, cards))} if torch.cuda.is_available() else {}
         with (folder / "log").open("a") as log:
             self.process = subprocess.Popen(
                 step.line(folder), cwd=folder, stdout=log, stderr=log, env=os.environ | visible, start_new_session=True
@@ -151,9 +151,20 @@ class Machine:
         return step.cards > self.cards or step.gib * step.workers > self.gib or step.workers > self.slots
 
 
+def _device(card: int) -> str:
+    """What the machine calls the card, of those that this process may see."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return visible[card] if card < len(visible) and visible[card] else str(card)
+
+
 def _free(card: int) -> float:
-    """GiB of a card that nobody has."""
-    return float(torch.cuda.mem_get_info(card)[0]) / 2**30 if torch.cuda.is_available() else float("inf")
+    """GiB of a card that nobody has. The driver's tool is asked: a planner that opens the card itself holds a part of it,
+    and ends when a run's fault ends all who have it open."""
+    query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", f"--id={_device(card)}"]
+    try:
+        return float(subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout) / 1024
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return float("inf")
 
 
 def work(steps: list[Step], machine: Machine, out: Path, minutes: float) -> list[str]:

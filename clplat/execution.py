@@ -33,8 +33,9 @@ class Outcome:
     status: str
     reason: str = ""
     code: int = 0
-    cause: Literal["", "process", "storage"] = ""
-    """What failed where it was not the run itself, which can go on from its checkpoint: its process, or the disk."""
+    cause: Literal["", "process", "storage", "memory"] = ""
+    """What failed where it may not have been the run itself, which can go on from its checkpoint: its process, the disk,
+    or a device's memory."""
 
 
 def execute(folder: Path, progress: Progress | None = None, *, feeds: bool = True) -> Outcome:
@@ -136,7 +137,8 @@ def _attempt(
         with contextlib.suppress(OSError):
             (folder / "error.txt").write_text(traceback.format_exc())
         reason = f"{type(error).__name__}: {error} (traceback in {folder / 'error.txt'})"
-        return Outcome(folder=folder, status="FAILED", reason=reason, code=1)
+        cause: Literal["", "memory"] = "memory" if isinstance(error, torch.OutOfMemoryError) else ""
+        return Outcome(folder=folder, status="FAILED", reason=reason, code=1, cause=cause)
     return Outcome(folder=folder, status="FINISHED")
 
 

@@ -225,7 +225,13 @@ def conclude(study: Study, console: Console) -> None:
     if busy:
         console.print(f"{len(busy)} runs are in the hands of another process; nothing is wrong with them.")
     failed = [outcome for outcome in study.outcomes if outcome.status == "FAILED"]
-    if any(outcome.cause for outcome in failed):
+    if any(outcome.cause == "memory" for outcome in failed):
+        console.print(
+            f"A run found too little memory on its device. Where others had it, `clplat resume {study.folder}` goes on "
+            "once they have ended; where it had the device alone, it needs a new study with smaller batches.",
+            soft_wrap=True,
+        )
+    if any(outcome.cause in ("process", "storage") for outcome in failed):
         when = "When the disk has room, " if any(outcome.cause == "storage" for outcome in failed) else ""
         console.print(f"{when}`clplat resume {study.folder}` goes on with them from what was saved.", soft_wrap=True)
     if any(outcome.status == "KILLED" for outcome in study.outcomes):

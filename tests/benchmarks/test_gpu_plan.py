@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -69,6 +70,18 @@ def test_a_study_of_which_a_run_fails_is_resumed_once() -> None:
     done = subprocess.run(command(steps, "--gib", "4"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and done.stdout.count("a ends with exit code 1") == 2, done.stdout + done.stderr
     assert "not done: a" in done.stdout and len(list(Path("out/a/runs").iterdir())) == 1
+
+
+def test_what_is_free_of_a_card_is_what_the_drivers_tool_says_of_that_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = Path("bin/nvidia-smi")
+    tool.parent.mkdir()
+    tool.write_text('#!/bin/sh\necho "$@" >> asked; [ "$3" = --id=7 ] && echo 2048 || echo 8192\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent.resolve()}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    done = subprocess.run(command([{"name": "a", "study": "quickstart", "gib": 3}]), capture_output=True, text=True)
+    assert done.returncode == 2 and "1 cards of 2 GiB and 4 runs have no room for it" in done.stderr, done.stderr
+    assert "--query-gpu=memory.free" in Path("asked").read_text()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from small_disk import confined
 from studies import REPLAY, study
 
@@ -184,6 +185,32 @@ class Killed(Strategy):
             pathlib.Path("killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+CROWDED = """
+import pathlib, torch
+from clplat.strategies.base import Strategy
+class Crowded(Strategy):
+    def task_end(self, task):
+        if task.index == 1 and not pathlib.Path("room").exists():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+"""
+
+
+def test_a_run_that_finds_its_device_full_is_not_told_that_it_will_fail_again_and_goes_on_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "crowding.py").write_text(CROWDED)
+    data = study(strategies={"crowded": {"class_path": "crowding.Crowded"}})
+    Path("s.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(SystemExit):
+        main(["run", "s.yaml"])
+    said = " ".join(capsys.readouterr().out.split())
+    (folder,) = Path("runs").iterdir()
+    assert "CUDA out of memory" in said and "will fail again" not in said and "When the disk" not in said
+    assert f"Where others had it, `clplat resume {folder}` goes on once they have ended" in said
+    Path("room").touch()
+    assert clplat.resume(folder).status == "FINISHED"
 
 
 @pytest.mark.parametrize("tracked", [False, pytest.param(True, marks=pytest.mark.long)])
