@@ -158,8 +158,8 @@ def _device(card: int) -> str:
 
 
 def _free(card: int) -> float:
-    """GiB of a card that nobody has. The driver's tool is asked: a planner that opens the card itself holds a part of it,
-    and ends when a run's fault ends all who have it open."""
+    """GiB of a card that nobody has. The driver's tool is asked: a planner that opens the card holds a part of it, and
+    ends when a run's fault ends all who have it open."""
     query = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits", f"--id={_device(card)}"]
     try:
         return float(subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout) / 1024

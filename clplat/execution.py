@@ -34,8 +34,8 @@ class Outcome:
     reason: str = ""
     code: int = 0
     cause: Literal["", "process", "storage", "memory"] = ""
-    """What failed where it may not have been the run itself, which can go on from its checkpoint: its process, the disk,
-    or a device's memory."""
+    """What failed where it may not have been the run itself, which can go on from its checkpoint: its process, the
+    disk, or the memory of its device."""
 
 
 def execute(folder: Path, progress: Progress | None = None, *, feeds: bool = True) -> Outcome:
