@@ -179,17 +179,21 @@ class TitansLMM(MemoryLayer):
     def __init__(
         self, *, num_heads: int = 4, conv_width: int = 4, chunk: int = 16, depth: int = 2, expand: int = 4,
         residual: bool = False, max_rate: float | None = None, damped: bool = True, short_values: bool = True,
+        decay_start: float = 0.99,
     ) -> None:  # fmt: skip
         """`depth` of the memory, 1 for a matrix. Chunk, expansion, residual are not in the paper, nor is what keeps it
         finite: `damped`, `short_values`, `max_rate`, see `ProjectionOptions`. A residual adds a key to each answer,
-        beside which little of what was written is seen (docs/memories.md)."""
+        beside which little of what was written is seen (docs/memories.md). `decay_start`: what a token leaves of the
+        memory at first; layers that have all come near zero learn nothing more in that row, so that long rows need
+        it near 1 (0.9999 of 4,096 tokens, say)."""
         super().__init__(
             rule=MemoryRule(
                 memory=NetworkOptions(depth=depth, expand=expand, activation="silu", residual=residual),
                 retention="decay", optimizer="momentum", chunk=chunk,
             ),
             projection=ProjectionOptions(
-                conv_width=conv_width, max_rate=max_rate, damped=damped, short_values=short_values
+                conv_width=conv_width, max_rate=max_rate, damped=damped, short_values=short_values,
+                decay_start=decay_start,
             ),
             num_heads=num_heads,
         )  # fmt: skip

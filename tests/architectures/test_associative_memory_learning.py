@@ -104,6 +104,22 @@ def test_decay_forgets_what_is_not_written_again(network: NetworkOptions) -> Non
         torch.testing.assert_close(after, before * 0.8**30)
 
 
+@pytest.mark.parametrize(("network", "rate"), [(NetworkOptions(), 1.0), (MLP, 0.3)])
+def test_a_matrix_learns_again_when_all_is_forgotten_and_layers_do_not(network: NetworkOptions, rate: float) -> None:
+    memory = made(MemoryRule(memory=network, retention="decay", chunk=1))
+    (keys, values), (others, nothing) = pairs(), pairs(seed=1, count=2000)
+    keys, values = keys.repeat(1, 1, 8, 1), values.repeat(1, 1, 8, 1)
+
+    def left(decay: float) -> float:
+        """The error that writing leaves of the one before, behind 2,000 tokens of so much decay."""
+        then = written(memory, others, nothing, 0.0, decay=decay)
+        after = written(memory, keys, values, rate, then, decay=1.0)
+        return float(error(memory, after, keys, values).mean() / error(memory, then, keys, values).mean())
+
+    assert left(0.9999) < 0.5
+    assert left(0.99) < 0.5 if network.depth == 1 else left(0.99) > 0.99
+
+
 def test_huber_recalls_clean_pairs_among_values_that_are_twenty_times_too_large_and_l2_does_not() -> None:
     draw = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
