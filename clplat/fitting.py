@@ -15,6 +15,7 @@ from lightning import Trainer
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from clplat.config import TrainingConfig
 from clplat.errors import ConfigError
@@ -85,7 +86,8 @@ def new_trainer(training: TrainingConfig, device: Any, processes: int, idle: boo
         # Lightning's import sets it, and each optimizer step would open the GPU driver's library to count no GPUs.
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    together = _BatchByBatch(process_group_backend=backend, find_unused_parameters=idle)
+    # Gradients lie where they are averaged, and are not copied there.
+    together = _BatchByBatch(process_group_backend=backend, find_unused_parameters=idle, gradient_as_bucket_view=True)
     strategy = together if processes > 1 else _AllBatches(device)
     return Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -148,6 +150,12 @@ class _AllBatches(SingleDeviceStrategy):
 
 class _BatchByBatch(DDPStrategy):
     """Goes the long way: one forward call of several processes makes them ready for one backward pass alone."""
+
+    def configure_ddp(self) -> None:
+        """In the stream of the steps: gradients that were made ready in another one, as Lightning does, are waited for
+        in each backward pass."""
+        self.model = DistributedDataParallel(self.model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
+        self._register_ddp_hooks()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         learner: Any = self.lightning_module
