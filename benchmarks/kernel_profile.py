@@ -16,7 +16,7 @@ import torch
 from kernel_cases import FAMILY, Case, drawn, ours, work
 from torch.profiler import ProfilerActivity, profile
 
-from kernels import shape
+from kernels import shape_of
 
 CALLS = 10
 
@@ -24,7 +24,7 @@ CALLS = 10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=["gdn", "hebb", "frozen", "exact"], default=["frozen"])
-    parser.add_argument("--shapes", nargs="+", type=shape, default=[(8, 4096, 16, 128)], help="B,T,H,D …")
+    parser.add_argument("--shapes", nargs="+", type=shape_of("B,T,H,D"), default=[(8, 4096, 16, 128)], help="B,T,H,D …")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no GPU: kernels are timed on one")

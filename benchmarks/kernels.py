@@ -222,13 +222,9 @@ class Benchmark:
         return [f"{their:.3f}", f"{our:.3f}", ratio, *rest]
 
     def head(self) -> str:
-        """Card, versions, date."""
-        card = platform.machine() if self.device == "cpu" else torch.cuda.get_device_name()
-        return (
-            f"{card}; {', '.join(map(_version, ('torch', 'triton', 'fla-core', 'titans-pytorch')))}; Python "
-            f"{platform.python_version()}; {self.type}, backend {self.backend}, chunks of 64; "
-            f"{datetime.date.today():%Y-%m-%d}; {self.options.milliseconds:g} ms a measurement"
-        )
+        peers = ", ".join(map(_version, ("fla-core", "titans-pytorch")))
+        what = f"{peers}; Python {platform.python_version()}; {self.type}, backend {self.backend}, chunks of 64"
+        return stamp(self.device, what, self.options.milliseconds)
 
     def page(self) -> str:
         tables = [markdown(head, rows) for head, rows in ((OURS, self.ours), (PEERS, self.peers)) if rows]
@@ -255,17 +251,30 @@ def write(path: Path, text: str, script: str = "kernels") -> None:
     path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2] or chr(10)}")
 
 
-def shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(map(int, text.split(",")))
-    if len(sizes) != 4 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"a shape is B,T,H,D, got {text!r}")
-    return sizes
+def stamp(device: str, what: str, milliseconds: float) -> str:
+    """Where and when a table was made: card, versions, `what` was timed, date, and how long each measurement was."""
+    card = platform.machine() if device == "cpu" else torch.cuda.get_device_name()
+    versions = ", ".join(map(_version, ("torch", "triton")))
+    return f"{card}; {versions}; {what}; {datetime.date.today():%Y-%m-%d}; {milliseconds:g} ms a measurement"
+
+
+def shape_of(letters: str) -> Callable[[str], tuple[int, ...]]:
+    """The argument type of a problem's sizes, as "B,T,H,D"."""
+
+    def shape(text: str) -> tuple[int, ...]:
+        sizes = tuple(map(int, text.split(",")))
+        if len(sizes) != len(letters.split(",")) or min(sizes) < 1:
+            raise argparse.ArgumentTypeError(f"a shape is {letters}, got {text!r}")
+        return sizes
+
+    return shape
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = ["gdn", "hebb", "frozen", "exact"]
     parser.add_argument("--cases", nargs="+", choices=modes, default=modes)
+    shape = shape_of("B,T,H,D")
     parser.add_argument("--shapes", nargs="+", type=shape, help=f"B,T,H,D …; default {' '.join(SHAPES)}")
     parser.add_argument("--backward", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)

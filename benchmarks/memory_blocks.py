@@ -18,14 +18,11 @@ later; the cases with most rows come last.
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
-import platform
 import time
 from collections.abc import Callable
 
 import torch
-import triton
 from kernel_profile import show
 from torch import nn
 
@@ -34,7 +31,7 @@ from clplat.architectures.associative_memory.reading import Reading
 from clplat.architectures.decoder import Block
 from clplat.architectures.hope.presets import SelfModifyingTitans
 from clplat.architectures.layers import SwiGLU
-from kernels import Clock
+from kernels import Clock, stamp
 
 FIRST = "GatedDeltaNet, chunk 64"
 
@@ -136,13 +133,9 @@ class Benchmark:
         return [*times, f"{self.clock.peak(do) / 1e6:.0f}", ratio]
 
     def head(self) -> str:
-        card = platform.machine() if self.options.device == "cpu" else torch.cuda.get_device_name()
         asked = self.options
-        return (
-            f"{card}; torch {torch.__version__}, triton {triton.__version__}; {asked.tokens} tokens, hidden size "
-            f"{asked.hidden}, {asked.heads} heads; {datetime.date.today():%Y-%m-%d}; {asked.milliseconds:g} ms a "
-            "measurement"
-        )
+        what = f"{asked.tokens} tokens, hidden size {asked.hidden}, {asked.heads} heads"
+        return stamp(asked.device, what, asked.milliseconds)
 
 
 def with_warps(warps: str | None) -> None:

@@ -19,15 +19,12 @@ Layers are a memory, its projections, a SwiGLU and both norms, in bf16 by autoca
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import itertools
-import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import triton
 from kernel_cases import worst
 from kernel_profile import show
 from memory_blocks import training_pass
@@ -35,7 +32,7 @@ from mlp_cases import Call, Case, reference, sliced, work
 
 from clplat.architectures.associative_memory.presets import GatedDeltaNet, LayerKind, TitansLMM
 from clplat.kernels.mlp_memory import Rule
-from kernels import AGREES, Clock, markdown, write
+from kernels import AGREES, Clock, markdown, shape_of, stamp, write
 
 SHAPES = ["8,4096,8,64,16", "8,4096,8,64,32", "8,4096,8,64,64", "1,32768,8,64,16", "8,2048,8,128,64", "64,196,6,64,16"]
 TOY_SHAPES = ["2,40,2,16,16"]
@@ -154,22 +151,12 @@ class Benchmark:
             write(self.options.markdown, "\n\n".join([self.head() + ".", *tables]), "mlp_memory")
 
     def head(self) -> str:
-        card = platform.machine() if self.device == "cpu" else torch.cuda.get_device_name()
-        return (
-            f"{card}; torch {torch.__version__}, triton {triton.__version__}; {self.type}, backend {self.backend}; "
-            f"{datetime.date.today():%Y-%m-%d}; {self.options.milliseconds:g} ms a measurement"
-        )
-
-
-def shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(map(int, text.split(",")))
-    if len(sizes) != 5 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"a shape is B,T,H,D,C, got {text!r}")
-    return sizes
+        return stamp(self.device, f"{self.type}, backend {self.backend}", self.options.milliseconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shape = shape_of("B,T,H,D,C")
     parser.add_argument("--shapes", nargs="+", type=shape, help=f"B,T,H,D,C …; default {' '.join(SHAPES)}")
     parser.add_argument("--alternatives", action="store_true", help="time other blocks and warps, and no peer")
     parser.add_argument("--profile", action="store_true", help="which kernels the time goes to, and nothing else")

@@ -16,20 +16,17 @@ and for the backward pass the largest of the gradients' and the output's, over a
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from clplat.kernels.topk_memory import expert_order, launch, topk_read
 from clplat.kernels.topk_memory.reference import weighted
 from clplat.kernels.topk_memory.tuning import ALTERNATIVES, Plan, plan_for
-from kernels import Clock, markdown, write
+from kernels import Clock, markdown, shape_of, stamp, write
 
 SHAPES = ["8192,65536,64,8", "8192,65536,128,8", "8192,65536,1024,8", "65536,512,256,8", "4096,4096,512,8"]
 TOY_SHAPES = ["20,300,16,4"]
@@ -183,22 +180,12 @@ class Benchmark:
             write(self.options.markdown, "\n\n".join([self.head() + ".", *tables]), "topk_memory")
 
     def head(self) -> str:
-        card = platform.machine() if self.device == "cpu" else torch.cuda.get_device_name()
-        return (
-            f"{card}; torch {torch.__version__}, triton {triton.__version__}; {self.type}, τ = {TEMPERATURE}; "
-            f"{datetime.date.today():%Y-%m-%d}; {self.options.milliseconds:g} ms a measurement"
-        )
-
-
-def shape(text: str) -> tuple[int, ...]:
-    sizes = tuple(map(int, text.split(",")))
-    if len(sizes) != 4 or min(sizes) < 1:
-        raise argparse.ArgumentTypeError(f"a shape is N,S,D,k, got {text!r}")
-    return sizes
+        return stamp(self.device, f"{self.type}, τ = {TEMPERATURE}", self.options.milliseconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shape = shape_of("N,S,D,k")
     parser.add_argument("--shapes", nargs="+", type=shape, help=f"N,S,D,k …; default {' '.join(SHAPES)}")
     parser.add_argument("--alternatives", action="store_true", help="time every way to search and no peer")
     parser.add_argument("--milliseconds", type=float, default=100, help="of one measurement")
