@@ -120,7 +120,7 @@ class Pretrained(AdapterHost):
             logits = F.pad(logits, (0, 0, 0, length - used))
         else:
             everywhere = logits.new_zeros(batch.targets.numel(), self.num_outputs)
-            logits = everywhere.index_copy(0, predicted, logits[0]).view(*batch.targets.shape, -1)
+            logits = everywhere.index_copy_(0, predicted, logits[0]).view(*batch.targets.shape, -1)
         if return_hidden is None:
             return Output(logits=logits, predicted=predicted)
         hidden = torch.stack(found.hidden_states, dim=1) if return_hidden == "all" else found.hidden_states[-1]
