@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from clplat.streams.base import Data, Metric
+from clplat.streams.generation_scorers import write_answers
 from clplat.streams.scorers import Answerer, Scorer, Sums
 from clplat.streams.tokenizers import Tokenizer
 
@@ -55,19 +56,15 @@ class DialogueAnswers(Scorer):
         total = {name: torch.zeros(2, dtype=torch.float64) for name in self.metrics}
         numbers = torch.arange(len(self.questions))
         mine = numbers[torch.isin(numbers % max(1, len(data)), rows)].tolist()
-        # Prompts of like length side by side: a batch costs what its longest one does.
-        mine.sort(key=lambda number: len(self.prompts[number]))
-        for start in range(0, len(mine), batch_size):
-            part = mine[start : start + batch_size]
-            written = model.generate(
-                [self.prompts[number] for number in part], max_new_tokens=self.max_new_tokens,
-                stop=self.tokenizer.end_token,
-            )  # fmt: skip
-            for number, tokens in zip(part, written, strict=True):
-                question = self.questions[number]
-                value = dialogue_f1(self.tokenizer.decode(tokens), question.answer, question.category)
-                for name in _metrics_of(question.category):
-                    total[name] += torch.tensor([value, 1.0], dtype=torch.float64)
+        answers = write_answers(
+            model, [self.prompts[number] for number in mine], max_new_tokens=self.max_new_tokens,
+            stop=self.tokenizer.end_token, batch_size=batch_size, tokens_per_row=data.tokens_per_row,
+        )  # fmt: skip
+        for number, tokens in zip(mine, answers, strict=True):
+            question = self.questions[number]
+            value = dialogue_f1(self.tokenizer.decode(tokens), question.answer, question.category)
+            for name in _metrics_of(question.category):
+                total[name] += torch.tensor([value, 1.0], dtype=torch.float64)
         return total
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -52,17 +54,37 @@ class WrittenAnswers(Scorer):
         """Example e goes with row e (modulo the rows): a process that has the row writes that answer."""
         if self.once_seen is not None and model.tasks_seen() and self.once_seen not in model.tasks_seen():
             return {self.metric: torch.zeros(2, dtype=torch.float64)}
-        mine = self.examples[torch.isin(torch.arange(len(self.examples)) % max(1, len(data)), rows)]
-        # Prompts of like length side by side: a batch costs what its longest one does.
-        mine = mine[torch.from_numpy(self.cache.prompts[mine.numpy()]).argsort(stable=True)]
-        total = sum(self._values(model, part.tolist()) for part in mine.split(batch_size) if len(part))
+        mine = self.examples[torch.isin(torch.arange(len(self.examples)) % max(1, len(data)), rows)].tolist()
+        examples, room = [self.cache.document(number) for number in mine], self.max_prompt_tokens - len(self.begin)
+        prompts = [self.begin + prompt[-room:] for prompt, _ in examples]
+        answers = write_answers(
+            model, prompts, max_new_tokens=self.max_new_tokens, stop=self.tokenizer.end_token, batch_size=batch_size,
+            tokens_per_row=data.tokens_per_row,
+        )  # fmt: skip
+        total = sum(self.value(*example, answer) for example, answer in zip(examples, answers, strict=True))
         return {self.metric: torch.tensor([total, len(mine)], dtype=torch.float64)}
 
-    def _values(self, model: Answerer, numbers: list[int]) -> float:
-        examples = [self.cache.document(number) for number in numbers]
-        prompts = [self.begin + prompt[-(self.max_prompt_tokens - len(self.begin)) :] for prompt, _ in examples]
-        written = model.generate(prompts, max_new_tokens=self.max_new_tokens, stop=self.tokenizer.end_token)
-        return sum(self.value(*example, answer) for example, answer in zip(examples, written, strict=True))
+
+def write_answers(
+    model: Answerer, prompts: Sequence[list[int]], *, max_new_tokens: int, stop: int | None, batch_size: int,
+    tokens_per_row: int,
+) -> list[list[int]]:  # fmt: skip
+    """The greedy continuation of each prompt, as `Answerer.generate` has it.
+
+    Prompts of like length are written side by side, since a batch costs what its longest one does: `batch_size` at
+    least, and where they are short as many as have no more tokens than so many rows. A token takes as long for a few
+    prompts as for many.
+    """
+    left, most = sorted(range(len(prompts)), key=lambda number: len(prompts[number])), batch_size * tokens_per_row
+    found: dict[int, list[int]] = {}
+    while left:
+        count = min(batch_size, len(left))
+        while count < len(left) and (count + 1) * (len(prompts[left[count]]) + max_new_tokens) <= most:
+            count += 1
+        part, left = left[:count], left[count:]
+        answers = model.generate([prompts[n] for n in part], max_new_tokens=max_new_tokens, stop=stop)
+        found |= zip(part, answers, strict=True)
+    return [found[number] for number in range(len(prompts))]
 
 
 class ExactMatch(WrittenAnswers):

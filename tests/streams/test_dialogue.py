@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from clplat.streams.base import TensorData
 from clplat.streams.batch import IGNORE
 from clplat.streams.dialogue import DialogueQAStream
 from clplat.streams.dialogue_scorer import DialogueAnswers, Question, dialogue_f1
@@ -101,7 +102,8 @@ def test_scores_go_by_kind_and_a_trap_counts_apart() -> None:
     scorer = DialogueAnswers(
         questions=asked, prompts=[[1], [1, 2], [1]], tokenizer=ByteTokenizer(), max_new_tokens=4
     )  # fmt: skip
-    halves = [scorer.score(Parrot(), range(2), rows, 2) for rows in torch.arange(2).split(1)]  # type: ignore[arg-type]
+    data = TensorData(torch.zeros(2, 1), torch.zeros(2, dtype=torch.long), task=0)
+    halves = [scorer.score(Parrot(), data, rows, 2) for rows in torch.arange(2).split(1)]  # type: ignore[arg-type]
     found = {name: (halves[0][name] + halves[1][name]).tolist() for name in scorer.metrics}
     assert found == {"f1": [1, 2], "f1_temporal": [0, 1], "f1_single_hop": [1, 1], "adversarial": [1, 1]}
     assert not scorer.metrics["adversarial"].higher_is_better

@@ -12,7 +12,7 @@ from caches import written
 
 from clplat.streams.base import TensorData
 from clplat.streams.batch import IGNORE, Batch
-from clplat.streams.generation_scorers import ExactMatch, Together
+from clplat.streams.generation_scorers import ExactMatch, Together, write_answers
 from clplat.streams.scorers import Classify, Likelihood
 from clplat.streams.tokenizers import ByteTokenizer
 from clplat.streams.tokens import Document, TokenCache, TokenData
@@ -38,6 +38,21 @@ class Model:
 
 def value(sums: dict[str, torch.Tensor], name: str) -> float:
     return float(sums[name][0] / sums[name][1])
+
+
+def test_short_prompts_are_written_as_many_together_as_have_the_tokens_of_a_batch() -> None:
+    sizes: list[int] = []
+
+    class Echo(Model):
+        def generate(self, prompts: list[list[int]], *, max_new_tokens: int, stop: int | None) -> list[list[int]]:
+            sizes.append(len(prompts))
+            return prompts
+
+    lengths = [40, 2, 1, 3, 2, 41, 4, 90]
+    prompts = [[number] * length for number, length in enumerate(lengths)]
+    # 100 tokens: five prompts of at most 4 + 16, but two of more than that as well.
+    answers = write_answers(Echo([]), prompts, max_new_tokens=16, stop=None, batch_size=2, tokens_per_row=50)
+    assert answers == prompts and sizes == [5, 2, 1]
 
 
 def test_classification_counts_right_answers_and_mean_nats() -> None:
