@@ -8,21 +8,34 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.network import loss
+from clplat.architectures.associative_memory.rule import MemoryRule
 from clplat.architectures.associative_memory.state import Layers, Tokens
+
+
+class Reads(Protocol):
+    """The form of a memory, whose weights are passed in."""
+
+    @property
+    def rule(self) -> MemoryRule: ...
+
+    def read(self, weights: Layers, x_BHTD: Tensor, /) -> Tensor:
+        """The answers (B, H, T, E) of weights that all tokens share."""
+        ...
 
 
 class Written(NamedTuple):
     """What a memory did with a row, or with the shards of one, as rows."""
 
-    memory: AssociativeMemory
+    memory: Reads
     parts: tuple[Tokens, ...]
     """`prepared` tokens, one part behind the other."""
     first: Layers
     """Its weights before them."""
     end: Layers
     """Its weights behind them all."""
+    tells_gates: bool = True
+    """False where another memory has the same and tells of them."""
 
     def mean(self, quantity: Callable[[Tokens], Tensor]) -> float:
         """Of a quantity (B, H, T) over the tokens that count, and heads."""
@@ -76,11 +89,15 @@ def _check_finite(written: Written, place: str) -> None:
 
 def _of_one(written: Written) -> dict[str, float]:
     found = {"loss_before": _inner(written, written.first), "loss_after": _inner(written, written.end)}
-    found["rate"] = written.mean(lambda tokens: tokens.rate)
     norm = _norms(written.first)
     if bool(norm.all()):
         moved = _norms(tuple(now - old for now, old in zip(written.end, written.first, strict=True)))
         found["moved"] = float((moved / norm).mean())
+    return found | _gates(written) if written.tells_gates else found
+
+
+def _gates(written: Written) -> dict[str, float]:
+    found = {"rate": written.mean(lambda tokens: tokens.rate)}
     if written.parts[0].log_decay:
         found["kept"] = written.mean(_kept)
     if written.parts[0].log_momentum is not None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from clplat.architectures.associative_memory.layout import Documents
 from clplat.architectures.associative_memory.memory import AssociativeMemory
 from clplat.architectures.associative_memory.rule import MemoryRule, NetworkOptions
-from clplat.architectures.associative_memory.state import MemoryState, Tokens
+from clplat.architectures.associative_memory.state import Layers, MemoryState, Tokens
+from clplat.architectures.associative_memory.telemetry import Written
 from clplat.architectures.layers import SwiGLU
 
 Clock = Literal["step", "token"]
@@ -81,14 +82,29 @@ class TokenLevel(nn.Module):
         )  # fmt: skip
         self.fast = AssociativeMemory(rule=rule, num_heads=1, key_size=size.hidden_size, value_size=size.hidden_size)
         self.target = nn.Linear(size.hidden_size, size.hidden_size, bias=False) if self.rate else None
+        self.last_row: Tensor | None = None
 
     def forward(self, x_BTC: Tensor, documents: Documents | None) -> Tensor:
         """A full pass over rows, packed with documents or each of one text."""
         if self.target is None:
             return self.resting(x_BTC)
+        if not self.training:
+            self.last_row = x_BTC[:1].detach().clone()
+        return self._read_rows(x_BTC, documents)
+
+    def _read_rows(self, x_BTC: Tensor, documents: Documents | None) -> Tensor:
         tokens = self._tokens(x_BTC, None)
         answers = self.fast(tokens)[0] if documents is None else self.fast.read_documents(tokens, documents)
         return answers.squeeze(1).to(x_BTC.dtype)
+
+    def written(self, x_BTC: Tensor) -> dict[str, Written]:
+        """What it does with a row (1, T, C); see `telemetry.py`."""
+        tokens, first = self._tokens(x_BTC, None), self.fast.empty_state(1).weights
+        return {"": Written(self.fast, (self.fast.prepared(tokens),), first, self._end(x_BTC, tokens))}
+
+    def _end(self, x_BTC: Tensor, tokens: Tokens) -> Layers:
+        """The weights behind a row."""
+        return self.fast(tokens)[1].weights
 
     def continued(
         self, x_BTC: Tensor, state: tuple[Any, ...], counts_BT: Tensor | None

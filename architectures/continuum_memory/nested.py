@@ -65,11 +65,11 @@ class NestedLevel(TokenLevel):
         assert size.context is not None
         self.context, self.start_rate = size.context, size.start_rate
 
-    def forward(self, x_BTC: Tensor, documents: Documents | None) -> Tensor:
-        """A full pass over rows, packed with documents or each of one text."""
-        if self.target is None:
-            return self.resting(x_BTC)
+    def _read_rows(self, x_BTC: Tensor, documents: Documents | None) -> Tensor:
         return self._read(x_BTC, None, documents, None)[0]
+
+    def _end(self, x_BTC: Tensor, tokens: Tokens) -> Layers:
+        return self._read(x_BTC, None, None, None)[1].memory.weights
 
     def continued(
         self, x_BTC: Tensor, state: tuple[Any, ...], counts_BT: Tensor | None

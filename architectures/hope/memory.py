@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from clplat.architectures.associative_memory.layout import Documents, bounds, continued, separated
 from clplat.architectures.associative_memory.network import Network
 from clplat.architectures.associative_memory.state import LOWEST_GATE, MemoryState, Tokens
+from clplat.architectures.associative_memory.telemetry import Written
 from clplat.architectures.hope.bank import Bank
 from clplat.architectures.hope.forms import Group, by_chunks, one_by_one, one_more
 from clplat.architectures.hope.inputs import HeadInputs, Lifted
@@ -97,6 +98,26 @@ class SelfModifyingMemory(nn.Module):
             layout = separated(documents, rows, length, self.period)
             moved = tokens.widened(self._wide()).taken(layout.source_BN)
             return layout.back(by_chunks(self, moved, self.empty_state(rows), layout.begins_Bn, fresh=True)[0])
+
+    def written(self, inputs: HeadInputs) -> dict[str, Written]:
+        """What each memory does with a row (`telemetry.py`), under the keys, values and gates that are made of it while
+        it is read: so it is read in the chunks of what makes them."""
+        inputs, chunk, size = inputs.widened(self._wide()), self.groups[0].chunk, len(self.first)
+        first = end = self.empty_state(1)
+        backend, parts = self.backend, list[Tokens]()
+        with torch.autocast(inputs.x.device.type, enabled=False):
+            for start in range(0, inputs.x.shape[2], chunk):
+                part = inputs.part(start, start + chunk)
+                parts.append(self.generated(part, end.anchor[:size]))
+                _, end = self(part, end)
+        self.backend, found = backend, {}
+        for number, ((names, _), group) in enumerate(zip(self.options.groups, self.groups, strict=True)):
+            layers = slice(number * size, (number + 1) * size)
+            for place, name in enumerate(names):
+                heads = slice(place * self.num_heads, (place + 1) * self.num_heads)
+                before, after = (tuple(W[:, heads] for W in state.weights[layers]) for state in (first, end))
+                found[name] = Written(group.bank.network, tuple(parts), before, after, tells_gates=name == "memory")
+        return found
 
     def _taken(self, tokens: HeadInputs, *, even: bool) -> bool:
         """Whether the operation computes these tokens, `even` where every row begins a chunk and none has documents:

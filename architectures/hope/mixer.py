@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clplat.architectures.associative_memory.carrying import CarryingMixer
 from clplat.architectures.associative_memory.layout import Documents
+from clplat.architectures.associative_memory.telemetry import Written
 from clplat.architectures.hope.inputs import HeadInputs
 from clplat.architectures.hope.memory import SelfModifyingMemory
 from clplat.architectures.hope.options import SelfModifyingOptions
@@ -46,6 +47,10 @@ class SelfModifyingMixer(CarryingMixer):
             starts = torch.tensor([getattr(self.options, f"{name}_start") for name in self.gated])
             self.gates.bias.copy_(starts.logit().repeat_interleave(self.num_heads))
         self.memory.reset_start()
+
+    def written(self, x_BTC: Tensor) -> dict[str, Written]:
+        """What each memory does with a row (1, T, C), by the name of what it makes; see `telemetry.py`."""
+        return self.memory.written(self._tokens(x_BTC, self.qkv(x_BTC), None, None))
 
     def mixing_flops(self, tokens: int) -> float:
         """Operations of the memories beyond 2 for each weight that they begin with. For every number of a layer: 2 to
