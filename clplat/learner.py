@@ -21,7 +21,7 @@ from clplat.errors import ConfigError, NotFiniteError
 from clplat.hooks import Hooks
 from clplat.loss_means import LossMeans
 from clplat.objective import Objective
-from clplat.optimization import configured_optimizer
+from clplat.optimization import configured_optimizer, warn_of_still_levels
 from clplat.recording import Recorded
 from clplat.schedule import rate_factor
 from clplat.sharding import gathered, spread
@@ -245,6 +245,11 @@ class Learner(LightningModule):
             self._answers[1].forget()
         if self.watch is not None:
             self.watch.ended()
+
+    def all_trained(self) -> None:
+        """Say what no step has reached; nothing is known of the optimizer where the last task was trained before."""
+        for optimizer in self._current_optimizer:
+            warn_of_still_levels(optimizer, self.global_steps)
 
     def task_done(self) -> None:
         """Forget what does not live on into the next task."""

@@ -103,6 +103,7 @@ class Run:
             self.snapshot(task)
             self.position += 1
             self.enter("start")
+        self.parts.learner.all_trained()
         self.save("done")
         return self.table
 

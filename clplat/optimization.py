@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from clplat.architectures.base import Architecture, HasLevels
@@ -37,6 +39,17 @@ def configured_optimizer(training: TrainingConfig, architecture: Architecture) -
                 "begins anew (training.optimizer_state: reset); use keep, or a shorter period"
             )
     return optimizer
+
+
+def warn_of_still_levels(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Say which levels a run of so many steps was too short for."""
+    for name, level in getattr(optimizer, "levels", {}).items():
+        if level.period > steps:
+            warnings.warn(
+                f"training.optimizer: level {name} has never stepped: its period is {level.period} steps, and the run "
+                f"had {steps}; give it a shorter period, or the run more steps",
+                stacklevel=2,
+            )
 
 
 def _check_levels(optimizer: torch.optim.Optimizer, architecture: Architecture, name: str) -> None:

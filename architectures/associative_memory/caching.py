@@ -78,7 +78,8 @@ class CachedMixer(MemoryMixer):
         self, x_BTC: Tensor, tokens: Tokens, memory: tuple[Any, ...] | None, documents: Documents | None
     ) -> tuple[Tensor, tuple[Any, ...]]:
         before = CachedState(*(self._empty_memory(len(x_BTC)) if memory is None else memory))
-        segments = cut(x_BTC, self.segment, None if memory is None else before.position, documents)
+        position = None if memory is None else before.position
+        segments = cut(x_BTC, self.segment, position, documents, chunk=self.memory.rule.chunk)
         placed = segments.placed(self.memory.prepared(tokens))
         read = run(self.memory, placed, segments, MemoryState(*before.memory), warm=self.warm)
         sums = self._sums(segments.placed_rows(x_BTC), placed, segments, before)
@@ -177,16 +178,18 @@ class MemoryCaching(LayerKind):
     paper = "Memory Caching, arXiv:2602.24281"
 
     def __init__(
-        self, *, layer: MemoryLayer | None = None, segment: int = 256, read: CacheRead = "gated", top: int = 4,
-        start: CacheStart = "independent",
+        self, *, layer: MemoryLayer | None = None, segment: int = 256, read: CacheRead = "gated",
+        top: int | None = None, start: CacheStart = "independent",
     ) -> None:  # fmt: skip
-        """`layer` (TitansLMM) under segments of `segment` tokens, 256 as in the paper at rows of 4096. `top` belongs to
-        `read: sparse`. `start`: each segment begins with the first memory, and all are read at once, or where the one
-        before ended (`warm`), one after the other."""
+        """`layer` (TitansLMM) under segments of `segment` tokens, 256 as in the paper at rows of 4096. `read: sparse`
+        asks the `top` best (4). `start`: each segment begins with the first memory, and all are read at once, or where
+        the one before ended (`warm`), one after the other."""
         self.layer = TitansLMM() if layer is None else layer
-        self.segment, self.read, self.top, self.start = segment, read, top, start
+        self.segment, self.read, self.top, self.start = segment, read, 4 if top is None else top, start
         check_choices(self, read=CacheRead, start=CacheStart)
         check_at_least(self, 1, "segment", "top")
+        if read != "sparse" and top is not None:
+            raise ValueError(f"MemoryCaching.top: {top} has no effect with read {read}; leave it out, or read: sparse")
         check_weights("MemoryCaching", self.layer)
         check_whole("MemoryCaching.segment", segment, self.layer)
         if read == "soup" and self.layer.rule.orthogonal:

@@ -6,6 +6,7 @@ Empty places are tokens that do not count. Shapes: see `state.py`; N places, n c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,10 @@ class Documents(NamedTuple):
     def begins(self) -> Tensor:
         """(B, T) bool, first tokens."""
         return F.pad(self.number_BT[:, 1:] != self.number_BT[:, :-1], (1, 0), value=True)
+
+    def longest(self) -> int:
+        """Tokens of the longest."""
+        return max(end - start for start, end in pairwise((*self.starts, self.number_BT.numel())))
 
 
 def documents_of(segment_ids: Tensor) -> Documents | None:

@@ -35,7 +35,7 @@ class Moneta(MemoryLayer):
                 map=MapOptions(kind="lq", power=q), chunk=chunk,
             ),
             projection=ProjectionOptions(
-                conv_width=conv_width, gate_rank=gate_rank, max_rate=max_rate or 1 / (16 * chunk)
+                conv_width=conv_width, gate_rank=gate_rank, max_rate=1 / (16 * chunk) if max_rate is None else max_rate
             ),
             num_heads=num_heads,
         )  # fmt: skip

@@ -79,6 +79,8 @@ class MemoryLayer(LayerKind):
         self.projection = ProjectionOptions() if projection is None else projection
         self.num_heads = num_heads
         check_at_least(self, 1, "num_heads")
+        if self.projection.damped and self.rule.optimizer == "gd":
+            raise ValueError("projection.damped: has no effect with optimizer gd, which has no momentum; leave it out")
 
     def build(self, hidden_size: int) -> MemoryMixer:
         """The layer; ValueError where heads do not divide the stream."""

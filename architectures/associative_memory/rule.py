@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from clplat.architectures.associative_memory.maps import MapOptions
-from clplat.architectures.option_checks import check_at_least, check_choices, check_finite
+from clplat.architectures.option_checks import check_at_least, check_choices, check_finite, check_idle
 
 NetworkKind = Literal["mlp", "swiglu"]
 Activation = Literal["gelu", "silu"]
@@ -72,6 +72,10 @@ class BiasOptions:
         check_choices(self, kind=BiasKind, huber=HuberForm)
         check_at_least(self, 1, "power")
         check_at_least(self, 0, "smoothing")
+        if self.kind != "lp":
+            check_idle(self, f"kind {self.kind}", "kind: lp", "power", "smoothing")
+        if self.kind != "huber":
+            check_idle(self, f"kind {self.kind}", "kind: huber", "huber")
         if self.power < 2 and not self.smoothing:
             raise ValueError("bias.smoothing: must be above 0 where power is below 2, whose slope is infinite at 0")
 
@@ -141,6 +145,12 @@ class MemoryRule:
             target=Target, delta=Delta, delta_on=DeltaOn,
         )  # fmt: skip
         check_at_least(self, 1, "chunk", "window")
+        if self.feature not in ("poly", "taylor") and self.polynomial != PolynomialOptions():
+            raise ValueError(
+                f"rule.polynomial: has no effect with feature {self.feature}; leave it out, or set feature: poly"
+            )
+        if self.delta == "none":
+            check_idle(self, "delta none", "delta: single", "delta_on")
         self._check_gradients()
         self._check_erasing()
         if self.orthogonal and self.map.kind in ("lq", "kl"):

@@ -20,7 +20,7 @@ class Segments(NamedTuple):
     """Where segments lie. Their first places are multiples of `width`; empty ones hold tokens that do not count."""
 
     width: int
-    """Places of a segment here: `segment`, or 1 for a single token."""
+    """Places of a segment here: `segment`, 1 for a single token, or fewer where every text is shorter."""
     layout: Layout | None
     """None where every token keeps its place."""
     offset_B: Tensor
@@ -71,28 +71,40 @@ class Segments(NamedTuple):
         return total % self.segment, (total // self.segment).clamp(max=self.touched - 1)
 
 
-def cut(x_BTC: Tensor, segment: int, position_B: Tensor | None, documents: Documents | None) -> Segments:
-    """The segments of rows after the `position_B` tokens that each has read, or of documents, or of whole rows."""
+def cut(
+    x_BTC: Tensor, segment: int, position_B: Tensor | None, documents: Documents | None, *, chunk: int | None = None
+) -> Segments:  # fmt: skip
+    """The segments of rows after the `position_B` tokens that each has read, or of documents, or of whole rows.
+
+    With `chunk`, whole rows or documents that are all shorter than a segment take no more places than the next multiple
+    of it, which changes no answer."""
     rows, length = x_BTC.shape[:2]
     device = x_BTC.device
     nothing = torch.zeros(1, dtype=torch.long, device=device)
     if documents is not None:
-        apart = separated(documents, rows, length, segment)
+        width = _shortened(segment, documents.longest(), chunk)
+        apart = separated(documents, rows, length, width)
         assert apart.begins_Bn is not None
         number = torch.arange(apart.begins_Bn.shape[1], device=device).unsqueeze(0)
         first = number.where(apart.begins_Bn, 0).cummax(1).values
-        places = torch.arange(number.shape[1] * segment, device=device).unsqueeze(0) % segment
-        return Segments(segment, apart, nothing, places, number, first, segment, False)
+        places = torch.arange(number.shape[1] * width, device=device).unsqueeze(0) % width
+        return Segments(width, apart, nothing, places, number, first, segment, False)
     before = nothing if position_B is None else position_B
     offset, number = before % segment, (before // segment).unsqueeze(1)
     if length == 1 and position_B is not None:
         return Segments(1, None, offset, offset.unsqueeze(1), number, torch.zeros_like(number), segment)
-    layout = _whole(rows, length, segment, device) if position_B is None else _open(offset, length, segment)
-    width = length if layout is None else layout.source_BN.shape[1]
-    number = number + torch.arange(width // segment, device=device)
-    places = torch.arange(width, device=device).unsqueeze(0) % segment
+    width = segment if position_B is not None else _shortened(segment, length, chunk)
+    layout = _whole(rows, length, width, device) if position_B is None else _open(offset, length, segment)
+    places_taken = length if layout is None else layout.source_BN.shape[1]
+    number = number + torch.arange(places_taken // width, device=device)
+    places = torch.arange(places_taken, device=device).unsqueeze(0) % width
     first = torch.zeros_like(number)
-    return Segments(segment, layout, offset, places, number, first, segment, position_B is not None)
+    return Segments(width, layout, offset, places, number, first, segment, position_B is not None)
+
+
+def _shortened(segment: int, longest: int, chunk: int | None) -> int:
+    """Places for a segment of texts of which the longest has so many tokens."""
+    return segment if chunk is None else min(segment, -(-max(1, longest) // chunk) * chunk)
 
 
 def _whole(rows: int, length: int, segment: int, device: torch.device) -> Layout | None:

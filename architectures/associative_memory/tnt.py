@@ -14,6 +14,7 @@ tell of the future. Shapes: see `state.py`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ class TNTMixer(MemoryMixer):
     def written(self, x_BTC: Tensor) -> dict[str, Written]:
         """What the global memory and each local one do with a row (1, T, C), local ones in every shard anew."""
         found = super().written(x_BTC)
-        segments = cut(x_BTC, self.shard, None, None)
+        segments = cut(x_BTC, self.shard, None, None, chunk=math.lcm(*self.chunks))
         placed = segments.placed(self.memory.prepared(self._tokens(x_BTC, self.qkv(x_BTC), None, None)))
         for number, local in enumerate(self._near()):
             own, backend = placed._replace(rate=placed.rate * self._faster(local.rule)), local.backend
@@ -125,10 +126,10 @@ class TNTMixer(MemoryMixer):
     ) -> tuple[Tensor, tuple[Any, ...]]:
         before = None if memory is None else TNTState(*memory)
         position, prepared = None if before is None else before.position, self.memory.prepared(tokens)
-        segments = cut(x_BTC, self.global_chunk, position, documents)
+        segments = cut(x_BTC, self.global_chunk, position, documents, chunk=1)
         answers, wide, start = self._wide_read(segments.placed(prepared), segments, before)
         answers, near, seen = segments.back(answers), [], []
-        segments = cut(x_BTC, self.shard, position, documents)
+        segments = cut(x_BTC, self.shard, position, documents, chunk=math.lcm(*self.chunks))
         placed = segments.placed(prepared)
         for number, (local, chunk) in enumerate(zip(self._near(), self.chunks)):
             own, prefix = placed, None if before is None else before.seen[number]

@@ -91,7 +91,8 @@ class NestedLevel(TokenLevel):
     def _read(
         self, x_BTC: Tensor, before: NestedState | None, documents: Documents | None, counts_BT: Tensor | None
     ) -> tuple[Tensor, NestedState]:
-        segments = cut(x_BTC, self.context, None if before is None else before.position, documents)
+        position = None if before is None else before.position
+        segments = cut(x_BTC, self.context, position, documents, chunk=self.size.period)
         tokens = segments.placed(self.fast.prepared(self._tokens(x_BTC, counts_BT)))
         first = self._first(len(x_BTC))
         now, answers, count = first if before is None else before, [], counted(tokens)

@@ -132,6 +132,11 @@ class ContinuumMemory(FeedForwardKind):
             raise ValueError("ContinuumMemory.residual: false is for carry: sequential and nested")
         if not 0 <= start_rate <= 1:
             raise ValueError(f"ContinuumMemory.start_rate: must lie between 0 and 1, got {start_rate}")
+        if carry != "nested" and start_rate != 0.5:
+            raise ValueError(
+                f"ContinuumMemory.start_rate: {start_rate} has no effect with carry {carry}; leave it out, or set "
+                "carry: nested"
+            )
         if carry == "nested":
             _check_nesting(slowest_first(self.levels))
 

@@ -16,7 +16,7 @@ from clplat.architectures.associative_memory.rule import (
     Target,
     check_rate,
 )
-from clplat.architectures.option_checks import check_at_least, check_choices, check_finite
+from clplat.architectures.option_checks import check_at_least, check_choices, check_finite, check_idle
 
 Generated = Literal["query", "key", "value", "rate", "decay"]
 Read = Literal["before", "after", "chunk_start"]
@@ -84,6 +84,14 @@ class SelfModifyingOptions:
         if self.bias.kind == "huber":
             raise ValueError("options.bias.kind: huber needs a threshold for each token, which nothing gives here")
         check_rate("options.max_rate", self.largest_rate, self.rule)
+        if self.delta == "none":
+            check_idle(self, "delta none", "delta: single", "delta_on")
+        if not self.momentum:
+            check_idle(self, "momentum false", "momentum: true", "momentum_start")
+        if not self.decay:
+            check_idle(self, "decay false", "decay: true", "decay_start")
+            if "decay" in self.generated and tuple(self.generated) != ("key", "value", "rate", "decay"):
+                raise ValueError("options.generated: decay is made for nothing with decay: false; leave it out")
         for name in ("rate_start", "decay_start", "momentum_start"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"options.{name}: must lie between 0 and 1, got {getattr(self, name)}")

@@ -91,7 +91,8 @@ def by_definition(made: CachedMixer, x: torch.Tensor) -> torch.Tensor:
      ("titans", "soup", "warm"), ("delta", "sparse", "independent"), ("linear", "residual", "warm")],
 )  # fmt: skip
 def test_a_full_pass_is_the_loop_over_tokens_with_all_outer_gradients(name: str, read: str, start: str) -> None:
-    made, x = mixer(LAYERS[name], read=read, start=start, top=1), inputs().requires_grad_()
+    top = 1 if read == "sparse" else None
+    made, x = mixer(LAYERS[name], read=read, start=start, top=top), inputs().requires_grad_()
     pull = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     leaves = {"x": x, **dict(made.named_parameters())}
     found, expected = made(x, plain(11)), by_definition(made, x)
@@ -109,7 +110,8 @@ def test_a_full_pass_is_the_loop_over_tokens_with_all_outer_gradients(name: str,
      for name in taken_by(lambda layer, read=read: MemoryCaching(layer=layer, segment=4, read=read))],
 )  # fmt: skip
 def test_over_every_named_layer_a_full_pass_is_the_loop_over_tokens(name: str, read: str) -> None:
-    made, x = mixer(PRESETS[name], read=read, start="warm" if read == "sparse" else "independent", top=1), inputs()
+    start, top = ("warm", 1) if read == "sparse" else ("independent", None)
+    made, x = mixer(PRESETS[name], read=read, start=start, top=top), inputs()
     with torch.no_grad():
         torch.testing.assert_close(made(x, plain(11)), by_definition(made, x), rtol=0, atol=1e-10)
 

@@ -155,6 +155,15 @@ def test_what_is_wrong_is_said_with_its_key_before_anything_is_trained(change: d
         parts.learner.configure_optimizers()
 
 
+def test_a_level_that_the_run_was_too_short_for_is_named_at_its_end(tmp_path: Path) -> None:
+    levels = {"a": {"match": ["head.*"], "period": 1000}, "b": {"match": ["body.*"], "period": 2}}
+    made = LEVELS | {"init_args": LEVELS["init_args"] | {"levels": levels}}
+    data = optimized(made, training__optimizer_state="keep")
+    with pytest.warns(UserWarning, match="level a has never stepped: its period is 1000 steps, and the run") as said:
+        assert execute(run_folder(tmp_path, data, "run")).status == "FINISHED"
+    assert not [one for one in said if "level b" in str(one.message)]
+
+
 EXAMPLES = [parse_yaml(text) for text in re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)]
 
 
