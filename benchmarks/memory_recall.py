@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--max-rate", type=float, help="of titans, default 1 / chunk, and hope")
+    parser.add_argument("--max-rate", type=float, help="of titans, default 1 / (2 chunk), and hope")
     parser.add_argument("--chunk", type=int, default=16, help="of titans and hope")
     parser.add_argument("--depth", type=int, default=2, help="of titans and hope")
     parser.add_argument("--target", choices=["self", "value"], default="self", help="of hope")

@@ -197,7 +197,8 @@ def _said(errors: list[Any]) -> str:
 
 def _check_keys(cls: type, data: Any, path: str) -> None:
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{path.rstrip('.') or 'configuration'}: expected a mapping, got {data!r}")
+        fix = f"; write {{class_path: {data}}}" if cls is Component and isinstance(data, str) else ""
+        raise ConfigError(f"{path.rstrip('.') or 'configuration'}: expected a mapping, got {data!r}{fix}")
     known = {f.name: f for f in dataclasses.fields(cls)}
     for key, value in data.items():
         if key not in known:

@@ -83,6 +83,8 @@ def _expected(kinds: list[str], got: str) -> str:
         return _expected_component(kinds, asked, got)
     choices = [choice for kind in kinds if kind.startswith("Literal[") for choice in re.findall(r"'([^']*)'", kind)]
     near = nearest(got.strip(chr(39)), choices, listed=False)
+    if got.startswith("{") and all(kind in ("list", "collections.abc.Sequence") for kind in kinds):
+        near = f"; one is a list, too: [{got}]"
     return f"expected {' or '.join(map(_kind, kinds))}, got {got}{near}{_quote(kinds, got)}"
 
 
@@ -132,5 +134,5 @@ def _kind(annotation: str) -> str:
         return f"{'a list of' if several else article} {found.__name__}"
     choices = re.fullmatch(r"Literal\[(.*)\]", annotation)
     words = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
-    words |= {"list": "a list", "dict": "a mapping"}
+    words |= {"list": "a list", "dict": "a mapping", "collections.abc.Sequence": "a list"}
     return choices[1].replace(", ", " or ") if choices else words.get(annotation, annotation)

@@ -83,7 +83,13 @@ class SelfModifyingOptions:
             )
         if self.bias.kind == "huber":
             raise ValueError("options.bias.kind: huber needs a threshold for each token, which nothing gives here")
+        self._check_idle()
         check_rate("options.max_rate", self.largest_rate, self.rule)
+        for name in ("rate_start", "decay_start", "momentum_start"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"options.{name}: must lie between 0 and 1, got {getattr(self, name)}")
+
+    def _check_idle(self) -> None:
         if self.delta == "none":
             check_idle(self, "delta none", "delta: single", "delta_on")
         if not self.momentum:
@@ -92,9 +98,6 @@ class SelfModifyingOptions:
             check_idle(self, "decay false", "decay: true", "decay_start")
             if "decay" in self.generated and tuple(self.generated) != ("key", "value", "rate", "decay"):
                 raise ValueError("options.generated: decay is made for nothing with decay: false; leave it out")
-        for name in ("rate_start", "decay_start", "momentum_start"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"options.{name}: must lie between 0 and 1, got {getattr(self, name)}")
 
     @property
     def rule(self) -> MemoryRule:

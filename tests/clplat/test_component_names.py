@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from studies import study
 
-from clplat.components import Component, catalogue, checked
+from clplat.architectures.hope.options import SelfModifyingOptions
+from clplat.components import Component, arguments, catalogue, checked
 from clplat.errors import ConfigError
+from clplat.study_file import load_study
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,55 @@ def test_a_layer_that_does_not_exist_is_answered_with_those_that_do(layers: Any,
     with pytest.raises(ConfigError, match=rf"^architecture\.init_args\.{message}") as caught:
         checked(Component(class_path="MemoryTransformer", init_args={"layers": layers}), "architecture", "architecture")
     assert "collections.abc" not in str(caught.value) and "clplat." not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (
+            ["DeltaNet", {"class_path": "TitansLMM", "init_args": {"chunk": 0}}],
+            r"layers\.1: TitansLMM\.chunk: must be at",
+        ),
+        (
+            [{"class_path": "TNT", "init_args": {"layer": {"class_path": "TitansLMM", "init_args": {"chunk": 0}}}}],
+            r"layers\.0\.init_args\.layer: TitansLMM\.chunk",
+        ),
+        (
+            ["TTTMLP", {"class_path": "MemoryLayer", "init_args": {"rule": {"delta_on": "last"}}}],
+            r"layers\.1: rule\.delta_on: last has no effect with delta none",
+        ),
+        ([{"class_path": "MemoryCaching", "init_args": {"top": 3}}], r"layers\.0: MemoryCaching\.top: 3 has no effect"),
+        ([{"class_path": "Moneta", "init_args": {"max_rate": 0.0}}], r"layers\.0: Moneta\.max_rate: must be above 0"),
+    ],
+    ids=["second", "inside", "rule", "top", "rate"],
+)
+def test_a_layer_that_cannot_be_built_is_named_by_its_place(layers: Any, message: str) -> None:
+    component = Component(class_path="MemoryTransformer", init_args={"layers": layers})
+    with pytest.raises(ConfigError, match=rf"^architecture\.init_args\.{message}"):
+        arguments(component, "architecture", "architecture")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"delta": "none", "delta_on": "first"}, "options.delta_on: first has no effect with delta none"),
+        ({"momentum": False, "momentum_start": 0.3}, "options.momentum_start: 0.3 has no effect with momentum false"),
+        ({"decay": False, "decay_start": 0.2}, "options.decay_start: 0.2 has no effect with decay false"),
+        ({"decay": False, "generated": ["decay"]}, "options.generated: decay is made for nothing"),
+    ],
+)
+def test_options_of_a_self_modifying_layer_without_effect_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SelfModifyingOptions(**options)
+
+
+def test_levels_that_are_no_list_are_told_to_be_one() -> None:
+    levels = {"class_path": "ContinuumMemory", "init_args": {"levels": {"period": 3}}}
+    memory = Component(class_path="MemoryTransformer", init_args={"feed_forward": levels})
+    with pytest.raises(ConfigError, match=r"levels: expected a list, got \{'period': 3\}; one is a list, too: \[\{"):
+        checked(memory, "architecture", "architecture")
+    with pytest.raises(ConfigError, match=r"architecture: expected a mapping, got 'MLP'; write \{class_path: MLP\}"):
+        load_study(study() | {"architecture": "MLP"})
 
 
 def test_an_optimizer_inside_another_is_answered_so_too() -> None:
