@@ -96,4 +96,7 @@ def blamed(guards: Mapping[str, Guard]) -> str | None:
         return None
     name, (since, quantity, heads) = order[0], first[order[0]]
     many = f"head{'s' if len(heads) > 1 else ''} {', '.join(map(str, heads))}"
-    return f"{name}, {many}: {QUANTITIES[quantity]} became infinite or NaN in training pass {since}, before all else"
+    return (
+        f"{name}, {many}: {QUANTITIES[quantity]} became infinite or NaN in training pass {since}, before all else; a "
+        "memory that grows by itself needs a lower max_rate, or smaller chunks"
+    )

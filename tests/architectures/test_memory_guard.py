@@ -76,7 +76,8 @@ def test_a_memory_that_overflows_is_named_with_its_layer_and_head_and_not_those_
     step(made)
     step(made)
     assert made.not_finite() == (
-        "layer 1.attention, head 3: the memory's answers became infinite or NaN in training pass 2, before all else"
+        "layer 1.attention, head 3: the memory's answers became infinite or NaN in training pass 2, before all else; "
+        "a memory that grows by itself needs a lower max_rate, or smaller chunks"
     )
 
 
