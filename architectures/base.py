@@ -257,6 +257,10 @@ class Prompts(Protocol):
         """`length` more vectors under a name, neither shown nor trained yet."""
         ...
 
+    def prompt_room(self) -> int | None:
+        """How many vectors fit before the stream's rows; None where nothing bounds them."""
+        ...
+
     def use_prompts(self, shown: Sequence[str], trained: Sequence[str] | None = None) -> None:
         """Which prompts stand before every text, in this order, and which of them are trained (None: all of them)."""
         ...

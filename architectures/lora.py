@@ -7,6 +7,7 @@ arXiv:2106.09685, §4.1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clplat.architectures.option_checks import check_at_least, check_shares
+from clplat.architectures.option_checks import check_at_least, check_dropout
 
 EXPERTS = "experts"
 FUSED = ("c_attn", "query_key_value", "qkv_proj", "Wqkv", "in_proj", "gate_up_proj")
@@ -38,7 +39,11 @@ class LoRA:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "rank")
-        check_shares(self, "dropout")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha: must be above 0, got {self.alpha}; 0 would take the adapter away")
+        check_dropout("lora", self.dropout)
+        if self.targets is not None and len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"lora.targets: names a layer twice: {self.targets}")
         if self.targets == []:
             raise ValueError("lora.targets: name at least one layer, or leave it out for the model's default")
 
@@ -150,5 +155,5 @@ def _linear_names(model: nn.Module) -> str:
     layers = [path for path, module in model.named_modules() if is_linear(module)]
     names = sorted({path.rpartition(".")[2] for path in layers}.difference(FUSED))
     fused = [part for part in FUSED if any(path.endswith(part) for path, _ in model.named_modules())]
-    hint = f" ({', '.join(fused)} hold several matrices in one and take no adapter)" if fused else ""
+    hint = f" ({', '.join(fused)}: several matrices in one, which take no adapter)" if fused else ""
     return f"its linear layers are {', '.join(names) or 'none'}{hint}"

@@ -101,8 +101,11 @@ def analyze(run: Path, *, points: int = 11, gap: int = 2, rows: int = 200) -> li
         factors[second.index] = _factors(model)
         walks += [_weight_walk(model, first, second, own, alphas, measure) for first, end in pairs
                   if end is second and alike(first, second)]  # fmt: skip
-    if isinstance(model, Adapters) and all(factors.values()):
+    if isinstance(model, Adapters) and all(map(_low_rank, factors.values())):
         walks += list(_product_walks(model, pairs, factors, own, alphas, measure))
+    if not walks:
+        raise ConfigError(f"{run}: no two of its snapshots hold the same tensors, so that there is no line between "
+                          "them; side memories are new in every task but with Locas' after_task: keep_one")  # fmt: skip
     return walks
 
 
@@ -200,6 +203,11 @@ def _factors(model: Architecture) -> Factors:
         return []
     named = [model.adapter_parameters(adapter) for adapter in model.active] if model.adapter_names() else []
     return [{name: value.detach().clone() for name, value in tensors.items()} for tensors in named]
+
+
+def _low_rank(factors: Factors) -> bool:
+    """Whether there are adapters, all of them products B A."""
+    return bool(factors) and all(name.endswith((".lora_A", ".lora_B")) for tensors in factors for name in tensors)
 
 
 def _product_walks(

@@ -20,7 +20,7 @@ from clplat.loop import Run
 from clplat.machine import check_room, cores
 from clplat.progress import Silent
 from clplat.streams.base import Budget, Task
-from clplat.study import of_variant
+from clplat.study import of_variant, preflight
 from clplat.study_file import expand
 
 
@@ -29,6 +29,8 @@ def estimate(study: StudyConfig, console: Console) -> Table:
     runs = expand(study)
     table = Table("variant", "tasks", "steps", "ms/step", "eval s", "minutes", "peak MiB", title="dry run")
     total, load = 0.0, os.getloadavg()[0]
+    with console.status("checking"):
+        preflight(runs)
     for run in {run.variant: run for run in runs}.values():
         check_room(run.training)
         with console.status(f"trying {run.variant}"), tempfile.TemporaryDirectory() as scratch:

@@ -31,6 +31,7 @@ class ProgressivePrompts(Strategy):
         _with_prompts(self, context)
         if any(isinstance(other, PromptPool) for other in context.strategies.values()):
             raise ValueError("ProgressivePrompts: PromptPool shows each text its own prompts; leave one of the two out")
+        _check_room(self, context, self.length * len(context.tasks), f"of {len(context.tasks)} tasks: lower length")
 
     def task_start(self, task: Task) -> None:
         model, name = _with_prompts(self, self.context), f"task{task.index}"
@@ -61,11 +62,20 @@ class PromptPool(Strategy):
     def setup(self, context: Context) -> None:
         super().setup(context)
         model = _with_prompts(self, context)
+        _check_room(self, context, self.top_k * self.length, "shown at once: lower top_k or length")
         with drawn_by_strategy(context):
             model.add_pool(
                 size=self.size, length=self.length, top_k=self.top_k, query_tokens=self.query_tokens,
                 matching=self.matching,
             )  # fmt: skip
+
+
+def _check_room(strategy: Strategy, context: Context, vectors: int, what: str) -> None:
+    """Refuse prompts that will not fit before the rows, be it in the last task."""
+    room = _with_prompts(strategy, context).prompt_room()
+    if room is not None and vectors > room:
+        raise ValueError(f"{type(strategy).__name__}: the model's context has room for {room} vectors before a row, "
+                         f"and there would be {vectors} {what}, or shorten the rows")  # fmt: skip
 
 
 def _with_prompts(strategy: Strategy, context: Context) -> Prompts:

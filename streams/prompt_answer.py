@@ -246,6 +246,9 @@ def _check(task: AnswerTask, max_tokens: int, max_answer_tokens: int) -> None:
                          f"{max_tokens}; raise max_tokens")  # fmt: skip
     if task.max_examples is not None and task.max_examples < 1:
         raise ValueError(f"task {task.name!r}: max_examples must be at least 1, got {task.max_examples}")
+    if task.max_new_tokens is not None and task.max_new_tokens < 1:
+        raise ValueError(f"task {task.name!r}: max_new_tokens must be at least 1, got {task.max_new_tokens}; "
+                         "max_answers: 0 writes no answers")  # fmt: skip
     if not re.fullmatch(r"[\w.-]+", task.name):
         raise ValueError(f"task {task.name!r}: a name is made of letters, digits, '.', '_' and '-'; folder can be any")
     answer_value(task.metric)

@@ -169,20 +169,19 @@ def context_length(config: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+SHORTER = "shorten the stream's rows (block_size, max_tokens or window, as the stream calls it)"
+
+
 def check_fits(config: Any, spec: Spec, name: str) -> None:
     """ValueError where stream and model do not belong together: rows, vocabulary, end token, sliding attention."""
     if spec.kind != "language":
         raise ValueError(f"Pretrained: reads token rows, but the stream is of kind {spec.kind!r}; use a text stream")
     length, context, vocabulary = spec.input_shape[0], context_length(config), int(config.vocab_size)
     if context is not None and length > context:
-        raise ValueError(
-            f"name: rows of {length} tokens do not fit the context of {name}, {context} tokens; lower the stream's "
-            "block_size or max_tokens"
-        )
+        raise ValueError(f"name: rows of {length} tokens do not fit the context of {name}, {context} tokens; {SHORTER}")
     window = getattr(config, "sliding_window", None)
     if window is not None and length > window:
-        raise ValueError(f"name: {name} attends within {window} tokens, and rows have {length}; lower the stream's "
-                         "block_size or max_tokens")  # fmt: skip
+        raise ValueError(f"name: {name} attends within {window} tokens, and rows have {length}; {SHORTER}")
     if not PADDED_SHARE * vocabulary <= spec.num_outputs <= vocabulary:
         raise ValueError(
             f"name: {name} knows {vocabulary} tokens, and the stream's tokenizer {spec.num_outputs}; give the stream "

@@ -20,7 +20,7 @@ from clplat.architectures.adapters import leave_backbone_out
 from clplat.architectures.base import Output
 from clplat.architectures.option_checks import check_at_least
 from clplat.architectures.pretrained import cache
-from clplat.architectures.pretrained.loading import Attention, Dtype
+from clplat.architectures.pretrained.loading import Attention, Dtype, context_length
 from clplat.architectures.pretrained.model import Pretrained, _used
 from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
@@ -85,6 +85,10 @@ class Prompted(Pretrained):
                              "and at least 1 vector")  # fmt: skip
         self.prompts[prompt] = nn.Parameter(self._embeddings(length), requires_grad=False)
         self._note_frozen()
+
+    def prompt_room(self) -> int | None:
+        context = context_length(self.config)
+        return None if context is None else context - self.row_length
 
     def use_prompts(self, shown: Sequence[str], trained: Sequence[str] | None = None) -> None:
         chosen = shown if trained is None else trained

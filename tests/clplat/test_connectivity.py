@@ -165,6 +165,22 @@ def test_tasks_with_an_adapter_each_have_a_line_between_their_products_alone(tmp
     assert walks[0].weights == "adapter task0 → task1, not default"
 
 
+@pytest.mark.parametrize("after_task", ["keep_one", "stack"])
+def test_side_memories_have_a_line_where_the_same_slots_learn_on_and_else_it_is_said_that_there_is_none(
+    after_task: str, tmp_path: Path
+) -> None:
+    locas = {"locas": {"class_path": "Locas", "init_args": {"after_task": after_task}}}
+    data = adapted(tmp_path / "tasks", locas)
+    whole = {"class_path": "Pretrained", "init_args": {"name": data["architecture"]["init_args"]["name"]}}
+    data["architecture"] = {"class_path": "LocasModel", "init_args": {"model": whole, "memory": {"rank": 4}}}
+    run = finished(tmp_path, data)
+    if after_task == "keep_one":
+        assert [w.space for w in analyze(run, points=3, rows=9)] == ["weights"]
+    else:
+        with pytest.raises(ConfigError, match="hold the same tensors, so that there is no line.*after_task: keep_one"):
+            analyze(run, points=3, rows=9)
+
+
 def test_a_run_with_slow_weights_says_that_its_lines_move_the_fast_ones_and_measures_these_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

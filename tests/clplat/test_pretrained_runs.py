@@ -214,6 +214,9 @@ def test_a_model_that_changed_since_the_run_began_is_refused_when_it_is_resumed(
         ("name", "/nowhere", "architecture: name: there is no folder /nowhere"),
         ("lora", {"targets": ["query"]}, "architecture: lora.targets: no layer of LlamaForCausalLM is called 'query'"),
         ("lora", {"rank": 0}, "architecture.init_args.*lora.rank: must be at least 1"),
+        ("lora", {"alpha": 0.0}, "architecture.init_args.*lora.alpha: must be above 0, got 0.0"),
+        ("lora", {"dropout": 1.0}, "architecture.init_args.*lora.dropout: must be at least 0 and below 1"),
+        ("lora", {"targets": ["q_proj", "q_proj"]}, "architecture.init_args.*lora.targets: names a layer twice"),
     ],
 )
 def test_a_wrong_option_is_a_configuration_error(
@@ -230,7 +233,7 @@ def test_rows_beyond_the_context_of_the_model_are_a_configuration_error(
 ) -> None:
     data = run_of(places, tmp_path / "cache")
     data["stream"]["init_args"] |= {"prompt_template": "x" * 60 + "{prompt}", "max_tokens": 64}
-    with pytest.raises(ConfigError, match="do not fit the context of .*, 32 tokens; lower the stream's"):
+    with pytest.raises(ConfigError, match="do not fit the context of .*, 32 tokens; shorten the stream's"):
         assemble(load_run(run_folder(tmp_path, data) / "config.yaml"), World())
 
 

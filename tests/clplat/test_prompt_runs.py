@@ -85,5 +85,8 @@ def test_a_model_without_a_trained_weight_is_refused_and_prompts_that_come_with_
     tried("one", {"prompts": PROMPTS["progressive"]})
     with pytest.raises(ConfigError, match="nothing of Prompted is trained; give it a strategy"):
         tried("none", {})
+    long = {"class_path": "ProgressivePrompts", "init_args": {"length": 300}}
+    with pytest.raises(ConfigError, match=r"ProgressivePrompts: the model's context has room for .* of . tasks: lower"):
+        tried("long", {"prompts": long})
     with pytest.raises(ConfigError, match="strategies.a: ProgressivePrompts: PromptPool shows each text"):
         tried("both", {"a": PROMPTS["progressive"], "b": PROMPTS["pool"]})
