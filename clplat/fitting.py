@@ -151,11 +151,10 @@ class _AllBatches(SingleDeviceStrategy):
 class _BatchByBatch(DDPStrategy):
     """Goes the long way: one forward call of several processes makes them ready for one backward pass alone."""
 
-    def configure_ddp(self) -> None:
+    def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
         """In the stream of the steps: gradients that were made ready in another one, as Lightning does, are waited for
         in each backward pass."""
-        self.model = DistributedDataParallel(self.model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
-        self._register_ddp_hooks()
+        return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         learner: Any = self.lightning_module
