@@ -105,7 +105,8 @@ def test_yaads_losses_recall_clean_pairs_among_large_values_and_l2_does_not(hube
         spoiled = torch.rand(40, generator=torch.Generator().manual_seed(seed)) < 0.1
         noisy = torch.where(spoiled.unsqueeze(-1), 20 * values, values)
         for kind, found in recalled.items():
-            rule = MemoryRule(bias=BiasOptions(kind=kind, huber=huber), chunk=1)
+            bias = BiasOptions(kind=kind, huber=huber) if kind == "huber" else BiasOptions(kind=kind)
+            rule = MemoryRule(bias=bias, chunk=1)
             memory = made(rule, 64, learned_start=False)
             one = torch.ones_like(keys[..., 0])
             # Of ‖e‖ for whole errors, which are about 1 where pairs are clean, and of its share in each of 64 features.

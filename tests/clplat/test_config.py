@@ -113,7 +113,7 @@ def test_a_wrong_configuration_names_the_field_and_the_nearest_valid_name(case: 
 def test_what_an_inner_component_refuses_is_said_in_its_own_words() -> None:
     tokenizer = BPE | {"init_args": {"vocab_size": 10}}
     changed = {"stream": TEXT | {"init_args": {"domains": [DOMAIN], "tokenizer": tokenizer}}}
-    with pytest.raises(ConfigError, match=r"stream\.init_args: BPETokenizer\.vocab_size: at least 257"):
+    with pytest.raises(ConfigError, match=r"stream\.init_args\.tokenizer: BPETokenizer\.vocab_size: at least 257"):
         preflight(expand(load_study(study(**changed))))
 
 
