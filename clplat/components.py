@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from clplat.errors import ConfigError, nearest
-from clplat.option_errors import reason
+from clplat.option_errors import place_of, reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,33 +216,7 @@ def arguments(component: Component, wing: str, key: str) -> dict[str, Any]:
         return vars(parser.instantiate(parser.parse_object(copy.deepcopy(given))))
     except Exception as error:  # noqa: BLE001 - as in `checked`
         said = reason(error)
-        raise ConfigError(f"{key}.init_args{_place(given, said)}{said}") from error
-
-
-def _place(given: Any, said: str) -> str:
-    """Where the component stands among a component's options that cannot be built by itself for the same reason, such
-    as `.layers.2`; nothing where there is none."""
-    items = given.items() if isinstance(given, Mapping) else enumerate(given) if isinstance(given, list) else ()
-    for name, item in items:
-        if inner := _place(item, said):
-            return f".{name}{inner}"
-        if isinstance(item, Mapping) and isinstance(path := item.get("class_path"), str) and _fails(path, item, said):
-            return f".{name}"
-    return ""
-
-
-def _fails(path: str, given: Mapping[str, Any], said: str) -> bool:
-    from jsonargparse import ArgumentParser
-
-    module, _, name = path.rpartition(".")
-    parser = ArgumentParser(exit_on_error=False)
-    try:
-        found = getattr(importlib.import_module(module), name)
-        parser.add_class_arguments(found, fail_untyped=False)
-        found(**vars(parser.instantiate(parser.parse_object(copy.deepcopy(dict(given.get("init_args", {})))))))
-    except Exception as error:  # noqa: BLE001 - as in `checked`; one that lacks what its owner gives fails otherwise
-        return reason(error) == said
-    return False
+        raise ConfigError(f"{key}.init_args{place_of(given, said)}{said}") from error
 
 
 def _parser(found: type, wing: str) -> Any:

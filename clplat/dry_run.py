@@ -17,7 +17,7 @@ from clplat.fitting import fit, task_loader
 from clplat.interruption import Interruption
 from clplat.launch import worker_count
 from clplat.loop import Run
-from clplat.machine import check_room, cores
+from clplat.machine import cores
 from clplat.progress import Silent
 from clplat.streams.base import Budget, Task
 from clplat.study import of_variant, preflight
@@ -32,7 +32,6 @@ def estimate(study: StudyConfig, console: Console) -> Table:
     with console.status("checking"):
         preflight(runs)
     for run in {run.variant: run for run in runs}.values():
-        check_room(run.training)
         with console.status(f"trying {run.variant}"), tempfile.TemporaryDirectory() as scratch:
             try:
                 row = _try(run, Path(scratch))

@@ -50,9 +50,38 @@ def _failing_item(parser: Any, given: Mapping[str, Any], name: str) -> str:
     return ""
 
 
-def _is_dataclass(path: str) -> bool:
+def place_of(given: Any, said: str) -> str:
+    """Where the component stands among a component's options that cannot be built by itself for the same `reason`, such
+    as `.layers.2`; empty where there is none."""
+    items = given.items() if isinstance(given, Mapping) else enumerate(given) if isinstance(given, list) else ()
+    for name, item in items:
+        if inner := place_of(item, said):
+            return f".{name}{inner}"
+        if isinstance(item, Mapping) and isinstance(item.get("class_path"), str) and _fails(item, said):
+            return f".{name}"
+    return ""
+
+
+def _fails(component: Mapping[str, Any], said: str) -> bool:
+    from jsonargparse import ArgumentParser
+
+    parser, options = ArgumentParser(exit_on_error=False), copy.deepcopy(dict(component.get("init_args", {})))
+    try:
+        found = _imported(component["class_path"])
+        parser.add_class_arguments(found, fail_untyped=False)
+        found(**vars(parser.instantiate(parser.parse_object(options))))
+    except Exception as error:  # noqa: BLE001 - whatever a class raises; one that lacks what its owner gives, too
+        return reason(error) == said
+    return False
+
+
+def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
-    return dataclasses.is_dataclass(getattr(importlib.import_module(module), name))
+    return getattr(importlib.import_module(module), name)
+
+
+def _is_dataclass(path: str) -> bool:
+    return dataclasses.is_dataclass(_imported(path))
 
 
 def _said_plainly(text: str) -> str:
@@ -61,9 +90,8 @@ def _said_plainly(text: str) -> str:
     if match := re.fullmatch(r"Expected a dot import path string: (\w+)", text):
         return f"name a component as {{class_path: {match[1]}}}"
     if match := re.search(r"class_path '([\w.]+)': Option '(\w+)' is not accepted", text):
-        module, _, name = match[1].rpartition(".")
-        known = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-        return f"{name} has no option {match[2]!r}{nearest(match[2], known)}"
+        known = inspect.signature(found := _imported(match[1])).parameters
+        return f"{found.__name__} has no option {match[2]!r}{nearest(match[2], known)}"
     if match := re.search(r": Option '(\w+)' is not accepted\. Got value: Namespace\(class_path='[\w.]+\.(\w+)'", text):
         return f"{match[2]} has no option {match[1]!r}"
     if match := re.fullmatch(r"Group '([\w.]+)' does not accept option '(\w+)'", text):

@@ -82,7 +82,7 @@ def cut(
     device = x_BTC.device
     nothing = torch.zeros(1, dtype=torch.long, device=device)
     if documents is not None:
-        width = _shortened(segment, documents.longest(), chunk)
+        width = segment if chunk is None else _shortened(segment, documents.longest(), chunk)
         apart = separated(documents, rows, length, width)
         assert apart.begins_Bn is not None
         number = torch.arange(apart.begins_Bn.shape[1], device=device).unsqueeze(0)
@@ -93,7 +93,7 @@ def cut(
     offset, number = before % segment, (before // segment).unsqueeze(1)
     if length == 1 and position_B is not None:
         return Segments(1, None, offset, offset.unsqueeze(1), number, torch.zeros_like(number), segment)
-    width = segment if position_B is not None else _shortened(segment, length, chunk)
+    width = segment if chunk is None or position_B is not None else _shortened(segment, length, chunk)
     layout = _whole(rows, length, width, device) if position_B is None else _open(offset, length, segment)
     places_taken = length if layout is None else layout.source_BN.shape[1]
     number = number + torch.arange(places_taken // width, device=device)
@@ -102,9 +102,9 @@ def cut(
     return Segments(width, layout, offset, places, number, first, segment, position_B is not None)
 
 
-def _shortened(segment: int, longest: int, chunk: int | None) -> int:
+def _shortened(segment: int, longest: int, chunk: int) -> int:
     """Places for a segment of texts of which the longest has so many tokens."""
-    return segment if chunk is None else min(segment, -(-max(1, longest) // chunk) * chunk)
+    return min(segment, -(-max(1, longest) // chunk) * chunk)
 
 
 def _whole(rows: int, length: int, segment: int, device: torch.device) -> Layout | None:

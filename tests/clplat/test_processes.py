@@ -20,10 +20,10 @@ from clplat import execution
 from clplat.checkpoint import Checkpoints
 from clplat.config import TrainingConfig, save
 from clplat.execution import Outcome, execute
-from clplat.fitting import new_trainer
 from clplat.journal import Journal, last_status, read, table
 from clplat.strategies.buffers import BEST
 from clplat.study_file import expand, load_study
+from clplat.trainer import new_trainer
 
 ARMS: dict[str, dict[str, Any]] = {
     "naive": {},

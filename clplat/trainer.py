@@ -1,0 +1,99 @@
+"""Lightning's Trainer for one task, and how its steps go through one process or several."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from clplat.config import TrainingConfig
+from clplat.errors import ConfigError
+from clplat.precision import of_trainer
+from clplat.streams.batch import Batch
+
+
+def new_trainer(training: TrainingConfig, device: Any, processes: int, idle: bool = False) -> Trainer:
+    """One Trainer for one task: a second `fit` on the same one would run no step and say nothing. `idle`: a step may
+    leave parameters without a gradient, for which several processes have to look in every graph."""
+    if device.type == "cpu":
+        # Lightning's import sets it, and each optimizer step would open the GPU driver's library to count no GPUs.
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # Gradients lie where they are averaged, and are not copied there.
+    together = _BatchByBatch(process_group_backend=backend, find_unused_parameters=idle, gradient_as_bucket_view=True)
+    strategy = together if processes > 1 else _AllBatches(device)
+    return Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=([device.index] if device.type == "cuda" and processes == 1 else processes),
+        strategy=strategy,
+        precision=of_trainer(training.precision),
+        # Our processes and their ranks exist already: inside a Slurm job Lightning would take the job's for them.
+        plugins=LightningEnvironment(),
+        max_epochs=1,
+        use_distributed_sampler=False,
+        barebones=True,
+    )
+
+
+class _AllBatches(SingleDeviceStrategy):
+    """Takes all steps of a task inside one batch of Lightning's, and leaves model and optimizer where they are.
+
+    From one batch to the next Lightning calls what loggers, progress bars and schedulers would need, which costs half
+    as much as the arithmetic of a small model. When training ends it moves everything to the CPU and empties the GPU's
+    cache of free memory, to begin again with the next task.
+    """
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        return batch
+
+    def training_step(self, batches: Iterator[Batch], batch_idx: int) -> None:
+        learner: Any = self.lightning_module
+        for number, batch in enumerate(batches):
+            learner.batch_start()
+            batch = batch.to(self.root_device, non_blocking=True)
+            # Entered anew at each step: mixed precision keeps 16-bit copies of the weights until it is left.
+            with self.precision_plugin.train_step_context():
+                learner.training_step(batch, number)
+            learner.batch_done()
+            if learner.trainer.should_stop:
+                break
+
+    def backward(self, closure_loss: Tensor, *_: Any, **__: Any) -> None:
+        """Without the hooks around it, which nobody here has."""
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        (closure_loss if scaler is None else scaler.scale(closure_loss)).backward()
+
+    def teardown(self) -> None:
+        self.precision_plugin.teardown()
+        self.checkpoint_io.teardown()
+
+
+class _BatchByBatch(DDPStrategy):
+    """Goes the long way: one forward call of several processes makes them ready for one backward pass alone."""
+
+    def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
+        """In the stream of the steps: gradients that were made ready in another one, as Lightning does, are waited for
+        in each backward pass."""
+        return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        learner: Any = self.lightning_module
+        learner.batch_start()
+        try:
+            super().training_step(batch, batch_idx)
+        except RuntimeError as error:
+            if "Expected to have finished reduction" not in str(error):
+                raise
+            name = type(learner.architecture).__name__
+            raise ConfigError(
+                f"architecture: a step of {name} left parameters without a gradient, which several processes have to "
+                "be told of; set `may_idle = True` in its class, or training.devices: 1"
+            ) from error
+        learner.batch_done()
