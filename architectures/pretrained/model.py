@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from clplat.architectures.adapters import AdapterHost
 from clplat.architectures.base import Output, State
@@ -60,6 +60,7 @@ class Pretrained(AdapterHost):
         skip_padding: bool = True,
         logits: Places = "all",
         gradient_checkpointing: bool = False,
+        compiled: bool = False,
         local_files_only: bool = False,
         allow_pickle: bool = False,
         trust_remote_code: bool = False,
@@ -71,7 +72,8 @@ class Pretrained(AdapterHost):
         columns behind the last target of a batch (their logits and hidden states are 0), for which it waits for the
         device once a forward pass; `logits: targets` leaves the head out wherever no target is (logits are 0 there),
         which spares most of a step's memory where answers are short. `gradient_checkpointing` trades time for memory in
-        training. Weights are read from safetensors alone unless `allow_pickle`, and code from the hub is not run unless
+        training. `compiled` puts each layer through torch.compile for rows and tokens of any number, but for generation:
+        padding and head are left out as before, which `training.compile` does not do. Weights are read from safetensors alone unless `allow_pickle`, and code from the hub is not run unless
         `trust_remote_code`."""
         source = Source(
             name=name, revision=revision, gguf_file=gguf_file, dtype=dtype, attention=attention,
@@ -94,6 +96,10 @@ class Pretrained(AdapterHost):
         self.masks = self._obeys_masks()
         if gradient_checkpointing:
             _checkpoint(backbone)
+        self.compiled = compiled
+        if compiled:
+            for layer in _layers(backbone, name):
+                layer.compile(dynamic=True)
 
     def forward(self, batch: Batch, state: State = None, return_hidden: str | None = None) -> Output:
         """Logits (B, T, V). `hidden`: with `return_hidden` "last" the input of the head (B, T, C), with "all" the
@@ -140,7 +146,9 @@ class Pretrained(AdapterHost):
         positions, new, mask = cache.continued(held, lengths, tokens.shape[1])
         grown = cache.as_library(layers)
         options = {self.cache_name: grown, "attention_mask": self._mask(mask), "position_ids": new}
-        found = self._read(tokens, use_cache=True, **options)
+        # Compiled, every layer's place in a cache would be a graph of its own.
+        with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+            found = self._read(tokens, use_cache=True, **options)
         return found.logits[..., : self.num_outputs], (positions, cache.as_tensors(grown))
 
     def flops_per_row(self) -> float:
@@ -280,6 +288,14 @@ def _predicted(targets: Tensor) -> Tensor | None:
         return None
     found = (targets != IGNORE).flatten().nonzero().squeeze(1)
     return found if len(found) else None
+
+
+def _layers(backbone: nn.Module, name: str) -> nn.ModuleList:
+    """The blocks that hidden states pass through one after another: the longest list of modules."""
+    found = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
+    if not found:
+        raise ValueError(f"Pretrained.compiled: {name} has no list of layers; use training.compile")
+    return max(found, key=len)
 
 
 def _checkpoint(backbone: Any) -> None:
