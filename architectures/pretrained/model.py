@@ -72,8 +72,9 @@ class Pretrained(AdapterHost):
         columns behind the last target of a batch (their logits and hidden states are 0), for which it waits for the
         device once a forward pass; `logits: targets` leaves the head out wherever no target is (logits are 0 there),
         which spares most of a step's memory where answers are short. `gradient_checkpointing` trades time for memory in
-        training. `compiled` puts each layer through torch.compile for rows and tokens of any number, but for generation:
-        padding and head are left out as before, which `training.compile` does not do. Weights are read from safetensors alone unless `allow_pickle`, and code from the hub is not run unless
+        training. `compiled` puts every layer through torch.compile, for rows and tokens of any number (generation is
+        not compiled); unlike `training.compile` it goes on leaving out padding, and the head where no target is.
+        Weights are read from safetensors alone unless `allow_pickle`, and code from the hub is not run unless
         `trust_remote_code`."""
         source = Source(
             name=name, revision=revision, gguf_file=gguf_file, dtype=dtype, attention=attention,

@@ -10,6 +10,7 @@ import torch
 from small_models import CONTEXT, END, VOCABULARY, model_folder, written_gguf
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch._dynamo.utils import counters
 from transformers import PreTrainedTokenizerFast
 
 from clplat.architectures.contract import CHECKS
@@ -137,6 +138,32 @@ def test_checkpointed_layers_give_the_same_gradients(folders: dict[str, Path]) -
         found.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(gradient.any() for gradient in found[0])
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+def test_compiled_layers_are_one_graph_for_rows_and_tokens_of_any_number_and_leave_out_what_uncompiled_ones_do(
+    folders: dict[str, Path],
+) -> None:
+    objective, found = Objective(SPEC, []), []
+    torch.compiler.reset()
+    counters.clear()
+    for compiled in (False, True):
+        model = made(folders["llama"], lora=LoRA(targets=LINEAR, dropout=0.0), logits="targets", compiled=compiled)
+        with torch.no_grad():
+            for tensor in model.adapter_parameters("default").values():
+                tensor.add_(0.01)
+        model.train()
+        for length, rows in ((12, 3), (9, 4), (10, 2)):
+            rows_at = batch(length, rows)
+            rows_at.targets[:, 7:], rows_at.targets[0, :3] = IGNORE, IGNORE
+            output = model(rows_at)
+            objective(output, rows_at).backward()
+        written = greedy(model.eval(), [[3, 4, 5], [6, 7]], max_new_tokens=3, stop=END)
+        found.append((output.logits, [p.grad for p in model.parameters() if p.requires_grad], written))
+    assert not found[1][0][:, 7:].any() and all(gradient.any() for gradient in found[1][1])
+    torch.testing.assert_close(found[0], found[1])
+    # Of the first layer, whose input has no gradient, and of all others.
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
 
 
 def test_adapters_beside_16_bit_weights_are_kept_in_float32(folders: dict[str, Path]) -> None:
