@@ -6,9 +6,12 @@ import logging
 import os
 import re
 import textwrap
+from contextlib import nullcontext
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from clplat.config import TrackingConfig
 from clplat.databases import SQLITE, driver_package, sqlite_file
@@ -41,10 +44,14 @@ def client(uri: str) -> Any:
     # What the store raises is caught and said once; its own log would say it, with the traceback, at every attempt.
     for name, level in {"mlflow": "ERROR", "alembic": "ERROR", "mlflow.store.db.utils": "CRITICAL"}.items():
         logging.getLogger(name).setLevel(level)
-    if (path := sqlite_file(uri)) is not None:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(uri)
-    return mlflow.MlflowClient(uri)
+    path = sqlite_file(uri)
+    if path is not None:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    # One process at a time makes the tables of a new file: MLflow 3.17 fails where two do, `table already exists`.
+    alone = path is not None and os.access(path.absolute().parent, os.W_OK)
+    with FileLock(f"{path}.lock") if alone else nullcontext():
+        return mlflow.MlflowClient(uri)
 
 
 def check_uri(uri: str) -> None:

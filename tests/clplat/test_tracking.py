@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +254,26 @@ def test_compare_report_results_and_reproduce_read_mlflow_alone(
     scores = reproduce(run_id, Console(quiet=True))
     same = scores["recorded"].equals(scores["now"])
     assert same
+
+
+OPEN_TOGETHER = """
+import sys, time
+from pathlib import Path
+import mlflow.store.tracking.sqlalchemy_store  # seconds, which differ from process to process
+from clplat.mlflow_store import client
+uri, ready = sys.argv[1], Path(sys.argv[2])
+(ready / sys.argv[3]).touch()
+while len(list(ready.iterdir())) < 2:
+    time.sleep(0.001)
+client(uri).search_experiments()
+"""
+
+
+def test_two_processes_that_come_first_to_a_new_database_both_find_it_made(tmp_path: Path) -> None:
+    ready, uri = tmp_path / "ready", f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
+    ready.mkdir()
+    command = [sys.executable, "-c", OPEN_TOGETHER, uri, str(ready)]
+    both = [subprocess.Popen([*command, name], stderr=subprocess.PIPE, text=True) for name in ("first", "second")]
+    told = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert client(uri).search_experiments()
