@@ -12,7 +12,7 @@ from clplat.config import RunConfig, StudyConfig, difference, parse, plain
 from clplat.errors import ConfigError
 from clplat.storage import write_json
 from clplat.streams.base import Stream
-from clplat.study_file import expand
+from clplat.study_file import expand, with_checked_components
 
 NAME = "planned.json"
 
@@ -62,7 +62,8 @@ def check_plan(folder: Path, study: StudyConfig) -> None:
     ]
     where: dict[str, list[str]] = {}
     for variant in [variant for variant in plan["variants"] if variant in now]:
-        before = parse(RunConfig, plan["variants"][variant])
+        # What was begun before an option existed has that option's default.
+        before = with_checked_components(parse(RunConfig, plan["variants"][variant]))
         for text in difference(before, dataclasses.replace(now[variant], seed=before.seed)):
             where.setdefault(text, []).append(variant)
     changed += [text if len(found) == len(now) else f"{text} ({', '.join(found)})" for text, found in where.items()]

@@ -183,7 +183,7 @@ def expand(study: StudyConfig) -> list[RunConfig]:
             merged = merge(shared, changes or {})
             run = parse(RunConfig, merged | {"study": study.name, "variant": variant, "seed": study.seeds[0]})
             check_numbers(run)
-            run = _with_checked_components(run)
+            run = with_checked_components(run)
         except ConfigError as error:
             # What all variants share was not written under one of them.
             mine = str(error).partition(".")[0].partition(":")[0] in (changes or {})
@@ -192,7 +192,8 @@ def expand(study: StudyConfig) -> list[RunConfig]:
     return runs
 
 
-def _with_checked_components(run: RunConfig) -> RunConfig:
+def with_checked_components(run: RunConfig) -> RunConfig:
+    """The run with all options of its components written out: those that are not there have their defaults."""
     return dataclasses.replace(
         run,
         stream=checked(run.stream, "stream", "stream"),
@@ -226,7 +227,8 @@ def check_unchanged(folder: Path, runs: Sequence[Path]) -> None:
     """
     planned = {(run.variant, run.seed): run for run in expand(load_study(folder / "study.yaml"))}
     for run in runs:
-        config = load_run(run / "config.yaml")
+        # What was written before an option existed has that option's default.
+        config = with_checked_components(load_run(run / "config.yaml"))
         study = planned.get((config.variant, config.seed))
         changed = difference(study, config) if study is not None else ["variant and seed are not in study.yaml"]
         if changed:

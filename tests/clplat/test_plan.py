@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
 import pytest
+import yaml
 from records import Made
 from studies import REPLAY, study
 
@@ -14,6 +16,7 @@ import clplat
 from clplat.api import resume
 from clplat.errors import ConfigError
 from clplat.journal import last_status, table
+from clplat.plan import NAME
 from clplat.study import lay_out, lay_out_runs, preflight
 from clplat.study_file import expand, load_study
 from clplat.study_results import load_study_results
@@ -55,6 +58,29 @@ def test_keys_on_which_results_do_not_depend_may_be_edited() -> None:
     file = folder / "study.yaml"
     file.write_text(file.read_text().replace("every_seconds: 0", "every_seconds: 5"))
     assert resume(folder).code == 0
+
+
+def without_option(folder: Path, option: str) -> None:
+    """The study as an earlier version wrote it, whose replay had not got this option."""
+    plan = json.loads((folder / NAME).read_text())
+    del plan["variants"]["er"]["strategies"]["replay"]["init_args"][option]
+    (folder / NAME).write_text(json.dumps(plan))
+    for run in folder.glob("er-s*/config.yaml"):
+        config = yaml.safe_load(run.read_text())
+        del config["strategies"]["replay"]["init_args"][option]
+        run.write_text(yaml.safe_dump(config))
+
+
+def test_a_study_begun_before_an_option_existed_goes_on_with_its_default_and_with_no_other_value() -> None:
+    folder = begun(launcher={"workers": 1})
+    without_option(folder, "mean")
+    file = folder / "study.yaml"
+    given = file.read_text()
+    file.write_text(given.replace("capacity: 40", "capacity: 40\n          mean: all"))
+    with pytest.raises(ConfigError, match=r"strategies\.replay\.init_args\.mean: each → all \(er\)\); undo the change"):
+        resume(folder)
+    file.write_text(given)
+    assert resume(folder).code == 0 and last_status(folder / "er-s1") == "FINISHED"
 
 
 def test_run_folders_that_are_gone_are_named_and_run_anew_with_the_same_result(
