@@ -220,22 +220,22 @@ def evaluate(run: str | Path, stream: str | None = None) -> pandas.DataFrame:
 def analyze_connectivity(
     run: str | Path, *, points: int = 11, gap: int = 2, rows: int = 200
 ) -> tuple[Path, pandas.DataFrame]:
-    """The loss on lines between the weights that a run had after its tasks (`connectivity.analyze`).
+    """The loss on lines between the weights that a run had after its tasks (`connectivity.analysis`).
 
     Returns the folder of what was written, the run's `artifacts`, which MLflow gets too where it has the run, and the
     barriers: one row for each line and set of test rows.
     """
     import pandas
 
-    from clplat import connectivity
+    from clplat.connectivity import analysis
     from clplat.lease import held
     from clplat.study_record import sync
     from clplat.tracking import RUN_STATE
 
     folder = run_folder_of(run)
     with held(folder):
-        walks = connectivity.analyze(folder, points=points, gap=gap, rows=rows)
-        _, barriers = connectivity.write(walks, folder / "artifacts")
+        walks = analysis.analyze(folder, points=points, gap=gap, rows=rows)
+        _, barriers = analysis.write(walks, folder / "artifacts")
     if (folder / RUN_STATE).is_file():
         sync(folder)
     return folder / "artifacts", pandas.read_csv(barriers)

@@ -178,7 +178,7 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
             return 0 if same else 1
         case "analyze":
             from clplat.api import analyze_connectivity
-            from clplat.connectivity import LINES
+            from clplat.connectivity.lines import LINES
             from clplat.overview import shown_frame
 
             console.print("measuring losses on the lines between the run's weights …")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -60,3 +61,12 @@ def test_the_wheel_runs_a_study_from_another_folder(wheel: Path, tmp_path: Path)
 )
 def test_every_shipped_study_resolves(name: str) -> None:
     assert expand(load_study(name.removesuffix(".yaml")))
+
+
+def test_the_contract_of_imports_names_every_room_of_the_platform() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    named = {module.removeprefix("clplat.") for module in contracts[0]["forbidden_modules"]}
+    rooms = {
+        path.stem for path in (ROOT / "clplat").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert rooms - {"__init__", "__main__"} == named

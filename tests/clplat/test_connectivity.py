@@ -17,7 +17,9 @@ from clplat.api import analyze_connectivity, run
 from clplat.architectures.lora import LoRA
 from clplat.architectures.pretrained.model import Pretrained
 from clplat.cli import main
-from clplat.connectivity import Walk, _product_distance, _set_adapters, analyze, between, distance, walk
+from clplat.connectivity.analysis import analyze
+from clplat.connectivity.lines import Walk, between, distance, walk
+from clplat.connectivity.products import product_distance, set_adapters
 from clplat.errors import ConfigError, StorageError
 from clplat.execution import execute
 from clplat.mlflow_store import client
@@ -145,7 +147,7 @@ def test_the_line_between_products_is_the_mean_of_the_changes_themselves(tmp_pat
                       for _ in range(2))  # fmt: skip
     for adapter in ("line_0", "line_1"):
         model.add_adapter(adapter)
-    _set_adapters(model, ["line_0", "line_1"], ends, 0.3)
+    set_adapters(model, ["line_0", "line_1"], ends, 0.3)
     assert model.active == ("line_0", "line_1") and model.trained == ()
     layer = "model.layers.1.self_attn.v_proj"
     a, b = (model.backbone.get_submodule(layer).lora_A, model.backbone.get_submodule(layer).lora_B)
@@ -155,7 +157,7 @@ def test_the_line_between_products_is_the_mean_of_the_changes_themselves(tmp_pat
     layers = {name.removesuffix(".lora_A") for name in ends[0][0] if name.endswith(".lora_A")}
     squares = [(ends[1][0][f"{x}.lora_B"] @ ends[1][0][f"{x}.lora_A"] - ends[0][0][f"{x}.lora_B"] @
                 ends[0][0][f"{x}.lora_A"]).square().sum() for x in layers]  # fmt: skip
-    assert _product_distance(*ends) == pytest.approx(float(sum(squares) ** 0.5), rel=1e-5)
+    assert product_distance(*ends) == pytest.approx(float(sum(squares) ** 0.5), rel=1e-5)
 
 
 def test_tasks_with_an_adapter_each_have_a_line_between_their_products_alone(tmp_path: Path) -> None:

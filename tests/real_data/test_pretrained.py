@@ -22,7 +22,7 @@ from clplat.architectures.pretrained.model import Pretrained
 from clplat.architectures.probing import Contract
 from clplat.assembly import prepared_stream
 from clplat.config import load_run
-from clplat.connectivity import analyze
+from clplat.connectivity.analysis import analyze
 from clplat.journal import read, table
 from clplat.metrics import summary
 from clplat.streams.base import Spec
