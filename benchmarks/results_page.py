@@ -15,10 +15,10 @@ import sys
 from pathlib import Path
 
 from clplat.errors import ClplatError
-from clplat.metrics import Interval, interval
+from clplat.metrics import Interval, interval, paired
 from clplat.mlflow_store import client
 from clplat.page import write_report
-from clplat.report import COSTS, difference, finding, known_costs, notes
+from clplat.report import ABILITY, COSTS, MEASURED, VIEWED, difference, finding, known_costs, notes
 from clplat.study_results import RunRecord, StudyResults, load_study_results
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
@@ -74,6 +74,32 @@ def last_row(study: StudyResults) -> str:
     return markdown(["", *(named(study, variant) for variant in study.variants())], rows)
 
 
+def measured(study: StudyResults) -> str:
+    """What question-answer sequences and strategies measure of a whole run; empty where nothing was."""
+    finished = [run for variant in study.variants() for run in study.of(variant)]
+    names = dict.fromkeys(
+        name for run in finished for name in run.metrics if name in ABILITY or name.startswith(MEASURED)
+    )
+    if not names:
+        return ""
+    ordered = [*(name for name in ABILITY if name in names), *(name for name in names if name not in ABILITY)]
+    rows = [[ABILITY.get(name, name.removeprefix(MEASURED)), *(str(study.interval(v, name)) for v in study.variants())]
+            for name in ordered]  # fmt: skip
+    return markdown(["", *(named(study, variant) for variant in study.variants())], rows)
+
+
+def views(study: StudyResults) -> str:
+    """How the same runs score through other views; empty where there is none."""
+    rows = []
+    for variant in study.variants():
+        for view in study.views(variant):
+            seen, default = study.through_view(variant, view), study.by_seed(variant, "final_score")
+            shown = [str(interval(list(seen.get(metric, {}).values()))) for metric in VIEWED]
+            rows.append([named(study, variant), view, *shown, str(paired(seen.get("final_score", {}), default))])
+    heads = ["variant", "view", *(name.replace("_", " ") for name in VIEWED), "final score − default"]
+    return markdown(heads, rows) if rows else ""
+
+
 def train_and_held_out(study: StudyResults) -> str:
     """Training loss over the last logged steps of each task, beside the loss on its test set right after it."""
     connection, rows = client(study.uri), []
@@ -108,6 +134,8 @@ def page(study: StudyResults, figures: Path) -> str:
         BEGIN, f"**{finding(study)}**", *(f"Note: {note}." for note in notes(study)),
         "### Scores", "Mean ± 95 % Student t interval over seeds; losses in nats with their sign turned, so higher is "
         "better. Forgetting: lower is better.", scores(study),
+        *(["### What else was measured", found] if (found := measured(study)) else []),
+        *(["### Through other views", found] if (found := views(study)) else []),
         "### Every metric at the end of the stream", last_row(study),
         "### Train loss beside held-out loss", train_and_held_out(study),
         "### Costs", costs(study), "### Figures",

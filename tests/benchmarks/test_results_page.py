@@ -44,6 +44,19 @@ def test_what_stands_outside_the_markers_is_kept_and_an_unknown_study_is_named(t
     Path("page.md").write_text(f"Above.\n{MARKS[0]}\nold\n{MARKS[1]}\nBelow.\n")
     assert written("digits", "page.md", "--uri", store).returncode == 0
     text = Path("page.md").read_text()
+    assert "### What else" not in text and "### Through other views" not in text
     assert text.startswith("Above.\n") and text.endswith("Below.\n") and "old" not in text and "naive" in text
     done = written("digit", "page.md", "--uri", store)
     assert done.returncode == 1 and "has none of this name or id" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_strategies_measured_and_other_views_have_tables_of_their_own_where_there_are_any(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    made = Made(store, ["slow", "plain"], [0])
+    rows, others = [[0.5, 0.5], [0.9, 0.5], [0.1, 0.9]], [[0.5, 0.5], [0.8, 0.5], [0.4, 0.8]]
+    made.run("slow", 0, rows, views={"kept": others}, steps={"strategy/reader/ppl": {20: 7.5}})
+    made.run("plain", 0, rows)
+    assert written("digits", "page.md", "--uri", store).returncode == 0
+    text = Path("page.md").read_text()
+    assert "| reader/ppl | 7.500 | – |" in text.partition("### What else")[2].partition("###")[0]
+    assert "| slow | kept | 0.600 | 0.800 | 0.400 | 0.100 |" in text.partition("### Through other views")[2]
