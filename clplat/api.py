@@ -22,6 +22,7 @@ from clplat.plan import check_data, check_plan
 from clplat.storage import writing
 from clplat.study import Study, carry_out, lay_out_runs, run_study, settled
 from clplat.study_file import expand, load_study, run_folders, set_key
+from clplat.terminal import terminal
 from clplat.tuning.options import TUNE_FILE
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def run(config: Config, overrides: Mapping[str, Any] | None = None, *, quiet: bo
     trained, and `StudyFailedError` when not one run came to its end and all failed.
     """
     pairs = [(key, json.dumps(value)) for key, value in (overrides or {}).items()]
-    study = run_study(load_study(config, pairs), Console(quiet=quiet, highlight=False))
+    study = run_study(load_study(config, pairs), terminal(quiet=quiet))
     if all(outcome.status == "FAILED" for outcome in study.outcomes):
         first = study.outcomes[0]
         raise StudyFailedError(f"{study.folder}: every run failed; {first.folder.name}: {first.reason}")
@@ -57,7 +58,7 @@ def tune(config: Config, overrides: Mapping[str, Any] | None = None, *, quiet: b
     from clplat.tuning.tune import run_tune
 
     pairs = [(key, json.dumps(value)) for key, value in (overrides or {}).items()]
-    return run_tune(load_tune(config, pairs), Console(quiet=quiet, highlight=False))
+    return run_tune(load_tune(config, pairs), terminal(quiet=quiet))
 
 
 def resume(
@@ -69,7 +70,7 @@ def resume(
     """
     from clplat.journal import ENDED, last_status
 
-    console = console or Console(highlight=False)
+    console = console or terminal()
     folder = Path(target) if (Path(target) / TUNE_FILE).is_file() else folder_of(target)
     if (folder / TUNE_FILE).is_file():
         from clplat.tuning.tune import resume_tune
@@ -254,7 +255,7 @@ def reproduce(run: str | Path, console: Console | None = None) -> pandas.DataFra
     from clplat.journal import table as journal_table
     from clplat.study_record import fetch_run
 
-    record, console = fetch_run(str(run)), console or Console(highlight=False)
+    record, console = fetch_run(str(run)), console or terminal()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "again"
         folder.mkdir()

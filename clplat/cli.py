@@ -140,9 +140,9 @@ def dotted(rest: Sequence[str], root: argparse.ArgumentParser, *, allowed: bool)
 
 def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     """Carry out one command; its exit code."""
-    from rich.console import Console
+    from clplat.terminal import terminal
 
-    console = Console(highlight=False)
+    console = terminal()
     match options.command:
         case "run":
             return _run(options, overrides, console)
@@ -204,7 +204,7 @@ def perform(options: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
         case "show":
             from clplat.overview import shown
 
-            console.print(shown(options.config, overrides), soft_wrap=True, markup=False)
+            console.print(shown(options.config, overrides), soft_wrap=True)
         case "list":
             from clplat.overview import listed
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from clplat import processes
 from clplat.config import RunConfig, load_run
 from clplat.errors import ClplatError, Interrupted, Pruned, RunBusyError, StorageError
 from clplat.interruption import EXIT_INTERRUPT, EXIT_REQUEUE, Interruption, exit_code
@@ -44,15 +45,13 @@ def execute(folder: Path, progress: Progress | None = None, *, feeds: bool = Tru
     `feeds`: whether the run sends its record to MLflow by itself; otherwise whoever launched it does, from its journal.
     Raises `RunBusyError` when another process works on it, or has taken it over since this one fell silent.
     """
-    from clplat import processes
-
     config = load_run(folder / "config.yaml")
     if config.training.devices > 1 and not processes.inside_group():
         refuse_busy(folder)
         code = processes.spawn(folder, config.training.devices, [] if feeds else [JOURNAL_ONLY])
         return _outcome_of_group(folder, code)
     interruption = Interruption()
-    rank = int(os.environ.get("RANK", "0"))
+    rank = processes.rank()
     try:
         # Rank zero alone writes.
         with interruption.listening(), held(folder) if rank == 0 else contextlib.nullcontext() as lease:
@@ -92,6 +91,10 @@ def _carry_out(
             outcome = _attempt(config, folder, interruption, progress, journal)
         except StorageError as error:
             outcome = failed(folder, error)
+        # Not `inside_group`: Lightning has taken WORLD_SIZE away by now.
+        if outcome.status == "FAILED" and config.training.devices > 1:
+            with contextlib.suppress(OSError):
+                processes.note_failure(folder, outcome.reason, outcome.cause)
         if journal is not None and reserve is not None:
             _write_last_words(journal, folder, outcome, reserve)
     except RunBusyError:
@@ -109,7 +112,6 @@ def _attempt(
     """Train; every way in which that can end becomes an outcome."""
     import torch
 
-    from clplat import processes
     from clplat.assembly import device_for
     from clplat.loop import Run
     from clplat.precision import products
@@ -134,9 +136,10 @@ def _attempt(
     except Exception as error:  # noqa: BLE001 - whatever a user's component raises ends this run alone
         if isinstance(error, OSError) and error.errno in FULL:
             return failed(folder, full_disk(folder, error))
+        trace = folder / (f"error-of-process-{processes.rank()}.txt" if processes.rank() else "error.txt")
         with contextlib.suppress(OSError):
-            (folder / "error.txt").write_text(traceback.format_exc())
-        reason = f"{type(error).__name__}: {error} (traceback in {folder / 'error.txt'})"
+            trace.write_text(traceback.format_exc())
+        reason = f"{type(error).__name__}: {error} (traceback in {trace})"
         cause: Literal["", "memory"] = "memory" if isinstance(error, torch.OutOfMemoryError) else ""
         return Outcome(folder=folder, status="FAILED", reason=reason, code=1, cause=cause)
     return Outcome(folder=folder, status="FINISHED")
@@ -164,7 +167,7 @@ def _write_last_words(journal: Journal, folder: Path, outcome: Outcome, reserve:
 
 
 def _outcome_of_group(folder: Path, code: int) -> Outcome:
-    """What rank zero wrote down about the end of a run with several processes."""
+    """What its processes wrote down about the end of a run of several."""
     last = [entry for entry in read(folder) if entry["kind"] == "status"]
     status = last[-1]["status"] if last else "FAILED"
     if code in (EXIT_REQUEUE, EXIT_INTERRUPT) and status not in ("FINISHED", "KILLED"):
@@ -172,10 +175,16 @@ def _outcome_of_group(folder: Path, code: int) -> Outcome:
         if last:
             record_lost(folder, "KILLED", reason)
         return Outcome(folder=folder, status="KILLED", reason=reason, code=code)
+    said = processes.first_failure(folder) if code and code not in (EXIT_REQUEUE, EXIT_INTERRUPT) else None
+    if said is not None:
+        reason = said["reason"] if said["rank"] == 0 else f"process {said['rank']}: {said['reason']}"
+        if not last or reason != last[-1].get("reason", ""):
+            record_lost(folder, "FAILED", reason)
+        return Outcome(folder=folder, status="FAILED", reason=reason, code=code, cause=said["cause"])
     if code and status in ("RUNNING", "FINISHED"):
         reason = f"a process of the run ended with code {code}; `clplat resume {folder}` goes on from what was saved"
         record_lost(folder, "FAILED", reason)
-        return Outcome(folder=folder, status="FAILED", reason=reason, code=code)
+        return Outcome(folder=folder, status="FAILED", reason=reason, code=code, cause="process")
     return Outcome(folder=folder, status=status, reason=last[-1].get("reason", "") if last else "", code=code)
 
 
@@ -183,9 +192,8 @@ def main() -> int:
     """Entry point of one process of a run."""
     outcome = execute(Path(sys.argv[1]), feeds=JOURNAL_ONLY not in sys.argv)
     # What rank zero has written down, the process that started all of us reads and says; under torchrun nobody does.
-    rank = int(os.environ.get("RANK", "0"))
-    if outcome.status == "FAILED" and (rank or "TORCHELASTIC_RUN_ID" in os.environ):
-        print(f"{outcome.folder.name}, process {rank}: FAILED. {outcome.reason}", file=sys.stderr)
+    if outcome.status == "FAILED" and (processes.rank() or "TORCHELASTIC_RUN_ID" in os.environ):
+        print(f"{outcome.folder.name}, process {processes.rank()}: FAILED. {outcome.reason}", file=sys.stderr)
     return outcome.code
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
+from rich.text import Text
 
 from clplat.components import WINGS, catalogue
 from clplat.errors import ConfigError, nearest
@@ -101,7 +102,7 @@ def examined() -> tuple[Table, bool]:
             table.add_row(package, metadata.version(package))
         except metadata.PackageNotFoundError:
             healthy = healthy and package == "triton" and sys.platform != "linux"
-            table.add_row(package, "[red]missing[/red]: pip install " + package)
+            table.add_row(package, Text("missing", "red").append(f": pip install {package}", "default"))
     table.add_row("cores", str(cores()))
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     table.add_row("GPUs", ", ".join(gpus) or "none; everything runs on the CPU")

@@ -5,22 +5,36 @@ Started by `torchrun`, or here: `spawn` starts one process for each rank and wai
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from clplat.errors import ConfigError
 from clplat.interruption import EXIT_INTERRUPT, EXIT_REQUEUE, SIGNALS, exit_code, passed_on
+from clplat.storage import write_json
+
+FAILURES = "failure-of-process-*.json"
+"""What processes that fail leave in their run's folder for whoever started them."""
+LOST = ("/gloo/", "NCCL", "ProcessGroup", "closed by peer", "reset by peer")
+"""Words in errors about a partner that is gone."""
+LAST_WORDS = 5.0
+"""Seconds that the others have for theirs when one process has failed."""
 
 
 def inside_group() -> bool:
     """Whether this process was started as one of several that train one run."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def rank() -> int:
+    """This process's number among those that train one run."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def join(devices: int, on_gpu: bool) -> None:
@@ -40,6 +54,19 @@ def join(devices: int, on_gpu: bool) -> None:
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device)
 
 
+def note_failure(folder: Path, reason: str, cause: str) -> None:
+    """Leave word of a failure for whoever started the processes."""
+    said = {"time": time.time(), "rank": rank(), "reason": reason, "cause": cause}
+    write_json(folder / FAILURES.replace("*", str(rank())), said)
+
+
+def first_failure(folder: Path) -> dict[str, Any] | None:
+    """The failure from which others may have followed: a process whose partner is gone loses its connection, and may
+    say so before the partner has said why it went."""
+    found = [json.loads(path.read_text()) for path in folder.glob(FAILURES)]
+    return min(found, key=lambda said: (any(word in said["reason"] for word in LOST), said["time"]), default=None)
+
+
 def leave() -> None:
     """Take the process group down, if there is one."""
     import torch.distributed as dist
@@ -53,16 +80,22 @@ def spawn(folder: Path, devices: int, options: Sequence[str] = ()) -> int:
 
     A process that is asked to stop before it listens dies of the signal: that is the stop's exit code too.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": str(devices), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from torch.distributed import TCPStore
+
+    for failure in folder.glob(FAILURES):
+        failure.unlink()
+    # Here, and not with rank zero: a port that was found free and let go may be another's by the time it listens.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": str(devices), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
     children = [
         subprocess.Popen(
             [sys.executable, "-P", "-m", "clplat.execution", str(folder), *options],
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ | shared | {"RANK": str(number), "LOCAL_RANK": str(number)},
         )
-        for rank in range(devices)
+        for number in range(devices)
     ]
 
     asked: list[int] = []
@@ -87,7 +120,9 @@ def _wait(children: list[subprocess.Popen[bytes]]) -> int:
     while any(child.poll() is None for child in children):
         failed = [child for child in children if child.poll() not in (None, 0, EXIT_REQUEUE, EXIT_INTERRUPT)]
         if failed:
-            time.sleep(1.0)
+            end = time.monotonic() + LAST_WORDS
+            while any(child.poll() is None for child in children) and time.monotonic() < end:
+                time.sleep(0.05)
             for child in children:
                 child.kill()
         time.sleep(0.05)

@@ -54,10 +54,10 @@ class Board:
     def __init__(self, console: Console, runs: int | None) -> None:
         """`runs` in all; None where whoever supplies them tells how far it is."""
         self._bars = Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -97,7 +97,7 @@ class Board:
 
     def say(self, text: str) -> None:
         """A line above the bars that stays."""
-        self._bars.console.print(text, highlight=False, soft_wrap=True)
+        self._bars.console.print(text, soft_wrap=True)
 
 
 class RunBar:

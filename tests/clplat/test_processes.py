@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,13 +18,16 @@ from group_runs import finished, stop_at_step
 from lightning.pytorch.strategies import DDPStrategy
 from studies import assert_same, run_folder, study
 
+import clplat
 from clplat import execution
 from clplat.checkpoint import Checkpoints
 from clplat.config import TrainingConfig, save
 from clplat.execution import Outcome, execute
 from clplat.journal import Journal, last_status, read, table
 from clplat.strategies.buffers import BEST
+from clplat.study import conclude
 from clplat.study_file import expand, load_study
+from clplat.terminal import terminal
 from clplat.trainer import new_trainer
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -150,6 +155,57 @@ def test_a_run_one_of_whose_processes_was_killed_failed_and_says_how_it_goes_on(
     outcome = execution._outcome_of_group(tmp_path, -9)
     assert (outcome.status, last_status(tmp_path)) == ("FAILED", "FAILED")
     assert outcome.reason.startswith(f"a process of the run ended with code -9; `clplat resume {tmp_path}` goes on")
+    assert outcome.cause == "process"  # which is begun again, and is not said to fail again
+
+
+FAILS = """
+import os
+from clplat.strategies.base import Strategy
+
+
+class Broken(Strategy):
+    "One process cannot read its rows."
+
+    def batch(self, batch):
+        if os.environ.get("RANK") == "1":
+            raise ValueError("cannot read [/data/x] [red] :x:")
+        return batch
+"""
+
+
+def test_what_failed_first_on_any_process_is_what_the_study_says_with_its_traceback_and_brackets_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "fails.py").write_text(FAILS)
+    arms = {"broken": {"strategies": {"b": {"class_path": "fails.Broken"}}}, "naive": {}}
+    data = study(variants=arms, training__budget={"steps": 3}, launcher={"workers": 1})
+    done = clplat.run(data | two(data))
+    broken, naive = done.outcomes
+    assert (broken.status, broken.cause, naive.status) == ("FAILED", "", "FINISHED")
+    trace = broken.folder / "error-of-process-1.txt"
+    assert broken.reason == f"process 1: ValueError: cannot read [/data/x] [red] :x: (traceback in {trace})"
+    assert "in batch\n" in trace.read_text() and last_status(broken.folder) == "FAILED"
+    said = capsys.readouterr().out
+    assert broken.reason in said
+    conclude(done, terminal())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "cannot read [/data/x] [red] :x:" in said and "A run that failed of itself will fail again" in said
+
+
+def test_a_port_that_somebody_takes_meanwhile_stops_no_process(tmp_path: Path, monkeypatch: Any) -> None:
+    taken, original = [], subprocess.Popen
+
+    def started(*arguments: Any, **options: Any) -> Any:
+        if options["env"]["RANK"] == "0":
+            # What another program would do that asks for this very port.
+            with socket.socket() as other, contextlib.suppress(OSError):
+                other.bind(("127.0.0.1", int(options["env"]["MASTER_PORT"])))
+                taken.append(True)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    folder = run_folder(tmp_path, study() | two(study(training__budget={"steps": 2})))
+    assert execute(folder).status == "FINISHED" and not taken
 
 
 def test_a_batch_that_two_processes_cannot_share_is_refused_by_name(tmp_path: Path) -> None:
