@@ -85,10 +85,10 @@ def write(state: dict[str, Any], stem: Path) -> Path:
     except (OSError, RuntimeError) as error:
         # torch reports a short write as RuntimeError ("unexpected pos"); the half-written file must not stay.
         part.unlink(missing_ok=True)
-        why = error if isinstance(error, OSError) else f"cut short: {error}"
+        why = error if isinstance(error, OSError) else "it was cut short, as by a full disk"
         raise StorageError(
             f"{stem.parent}: the checkpoint could not be written ({why}). Free some space or change `folder`, "
-            "then continue with `clplat resume`; the checkpoint before is untouched."
+            f"then continue with `clplat resume {stem.parents[1]}`; the checkpoint before is untouched."
         ) from error
     return path
 

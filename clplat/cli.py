@@ -112,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"clplat {options.command}: {error}", file=sys.stderr)
         code = 1
     except Interrupted as stop:
-        print(f"clplat {options.command}: stopped by {stop.signal_name}{stop.remedy}", file=sys.stderr)
+        remedy = stop.remedy or ("; nothing had been begun" if options.command in ("run", "tune") else "")
+        print(f"clplat {options.command}: stopped by {stop.signal_name}{remedy}", file=sys.stderr)
         code = exit_code(stop.signal_name)
     except BrokenPipeError:
         # The reader of our output left (as with `| head`); Python must not complain again when it closes.
@@ -239,6 +240,8 @@ def _run(options: argparse.Namespace, overrides: list[tuple[str, str]], console:
     else:
         study = load_study(options.config, overrides)
     study = chosen(study, options.variant, options.seed)
+    if study.space and not options.dry_run:
+        console.print(f"its space is not searched: `clplat tune {options.config}` does that", soft_wrap=True)
     if options.dry_run:
         from clplat.dry_run import estimate
 

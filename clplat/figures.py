@@ -145,7 +145,9 @@ def draw_front(axis: Axes, places: Sequence[tuple[float, float]], across: int = 
 def learned_and_lost(points: Mapping[str, tuple[Interval, Interval]]) -> Figure:
     """Final forgetting against the learning score: who keeps by not learning stands low and far left."""
     figure, (axis,) = new_figure(5.4, 3.4)
-    place_variants(axis, points, across=possible([learned for _, learned in points.values()]), up=(-np.inf, np.inf))
+    least, most = possible([learned for _, learned in points.values()])
+    # What is lost lies between two scores.
+    place_variants(axis, points, across=(least, most), up=(least - most, most - least))
     axis.axhline(0, color="0.7", linewidth=0.8, zorder=0)
     axis.set(xlabel="learning score (higher is better)", ylabel="final forgetting (lower is better)")
     name_above(figure)

@@ -87,7 +87,7 @@ class Journal:
                 os.truncate(self._path, size)
             raise StorageError(
                 f"{self.folder}: the journal could not be written ({error}). Free some space, then continue with "
-                "`clplat resume`."
+                f"`clplat resume {self.folder}`."
             ) from error
         self._lines.clear()
 

@@ -46,17 +46,24 @@ def _data(study: StudyResults) -> dict[int, frozenset[tuple[str, str]]]:
 
 
 def settings_apart(studies: Mapping[str, StudyResults]) -> str:
-    """What else the studies were configured with, by the variants that all have: `key: value, value`, at most five."""
+    """What else the studies were configured with, by the variants that all have: `key: value, value`, at most five.
+    Where no variant is in all of them, by what each study has in all of its variants."""
     firsts = [_first_runs(study) for study in studies.values()]
     shared = [variant for variant in firsts[0] if all(variant in first for first in firsts)]
+    sides = [[dict(first[variant].params) for first in firsts] for variant in shared] or [[*map(_common, firsts)]]
     found: dict[str, list[str]] = {}
-    for variant in shared:
-        params = [first[variant].params for first in firsts]
+    for params in sides:
         for key in dict.fromkeys(key for one in params for key in one if not key.startswith(SET_ASIDE)):
             values = [one.get(key, "none") for one in params]
             if len(set(values)) > 1:
                 found.setdefault(key, values)
     return "; ".join(f"{key}: {', '.join(values)}" for key, values in list(found.items())[:5])
+
+
+def _common(firsts: Mapping[str, RunRecord]) -> dict[str, str]:
+    """The parameters that are alike in all variants of a study."""
+    first, *others = [run.params for run in firsts.values()] or [{}]
+    return {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
 
 
 def _first_runs(study: StudyResults) -> dict[str, RunRecord]:

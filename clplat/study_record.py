@@ -18,7 +18,7 @@ from clplat.journal import ENDED, NAME, last_status
 from clplat.mlflow_store import absolute, client, experiment_id, short
 from clplat.mlflow_view import add_view
 from clplat.result_table import ResultTable
-from clplat.storage import full_disk, read_json, write_json, writing
+from clplat.storage import read_json, write_json, writing
 from clplat.study_file import load_study, record_name, run_folders
 from clplat.tracking import RUN_STATE, STUDY_STATE, Feed
 from clplat.yaml_text import parse_yaml
@@ -100,7 +100,7 @@ def send_unsent(runs: list[Path]) -> str:
             except ClplatError as error:
                 return str(error)
             except OSError as error:
-                return str(full_disk(run, error, f"`clplat sync {run.parent}` sends it"))
+                return f"{run}: cannot be written ({error.strerror or error})"
     return ""
 
 

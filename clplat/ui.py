@@ -26,7 +26,7 @@ SHOWN = 5
 def serve(uri: str, port: int) -> int:
     """Start MLflow's server, say where the newest studies are once it answers, stay until it ends; its exit code."""
     check_store(uri)
-    check_port(port)
+    check_port(port, uri)
     command = [sys.executable, "-P", "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
     # One process serves one person, and starts in a third of the time of four. Nothing is told to anybody.
     command += ["--workers", "1", "--backend-store-uri", uri]
@@ -54,7 +54,7 @@ def check_store(uri: str) -> None:
         raise ConfigError(f"--uri: there is no file {path}; go to the folder of the study, or name its database")
 
 
-def check_port(port: int) -> None:
+def check_port(port: int, uri: str) -> None:
     """Refuse a port that somebody listens on: what answers there would be taken for the server that is started."""
     with socket.socket() as asked, socket.socket() as other:
         # As servers do, so that a port is not refused for connections of before that the system has not forgotten yet.
@@ -66,7 +66,8 @@ def check_port(port: int) -> None:
             free = other.getsockname()[1]
             in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
             why = "is in use, perhaps by a server that was started before" if in_use else f"cannot be had ({error})"
-            raise ConfigError(f"--port: {port} {why}; `clplat ui --port {free}` takes one that is free") from error
+            command = f"clplat ui --uri {uri} --port {free}"
+            raise ConfigError(f"--port: {port} {why}; `{command}` takes one that is free") from error
 
 
 def _answers(base: str) -> bool:

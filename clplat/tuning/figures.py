@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clplat.comparison_figures import quantity
 from clplat.figures import PALETTE, draw_front, name_above, new_figure
 from clplat.tuning.front import Row
 from clplat.tuning.gain import Gain
-from clplat.tuning.words import named
+from clplat.tuning.words import COSTS, named
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,6 +47,8 @@ def front_figure(rows: Sequence[Row], objectives: Mapping[str, int]) -> Figure:
             if row.on_front:
                 at = (row.objectives[other], row.objectives[names[0]])
                 axis.annotate(row.name, at, xytext=(4, 4), textcoords="offset points", fontsize=7)
+        if other in COSTS:
+            axis.xaxis.set_major_formatter(lambda value, _: quantity(value))
         axis.set(
             xlabel=_with_direction(other, objectives[other]), ylabel=_with_direction(names[0], objectives[names[0]])
         )

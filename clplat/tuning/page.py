@@ -61,11 +61,12 @@ def _pictures(
         figure = gain_figure(scored)
         drawn.append(picture("The gain, seed by seed", "gain", figure, folder, GAIN_CAPTION))
     if any(row.objectives for row in rows):
-        shape = (
-            "The objective of each trial in the order in which they began; below, trials without one."
-            if len(objectives) == 1
-            else "Each trial by its objectives; the dashed stair is the Pareto front, which no trial is beyond."
-        )
+        shape = "The objective of each trial in the order in which they began; below, trials without one."
+        if len(objectives) > 1:
+            shape = (
+                "Each trial by its objectives. The dashed stair is the front of the two shown, which no trial is beyond"
+            )
+            shape += "." if len(objectives) == 2 else "; a trial on the front of all objectives may lie behind it."
         figure = front_figure(rows, objectives)
         drawn.append(picture("The search", "front", figure, folder, shape))
     return drawn

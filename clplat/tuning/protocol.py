@@ -103,7 +103,7 @@ def _tuned_stream(study: StudyConfig, whole: StudyConfig, total: int) -> tuple[S
         asked = all_of_them if tasks == total else f"{tasks} is more than the {total} tasks of the stream"
         raise ConfigError(
             f"tune.tasks: {asked}, and nothing is left that the search has not seen; tune on fewer tasks or on a "
-            "tune.development stream, or say --on-test-sequence"
+            "tune.development stream, or leave tune.tasks out and say --on-test-sequence"
         )
     return dataclasses.replace(trials, tasks=tasks), tasks, f"the first {tasks} of {total} tasks"
 

@@ -235,7 +235,9 @@ def _dimension(key: str, fields: Mapping[str, Any], own: Any) -> Range | Choices
         raise ConfigError(f"space.{key}.{unknown[0]}: there is no such key{nearest(unknown[0], FIELDS)}")
     if "choices" in fields:
         values = fields["choices"]
-        if len(fields) > 1 or not isinstance(values, list) or not values:
+        if values == []:
+            raise ConfigError(f"space.{key}: choices is empty; name two values or more, or leave the key out")
+        if len(fields) > 1 or not isinstance(values, list):
             raise ConfigError(f"space.{key}: choices is a list of values, with no other key beside it")
         if any(value in values[:number] for number, value in enumerate(values)):
             raise ConfigError(f"space.{key}: a choice stands twice in {values}")

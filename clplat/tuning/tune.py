@@ -30,7 +30,7 @@ from clplat.tuning.outcome import Tuned
 from clplat.tuning.page import write_page
 from clplat.tuning.protocol import Protocol, prepare
 from clplat.tuning.search import Search, enter_trials
-from clplat.tuning.trials import Trials, check_storage, storage_errors
+from clplat.tuning.trials import GRACE_SECONDS, Trials, check_storage, storage_errors
 
 FRONT, SETTINGS, PAGE = "front.csv", "best.yaml", "tuning.html"
 """What a tune leaves beside it."""
@@ -153,6 +153,9 @@ def _conclude_search(
             f"The search has not ended ({front.counts(rows).rstrip('.')}); `clplat resume {folder}` goes on with it, "
             "and reports when all trials have ended."
         )
+        if not code:
+            minutes = GRACE_SECONDS // 60
+            text += f" What is under way is another tune's; after {minutes} minutes of silence it is begun anew."
         return _told(dataclasses.replace(known, text=text), study, protocol)
     if reporter != str(folder.resolve()):
         return dataclasses.replace(known, status="FINISHED", text=f"The report is made by the tune in {reporter}.")

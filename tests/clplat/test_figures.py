@@ -97,5 +97,10 @@ def test_an_interval_has_no_end_mark_where_it_is_cut() -> None:
     assert ends == {("|", 0.6, 0.5), ("_", 0.9, 0.4), ("_", 0.9, 0.6)}
     (across, _) = axis.containers[0].lines[2]
     assert across.get_segments()[0][:, 0].tolist() == pytest.approx([0.6, 1.0])
+    # What is lost of accuracies is at most 1 too.
+    far = Interval(mean=0.8, half=0.5, n=2)
+    (axis,) = learned_and_lost({"er": (far, narrow)}).axes
+    (_, up) = axis.containers[0].lines[2]
+    assert up.get_segments()[0][:, 1].tolist() == pytest.approx([0.3, 1.0])
     assert is_cut(wide, (0.0, 1.0)) and not is_cut(narrow, (0.0, 1.0))
     assert not is_cut(Interval(mean=0.9, half=float("nan"), n=1), (0.0, 1.0))

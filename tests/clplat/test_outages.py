@@ -169,7 +169,7 @@ def test_a_port_that_is_taken_is_refused_with_one_that_is_free(capsys: pytest.Ca
             main(["ui", "--port", str(port)])
     said = capsys.readouterr().err
     assert ended.value.code == 1 and f"--port: {port} is in use" in said
-    other = int(said.split("clplat ui --port ")[1].split("`")[0])
+    other = int(said.split("clplat ui --uri sqlite:///mlflow.db --port ")[1].split("`")[0])
     assert other != port
     with pytest.raises(SystemExit) as ended:
         main(["ui", "--port", "70000"])

@@ -54,7 +54,7 @@ def test_what_scores_are_measured_on_cannot_be_searched(key: str) -> None:
         ({"low": 1e-3, "high": 1.0, "step": 0.1, "log": True}, "step: does not go with log"),
         ({"low": 1e-3, "hihg": 1.0}, "did you mean 'high'"),
         ({"low": "a", "high": 1.0}, "low: must be a number, got 'a'"),
-        ({"choices": []}, "choices is a list of values"),
+        ({"choices": []}, "choices is empty; name two values or more"),
         ({"choices": [0.1, 0.1]}, "stands twice"),
         (0.1, "expected {low, high} or {choices}, got 0.1"),
     ],
