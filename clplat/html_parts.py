@@ -26,7 +26,11 @@ th { font-weight: 600; border-bottom: 2px solid #888 } tbody tr:hover td { backg
 .figures { display: flex; flex-wrap: wrap; gap: 0 2.5rem } figure { flex: 1 1 26rem; max-width: 42rem; margin: 0 }
 figure.broad { flex-basis: 100%; max-width: 100% } figure.broad .drawn { overflow-x: auto }
 figcaption { color: #444; font-size: .88rem; max-width: 42rem; margin-top: .3rem }
-.note { color: #8a3b00; margin: .4rem 0 } .wide { overflow-x: auto } .small { color: #555; max-width: 60rem }
+.note { color: #8a3b00; margin: .4rem 0 }
+.wide { overflow-x: auto; background: /* a shadow at the right edge while there is more to scroll to */
+  linear-gradient(to left, #fff 40%, #fff0) right / 3rem 100% no-repeat local,
+  linear-gradient(to left, #0003, #0000) right / 1rem 100% no-repeat scroll }
+.small { color: #555; max-width: 60rem }
 svg { max-width: 100%; height: auto } @media (max-width: 40rem) { figure.broad svg { min-width: 34rem }
   body { margin: .5rem auto } }
 @media print { nav { display: none } figure { break-inside: avoid } }

@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ from clplat.assembly import Parts
 from clplat.config import RunConfig, config_hash, flat, plain
 from clplat.errors import ConfigError
 from clplat.journal import Journal, curve_of, read, table_of
+from clplat.streams.budget import Budget
 
 PACKAGES = (
     "clplat", "torch", "triton", "lightning", "mlflow", "torchvision", "avalanche-lib", "datasets",
@@ -36,7 +38,7 @@ def describe(journal: Journal, config: RunConfig, parts: Parts, folder: Path) ->
             "task_order": order if len(order) <= 500 else f"{len(parts.stream.tasks)} tasks",
             "fidelity": fidelity(parts),
             "reference": str(any(s.reference for s in strategies)).lower(),
-            "budget": str(config.training.budget),
+            "budget": budgets([task.budget or config.training.budget for task in parts.stream.tasks]),
             "git_sha": git_sha(),
             "config_hash": config_hash(config),
             "folder": str(folder.resolve()),
@@ -49,6 +51,15 @@ def describe(journal: Journal, config: RunConfig, parts: Parts, folder: Path) ->
             source = json.dumps({"stream": plain(config.stream), "task": task.name, "part": part})
             profile = json.dumps({"num_rows": len(data)})
             journal.dataset(f"{task.name}/{part}", data.digest, context, source=source, profile=profile)
+
+
+def budgets(found: Sequence[Budget]) -> str:
+    """The budgets of a stream's tasks in a few words: `2 epochs`, or where they differ `3 to 7 epochs`."""
+    different, units = list(dict.fromkeys(map(str, found))), {budget.amount()[1] for budget in found}
+    if len(different) > 1 and len(units) == 1 and not any(budget.until for budget in found):
+        numbers = [budget.amount()[0] for budget in found]
+        return f"{min(numbers):,.10g} to {max(numbers):,.10g} {units.pop()}"
+    return " or ".join(different[:3]) + (" or …" if len(different) > 3 else "")
 
 
 def check_data(parts: Parts, folder: Path) -> None:

@@ -30,6 +30,10 @@ class Budget:
         if self.until == {}:
             raise ValueError("until names no metric; give a threshold, or metrics with their thresholds")
 
+    def amount(self) -> tuple[float, str]:
+        """How much of what, such as 2 and `epochs`."""
+        return next((getattr(self, name), name) for name in BUDGET_UNITS if getattr(self, name) is not None)
+
     def thresholds(self, headline: str) -> dict[str, float]:
         """What ends a task early, by metric; empty where nothing does."""
         if self.until is None:
@@ -38,6 +42,7 @@ class Budget:
 
     def __str__(self) -> str:
         """As a person says it: `2 epochs`, `300 steps, at most until 0.9`."""
-        amount = next(f"{getattr(self, name):,.10g} {name}" for name in BUDGET_UNITS if getattr(self, name) is not None)
+        number, unit = self.amount()
+        amount = f"{number:,.10g} {unit if number != 1 else unit.removesuffix('s')}"
         until = " and ".join(f"{name} {value:g}".lstrip() for name, value in self.thresholds("").items())
         return f"{amount}, at most until {until}" if until else amount

@@ -10,6 +10,8 @@ import yaml
 from studies import study
 
 from clplat.errors import ConfigError
+from clplat.record import budgets
+from clplat.streams.budget import Budget
 from clplat.study import preflight
 from clplat.study_file import expand, load_study
 
@@ -159,3 +161,13 @@ def test_a_baseline_that_is_left_out_is_said(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "--variants leaves out the baseline 'a': nothing is compared with it\n"
     load_study(data, [("variants", "a")])
     assert not capsys.readouterr().err
+
+
+def test_budgets_of_tasks_are_told_in_a_few_words() -> None:
+    epochs = [Budget(epochs=number) for number in (5, 3, 7, 1)]
+    assert budgets(epochs[:1] * 4) == "5 epochs" and budgets(epochs) == "1 to 7 epochs"
+    assert budgets(epochs[3:]) == "1 epoch"
+    assert budgets([epochs[0], Budget(steps=1200)]) == "5 epochs or 1,200 steps"
+    ended = [Budget(steps=number, until={"accuracy": 0.9}) for number in (5, 6, 7, 8)]
+    assert budgets(ended[:2]) == "5 steps, at most until accuracy 0.9 or 6 steps, at most until accuracy 0.9"
+    assert budgets(ended).endswith(" or …")
