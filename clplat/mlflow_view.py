@@ -17,7 +17,7 @@ COLOUR = "mlflow.runColor"
 VIEW = "mlflow.sharedViewState."
 OURS = "clplat."
 """Ids of our views begin so; whatever a person has saved is left alone."""
-KEPT = 20
+KEPT = 50
 """Views of studies that an experiment keeps, the newest: MLflow reads all of them with every page."""
 COLUMNS = (
     ("metrics", "final_forgetting"), ("metrics", "final_score"), ("metrics", "learning_score"), ("tags", "strategy"),
