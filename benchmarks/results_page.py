@@ -12,6 +12,7 @@ import argparse
 import math
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from clplat.errors import ClplatError
@@ -160,8 +161,9 @@ def main() -> None:
         sys.exit(f"{parser.prog}: {error}")
     folder = options.page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    for drawn in (write_report(study).parent / "figures").glob("*.png"):
-        shutil.copyfile(drawn, folder / drawn.name)
+    with tempfile.TemporaryDirectory() as scratch:
+        for drawn in (write_report(study, scratch).parent / "figures").glob("*.png"):
+            shutil.copyfile(drawn, folder / drawn.name)
     before, _, rest = old.partition(BEGIN)
     options.page.write_text(before + page(study, folder).rstrip("\n") + rest.partition(END)[2])
 

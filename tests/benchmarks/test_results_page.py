@@ -44,6 +44,7 @@ def test_what_stands_outside_the_markers_is_kept_and_an_unknown_study_is_named(t
     Path("page.md").write_text(f"Above.\n{MARKS[0]}\nold\n{MARKS[1]}\nBelow.\n")
     assert written("digits", "page.md", "--uri", store).returncode == 0
     text = Path("page.md").read_text()
+    assert not (made.folder / "report.html").exists() and not Path("report.html").exists()
     assert "### What else" not in text and "### Through other views" not in text
     assert text.startswith("Above.\n") and text.endswith("Below.\n") and "old" not in text and "naive" in text
     done = written("digit", "page.md", "--uri", store)
