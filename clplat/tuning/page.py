@@ -46,7 +46,7 @@ def write_page(
               "Their objectives were measured on what was tuned on, so the best of them are too good to be true: "
               "the gain on the full stream is not."),
         _trials(protocol, rows, objectives),
-        *_reasons(rows),
+        *reasons(rows),
     ]  # fmt: skip
     page = folder / "tuning.html"
     page.write_text(document(protocol.trials.name, parts))
@@ -100,7 +100,13 @@ def _trials(protocol: Protocol, rows: Sequence[Row], objectives: Mapping[str, in
     return table(["trial", "status", *map(named, objectives), *(key.split(".")[-1] for key in keys)], body)
 
 
-def _reasons(rows: Sequence[Row]) -> list[str]:
-    """Why trials did not finish, a line each: too long for a column."""
-    lines = [f"<li>{row.name}, {row.state.lower()}: {html.escape(row.reason)}</li>" for row in rows if row.reason]
-    return [heading("Trials that did not finish"), f'<ul class="small">{"".join(lines)}</ul>'] if lines else []
+def reasons(rows: Sequence[Row]) -> list[str]:
+    """Why trials did not finish, a line each: too long for a column; those that were pruned folded up."""
+    parts = []
+    for state, folded in (("FAILED", False), ("RUNNING", False), ("PRUNED", True)):
+        lines = [f"<li>{row.name}: {html.escape(row.reason)}</li>" for row in rows if row.state == state and row.reason]
+        listed = f'<ul class="small">{"".join(lines)}</ul>'
+        told = f"{len(lines)} {state.lower()}"
+        if lines:
+            parts.append(f"<details><summary>{told}</summary>{listed}</details>" if folded else small(told) + listed)
+    return [heading("Trials that did not finish"), *parts] if parts else []

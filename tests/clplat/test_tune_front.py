@@ -18,6 +18,7 @@ from clplat.tuning import checks, words
 from clplat.tuning.figures import front_figure
 from clplat.tuning.front import Row, best, front_table, write_csv
 from clplat.tuning.gain import Gain, sentence
+from clplat.tuning.page import reasons
 from clplat.tuning.pruning import worse_than_most
 
 OBJECTIVES = {"final_score": 1, "cost/training_flops": -1}
@@ -37,6 +38,12 @@ def made() -> list[Row]:
     front = pareto(list(scores.values()), [1, -1])
     rows = [row(n, *scores[n], on_front=kept) for n, kept in zip(scores, front, strict=True)]
     return [*rows, row(4, None, state="PRUNED", reason="worse, after 2"), row(5, None, state="FAILED", reason="nan")]
+
+
+def test_the_page_says_openly_why_trials_failed_and_folds_up_why_they_were_pruned() -> None:
+    told = "".join(reasons(made()))
+    assert told.index("1 failed") < told.index("t0005: nan") < told.index("<details><summary>1 pruned</summary>")
+    assert "t0004: worse, after 2" in told.partition("<details>")[2] and not reasons(made()[:4])
 
 
 def test_the_front_is_what_nothing_dominates() -> None:
