@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,20 @@ PADDED_SHARE = 0.9
 HUB_ADVICE = "give a hub id that exists and can be reached, or a folder with config.json and safetensors"
 NAMES_SHOWN = 6
 """Missing tensors that a message names; the rest are counted."""
+
+
+HUB = "huggingface.co"
+
+
+def hub_is_away() -> bool:
+    """Whether the hub's name leads nowhere, so that asking it would take the library's retries, most of a minute."""
+    if {"HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT"} & os.environ.keys():
+        return False
+    try:
+        socket.getaddrinfo(HUB, 443)
+    except OSError:
+        return True
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +69,17 @@ class Source:
         path = self.path()
         if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
             raise ValueError(f"name: there is no folder {path}")
-        if self.local_files_only and not Path(path).is_dir():
-            self._check_cached(path)
+        away = not self.local_files_only and not Path(path).is_dir() and hub_is_away()
+        if (self.local_files_only or away) and not Path(path).is_dir():
+            why = f"{HUB} cannot be reached" if away else "local_files_only asks no server"
+            self._check_cached(path, why)
         if self.gguf_file is not None:
             need("gguf", "accelerate")
-        backbone, info = self._read(path)
+        backbone, info = self._read(path, local=self.local_files_only or away)
         _check_complete(path, info)
         return backbone
 
-    def _read(self, path: str) -> tuple[nn.Module, Mapping[str, Any]]:
+    def _read(self, path: str, *, local: bool) -> tuple[nn.Module, Mapping[str, Any]]:
         """The model, and what the library says of its loading; a ValueError says which file is at fault."""
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
@@ -71,7 +88,7 @@ class Source:
             with _without_bars():
                 return AutoModelForCausalLM.from_pretrained(
                     path, revision=self.revision or "main", gguf_file=self.gguf_file, dtype=getattr(torch, self.dtype),
-                    attn_implementation=self.attention, local_files_only=self.local_files_only,
+                    attn_implementation=self.attention, local_files_only=local,
                     use_safetensors=None if self.allow_pickle else True, trust_remote_code=self.trust_remote_code,
                     output_loading_info=True,
                 )  # fmt: skip
@@ -103,7 +120,7 @@ class Source:
                     "true if you trust them, or save the model again as safetensors")  # fmt: skip
         return "the folder has a config.json, but no weights; put model.safetensors beside it"
 
-    def _check_cached(self, path: str) -> None:
+    def _check_cached(self, path: str, why: str) -> None:
         """ValueError where the hub's cache has not got the model: looking for adapters, the library would ask a server
         all the same."""
         from huggingface_hub import try_to_load_from_cache
@@ -114,8 +131,8 @@ class Source:
         except HFValidationError:
             cached = None
         if not isinstance(cached, str):
-            raise ValueError(f"name: {path} is no folder and not in the hub's cache, and local_files_only asks no "
-                             "server; download it before, or leave local_files_only out")  # fmt: skip
+            raise ValueError(f"name: {path} is no folder and not in the hub's cache, and {why}; give a folder, or "
+                             "download it before")  # fmt: skip
 
     def weights(self, config: Any) -> str:
         """What the weights are, in words: their dtype, and from what they were dequantised, now or by `dequantise`."""

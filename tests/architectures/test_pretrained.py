@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -312,5 +313,29 @@ def test_a_gguf_file_dequantised_once_is_the_same_model_and_still_says_what_its_
 
 
 def test_without_a_server_a_model_that_is_not_there_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="name: nobody/nothing is no folder and not in the hub's cache"):
+    with pytest.raises(
+        ValueError, match="name: nobody/nothing is no folder and not in the hub's cache, and local_files"
+    ):
         Source(name="nobody/nothing", local_files_only=True).load()
+
+
+def test_without_a_network_a_model_that_is_not_there_is_refused_without_retries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def nowhere(*address: Any) -> None:
+        asked.append(address)
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        ValueError, match="nobody/nothing is no folder and not in the hub's cache, and huggingface.co can"
+    ):
+        Source(name="nobody/nothing").load()
+    assert len(asked) == 1
+    # Behind a proxy the name need not be known here: the proxy is asked.
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    assert not loading.hub_is_away()
