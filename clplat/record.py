@@ -55,10 +55,11 @@ def describe(journal: Journal, config: RunConfig, parts: Parts, folder: Path) ->
 
 def budgets(found: Sequence[Budget]) -> str:
     """The budgets of a stream's tasks in a few words: `2 epochs`, or where they differ `3 to 7 epochs`."""
-    different, units = list(dict.fromkeys(map(str, found))), {budget.amount()[1] for budget in found}
+    different = list(dict.fromkeys(map(str, found)))
+    amounts = sorted(budget.amount() for budget in found)
+    units = {unit for _, unit in amounts}
     if len(different) > 1 and len(units) == 1 and not any(budget.until for budget in found):
-        numbers = [budget.amount()[0] for budget in found]
-        return f"{min(numbers):,.10g} to {max(numbers):,.10g} {units.pop()}"
+        return f"{amounts[0][0]:,.10g} to {amounts[-1][0]:,.10g} {units.pop()}"
     return " or ".join(different[:3]) + (" or …" if len(different) > 3 else "")
 
 

@@ -50,7 +50,9 @@ def settings_apart(studies: Mapping[str, StudyResults]) -> str:
     Where no variant is in all of them, by what each study has in all of its variants."""
     firsts = [_first_runs(study) for study in studies.values()]
     shared = [variant for variant in firsts[0] if all(variant in first for first in firsts)]
-    sides = [[dict(first[variant].params) for first in firsts] for variant in shared] or [[*map(_common, firsts)]]
+    sides = [[first[variant].params for first in firsts] for variant in shared] or [
+        [_common(first) for first in firsts]
+    ]
     found: dict[str, list[str]] = {}
     for params in sides:
         for key in dict.fromkeys(key for one in params for key in one if not key.startswith(SET_ASIDE)):

@@ -28,9 +28,8 @@ PADDED_SHARE = 0.9
 HUB_ADVICE = "give a hub id that exists and can be reached, or a folder with config.json and safetensors"
 NAMES_SHOWN = 6
 """Missing tensors that a message names; the rest are counted."""
-
-
 HUB = "huggingface.co"
+"""Where models come from that are in no folder, unless HF_ENDPOINT names another server."""
 
 
 def hub_is_away() -> bool:
@@ -69,8 +68,9 @@ class Source:
         path = self.path()
         if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
             raise ValueError(f"name: there is no folder {path}")
-        away = not self.local_files_only and not Path(path).is_dir() and hub_is_away()
-        if (self.local_files_only or away) and not Path(path).is_dir():
+        remote = not Path(path).is_dir()
+        away = remote and not self.local_files_only and hub_is_away()
+        if remote and (self.local_files_only or away):
             why = f"{HUB} cannot be reached" if away else "local_files_only asks no server"
             self._check_cached(path, why)
         if self.gguf_file is not None:

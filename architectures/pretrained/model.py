@@ -14,7 +14,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from clplat.architectures.adapters import AdapterHost
 from clplat.architectures.base import Output, State
@@ -22,6 +22,7 @@ from clplat.architectures.layers import causal_document_mask, traced
 from clplat.architectures.lora import EXPERTS, LoRA
 from clplat.architectures.option_checks import check_choices
 from clplat.architectures.pretrained import cache
+from clplat.architectures.pretrained.layers import checkpoint_layers, compile_layers
 from clplat.architectures.pretrained.loading import (
     Attention,
     Dtype,
@@ -96,11 +97,10 @@ class Pretrained(AdapterHost):
         self.cache_name = cache.argument(backbone)
         self.masks = self._obeys_masks()
         if gradient_checkpointing:
-            _checkpoint(backbone)
+            checkpoint_layers(backbone)
         self.compiled = compiled
         if compiled:
-            for layer in _layers(backbone, name):
-                layer.compile(dynamic=True)
+            compile_layers(backbone, name)
 
     def forward(self, batch: Batch, state: State = None, return_hidden: str | None = None) -> Output:
         """Logits (B, T, V). `hidden`: with `return_hidden` "last" the input of the head (B, T, C), with "all" the
@@ -289,19 +289,3 @@ def _predicted(targets: Tensor) -> Tensor | None:
         return None
     found = (targets != IGNORE).flatten().nonzero().squeeze(1)
     return found if len(found) else None
-
-
-def _layers(backbone: nn.Module, name: str) -> nn.ModuleList:
-    """The blocks that hidden states pass through one after another: the longest list of modules."""
-    found = [module for module in backbone.modules() if isinstance(module, nn.ModuleList)]
-    if not found:
-        raise ValueError(f"Pretrained.compiled: {name} has no list of layers; use training.compile")
-    return max(found, key=len)
-
-
-def _checkpoint(backbone: Any) -> None:
-    """Let every layer be computed again in the backward pass; transformers has renamed the method in 5.24."""
-    if hasattr(backbone, "activation_checkpointing_enable"):
-        backbone.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        backbone.gradient_checkpointing_enable({"use_reentrant": False})
