@@ -30,8 +30,9 @@ def one_thread_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def no_module_of_another_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test imports from its own folder is gone after it: the next test's file of that name is another one."""
     monkeypatch.setattr(sys, "path", [*sys.path])
+    before = dict(sys.modules)
     yield
-    for name, module in list(sys.modules.items()):
+    for name, module in [entry for entry in sys.modules.items() if before.get(entry[0]) is not entry[1]]:
         file = getattr(module, "__file__", None)
         if file and Path(file).is_relative_to(tmp_path):
             del sys.modules[name]
