@@ -47,6 +47,7 @@ class DialogueQAStream(Stream):
         max_questions: int = 200,
         max_answers: int = 200,
         max_new_tokens: int = 32,
+        write_unseen: bool = True,
         question_template: str = "Question: {question}\nShort answer:",
         multiple_choice: list[MultipleChoice] | None = None,
         cache_dir: str | None = None,
@@ -54,7 +55,8 @@ class DialogueQAStream(Stream):
         """`file` is LoCoMo's JSON list (variables are expanded), `dialogues` the `sample_id`s to read, in order (None:
         all). `max_turns` reads the beginning of each, and asks only what it tells (by the questions' `evidence`).
         `max_questions` of a dialogue are scored by likelihood and `max_answers` of these are written out, spread
-        evenly. `chunk`, `window`, `passes` and `multiple_choice` are as in `BookStream`."""
+        evenly; without `write_unseen` they are written before any reading and from the dialogue's own turn on.
+        `chunk`, `window`, `passes` and `multiple_choice` are as in `BookStream`."""
         check_reading(chunk=chunk, window=window, passes=passes)
         if "{question}" not in question_template:
             raise ValueError("question_template: needs {question}")
@@ -70,6 +72,7 @@ class DialogueQAStream(Stream):
         self.names, self.max_turns, self.template = dialogues, max_turns, question_template
         self.chunk, self.window, self.passes = chunk, window, passes
         self.max_questions, self.max_answers, self.max_new_tokens = max_questions, max_answers, max_new_tokens
+        self.write_unseen = write_unseen
         self.tokenizer: Tokenizer = tokenizer or ByteTokenizer()
         self.multiple_choice, self.cache_dir = multiple_choice or [], cache_folder(cache_dir)
 
@@ -131,7 +134,8 @@ class DialogueQAStream(Stream):
             written = [asked[place] for place in spread_rows(len(asked), self.max_answers).tolist()]
             answers = DialogueAnswers(
                 questions=written, prompts=[self._prompt(question, name) for question in written],
-                tokenizer=self.tokenizer, max_new_tokens=self.max_new_tokens,
+                tokenizer=self.tokenizer, max_new_tokens=self.max_new_tokens, tokens_per_row=self.window,
+                once_seen=None if self.write_unseen else index,
             )  # fmt: skip
             scorer = Together(scorer, answers)
         return EvalSet(name=name, data=self._answer_rows(known, name, index), scorer=scorer)

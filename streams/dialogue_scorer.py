@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from clplat.streams.base import Data, Metric
-from clplat.streams.generation_scorers import write_answers
+from clplat.streams.generation_scorers import waits, write_answers
 from clplat.streams.scorers import Answerer, Scorer, Sums
 from clplat.streams.tokenizers import Tokenizer
 
@@ -38,13 +38,22 @@ class DialogueAnswers(Scorer):
     whether the answer says that there is none, in words that only instructed models know.)"""
 
     def __init__(
-        self, *, questions: Sequence[Question], prompts: Sequence[list[int]], tokenizer: Tokenizer, max_new_tokens: int
+        self,
+        *,
+        questions: Sequence[Question],
+        prompts: Sequence[list[int]],
+        tokenizer: Tokenizer,
+        max_new_tokens: int,
+        tokens_per_row: int,
+        once_seen: int | None = None,
     ) -> None:
-        """`prompts` are those of the questions, in tokens."""
+        """`prompts` are those of the questions, in tokens; as many are answered together as have the tokens of a batch
+        of rows of `tokens_per_row`. `once_seen` is as in `WrittenAnswers`."""
         if find_spec("nltk") is None:
             raise ValueError("nltk is not installed; pip install 'clplat[pretrained]' brings it")
         self.questions, self.prompts = list(questions), list(prompts)
         self.tokenizer, self.max_new_tokens = tokenizer, max_new_tokens
+        self.tokens_per_row, self.once_seen = tokens_per_row, once_seen
         better = Metric(higher_is_better=True, best=1.0)
         asked = {question.category for question in questions}
         self.metrics = {"f1": better} | {f"f1_{KINDS[kind]}": better for kind in sorted(asked - {ADVERSARIAL})}
@@ -54,11 +63,13 @@ class DialogueAnswers(Scorer):
     def score(self, model: Answerer, data: Data, rows: torch.Tensor, batch_size: int) -> Sums:
         """Question q goes with row q (modulo the rows): a process that has the row asks that question."""
         total = {name: torch.zeros(2, dtype=torch.float64) for name in self.metrics}
+        if waits(model, self.once_seen):
+            return total
         numbers = torch.arange(len(self.questions))
         mine = numbers[torch.isin(numbers % max(1, len(data)), rows)].tolist()
         answers = write_answers(
             model, [self.prompts[number] for number in mine], max_new_tokens=self.max_new_tokens,
-            stop=self.tokenizer.end_token, batch_size=batch_size, tokens_per_row=data.tokens_per_row,
+            stop=self.tokenizer.end_token, batch_size=batch_size, tokens_per_row=self.tokens_per_row,
         )  # fmt: skip
         for number, tokens in zip(mine, answers, strict=True):
             question = self.questions[number]

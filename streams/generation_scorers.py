@@ -52,7 +52,7 @@ class WrittenAnswers(Scorer):
 
     def score(self, model: Answerer, data: Data, rows: Tensor, batch_size: int) -> Sums:
         """Example e goes with row e (modulo the rows): a process that has the row writes that answer."""
-        if self.once_seen is not None and model.tasks_seen() and self.once_seen not in model.tasks_seen():
+        if waits(model, self.once_seen):
             return {self.metric: torch.zeros(2, dtype=torch.float64)}
         mine = self.examples[torch.isin(torch.arange(len(self.examples)) % max(1, len(data)), rows)].tolist()
         examples, room = [self.cache.document(number) for number in mine], self.max_prompt_tokens - len(self.begin)
@@ -63,6 +63,11 @@ class WrittenAnswers(Scorer):
         )  # fmt: skip
         total = sum(self.value(*example, answer) for example, answer in zip(examples, answers, strict=True))
         return {self.metric: torch.tensor([total, len(mine)], dtype=torch.float64)}
+
+
+def waits(model: Answerer, once_seen: int | None) -> bool:
+    """Whether the answers of task `once_seen` are not to be written yet: other tasks have been trained, and it not."""
+    return once_seen is not None and bool(model.tasks_seen()) and once_seen not in model.tasks_seen()
 
 
 def write_answers(

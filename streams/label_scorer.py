@@ -118,7 +118,6 @@ class LabelLikelihood(Scorer):
 
     def _answer_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """Nats of the right answers' tokens, and their number, (2,) on the CPU."""
-        nats = F.cross_entropy(
-            logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="sum", ignore_index=IGNORE
-        )
-        return torch.stack([nats.double(), (batch.targets != IGNORE).sum()]).cpu()
+        rows, places = (batch.targets != IGNORE).nonzero(as_tuple=True)
+        nats = F.cross_entropy(logits[rows, places].float(), batch.targets[rows, places], reduction="sum").double()
+        return torch.stack([nats, nats.new_tensor(len(rows))]).cpu()

@@ -138,24 +138,23 @@ class Likelihood(Scorer):
 
     def sums(self, logits: Tensor, batch: Batch) -> Sums:
         """Sum and count of every metric for answers (B, T, V)."""
-        nats = (
-            F.cross_entropy(
-                logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="none", ignore_index=IGNORE
-            )
-            .view_as(batch.targets)
-            .double()
-        )
-        counted = batch.targets != IGNORE
-        lengths = self.token_bytes.to(batch.targets.device)[batch.targets.clamp(min=0)]
-        size = (lengths * counted).sum().double()
+        if self.answers and batch.answer is None:
+            raise ValueError("Likelihood(answers=True) needs batches with `answer` marks; this set has none")
+        targets, flat = batch.targets.flatten(), logits.flatten(0, 1)
+        answer = None if batch.answer is None else batch.answer.flatten()
+        at = (targets != IGNORE).nonzero().squeeze(1)
+        if 2 * len(at) < len(flat):
+            # Answers are a few places of long rows; the chances of all tokens at all others would fill the memory.
+            targets, flat, answer = targets[at], flat[at], None if answer is None else answer[at]
+        counted = targets != IGNORE
+        nats = F.cross_entropy(flat.float(), targets, reduction="none", ignore_index=IGNORE).double()
+        lengths = self.token_bytes.to(targets.device)[targets.clamp(min=0)]
         sums = {
             "loss": torch.stack([nats.sum(), counted.sum().double()]),
-            "bits_per_byte": torch.stack([nats.sum() / math.log(2), size]),
+            "bits_per_byte": torch.stack([nats.sum() / math.log(2), (lengths * counted).sum().double()]),
         }
-        if self.answers:
-            if batch.answer is None:
-                raise ValueError("Likelihood(answers=True) needs batches with `answer` marks; this set has none")
-            kept = batch.answer & counted
+        if self.answers and answer is not None:
+            kept = answer & counted
             sums["answer_loss"] = torch.stack([(nats * kept).sum(), kept.sum().double()])
         return sums
 

@@ -100,13 +100,39 @@ class Parrot:
 def test_scores_go_by_kind_and_a_trap_counts_apart() -> None:
     asked = [Question(question="?", answer=a, category=c) for a, c in (("kite", 4), ("dog", 2), ("kite", 5))]
     scorer = DialogueAnswers(
-        questions=asked, prompts=[[1], [1, 2], [1]], tokenizer=ByteTokenizer(), max_new_tokens=4
+        questions=asked, prompts=[[1], [1, 2], [1]], tokenizer=ByteTokenizer(), max_new_tokens=4, tokens_per_row=8
     )  # fmt: skip
     data = TensorData(torch.zeros(2, 1), torch.zeros(2, dtype=torch.long), task=0)
     halves = [scorer.score(Parrot(), data, rows, 2) for rows in torch.arange(2).split(1)]  # type: ignore[arg-type]
     found = {name: (halves[0][name] + halves[1][name]).tolist() for name in scorer.metrics}
     assert found == {"f1": [1, 2], "f1_temporal": [0, 1], "f1_single_hop": [1, 1], "adversarial": [1, 1]}
     assert not scorer.metrics["adversarial"].higher_is_better
+
+
+class Reader(Parrot):
+    """Counts the prompts that it is given together."""
+
+    def __init__(self, seen: list[int]) -> None:
+        self.seen, self.together = seen, list[int]()
+
+    def tasks_seen(self) -> list[int]:
+        return self.seen
+
+    def generate(self, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+        self.together.append(len(prompts))
+        return super().generate(prompts, **options)
+
+
+def test_questions_of_a_later_dialogue_are_answered_before_any_reading_and_all_together(tmp_path: Path) -> None:
+    made = stream(tmp_path, [SAMPLE, SAMPLE | {"sample_id": "two"}], write_unseen=False, window=256)
+    made.prepare()
+    readers = [Reader(seen) for seen in ([], [0], [0, 1])]
+    for reader in readers:
+        (answers,) = (s for s in made.tasks[1].test.scorer.scorers if isinstance(s, DialogueAnswers))  # type: ignore[attr-defined]
+        counted = answers.score(reader, made.tasks[1].test.data, torch.arange(2), 1)["f1"][1]  # type: ignore[arg-type]
+        assert counted == (2 if reader.together else 0)
+    # One row as long as the window has room for all.
+    assert [reader.together for reader in readers] == [[3], [], [3]]
 
 
 @pytest.mark.parametrize(

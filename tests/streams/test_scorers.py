@@ -63,11 +63,13 @@ def test_classification_counts_right_answers_and_mean_nats() -> None:
     assert value(sums, "loss") == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_likelihood_counts_nats_by_token_and_bits_by_byte_and_skips_what_is_ignored() -> None:
+@pytest.mark.parametrize("ignored", [0, 9], ids=["mostly targets", "few targets"])
+def test_likelihood_counts_nats_by_token_and_bits_by_byte_and_skips_what_is_ignored(ignored: int) -> None:
     table = [0.0, 1.0, 2.0]
     nats = -F.log_softmax(torch.tensor(table), dim=0)
-    targets = torch.tensor([[0, 1, IGNORE, 2]])
-    batch = Batch(inputs=targets, targets=targets, answer=torch.tensor([[False, False, True, True]]))
+    targets = F.pad(torch.tensor([[0, 1, IGNORE, 2]]), (ignored, 0), value=IGNORE)
+    answer = F.pad(torch.tensor([[False, False, True, True]]), (ignored, 0))
+    batch = Batch(inputs=targets, targets=targets, answer=answer)
     scorer = Likelihood(token_bytes=torch.tensor([3.0, 1.0, 0.0]), answers=True)
     sums = scorer.batch_sums(Model(table), batch)
     assert value(sums, "loss") == pytest.approx(float(nats.sum()) / 3)
