@@ -4,12 +4,15 @@
     python benchmarks/multi_gpu.py --compile --seconds 300     # both sides compiled
     python benchmarks/multi_gpu.py --parts losses --models trc2 --seeds 0 1 2 3 4
     python benchmarks/multi_gpu.py --sharding fsdp --models transformer
+    python benchmarks/multi_gpu.py --parts speed --apart --profile   # and what keeps two from being twice one
     python benchmarks/multi_gpu.py --device cpu                # the script itself, tiny, with two CPU processes
 
 Every arm is a `clplat.run` of its own on the embedded text in rows of 1024 tokens, so nothing is downloaded and what
 users have is what is timed. `speed`: each device takes --batch rows a step; rates are medians over the steps after the
 first --skip, which make the plans (compilation, gradient buckets), of the time between two optimizer steps on the
-device itself, and of a group the slowest process counts. `losses`: --batch rows a step in all, on one device and on
+device itself, and of a group the slowest process counts. --apart times as many runs of one device each, side by side:
+what the machine gives without any exchange. --profile records a group's last five steps: how long its first device
+computes, exchanges without computing, and waits. `losses`: --batch rows a step in all, on one device and on
 several, for each seed; what the devices change stands beside what seeds change. An arm that fails or takes longer than
 --seconds is said to have done so, and the others go on, until --total seconds are over.
 """
@@ -25,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +54,25 @@ TOYS: dict[str, dict[str, Any]] = {
 }
 
 
+PROFILED = 5
+"""Steps at the end of a run that are profiled, and not timed."""
+
+
 class StepClock(Strategy):
-    """Writes down when each optimizer step was done on this process's device, and what memory that took."""
+    """Writes down when each optimizer step was done on this process's device, and what memory that took; with
+    `profile_from` also what the device does from that step on."""
 
     shards = True
 
-    def __init__(self, *, folder: str) -> None:
-        self.folder, self.stamps = Path(folder), []
+    def __init__(self, *, folder: str, profile_from: int | None = None) -> None:
+        self.folder, self.stamps, self.profile_from = Path(folder), [], profile_from
+        self.profiler = torch.profiler.profile()
 
     def step_end(self, outcome: StepOutcome) -> None:
+        if self.profile_from is not None and outcome.step == self.profile_from:
+            self.profiler.start()
+        if self.profile_from is not None and outcome.step > self.profile_from:
+            return
         if torch.cuda.is_available() and self.context.device().type == "cuda":
             stamp = torch.cuda.Event(enable_timing=True)
             stamp.record()
@@ -78,7 +92,40 @@ class StepClock(Strategy):
             "parameters": sum(p.numel() for p in model.parameters()),
             "active": model.active_parameters(),
         }
+        if self.profile_from is not None:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(self.folder / f"trace-{self.context.world.rank}.json"))
         (self.folder / f"{self.context.world.rank}.json").write_text(json.dumps(found))
+
+
+def parts_of_time(trace: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds of a trace in which the device computes, exchanges (in all, and while it computes nothing) and does
+    neither, and the number of exchanges."""
+    events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
+    spans = [(e["ts"], e["ts"] + e["dur"], "nccl" in e["name"]) for e in events if e.get("cat") in ON_DEVICE]
+    computing = covered([(start, stop) for start, stop, exchange in spans if not exchange])
+    either = covered([(start, stop) for start, stop, _ in spans])
+    whole = max(stop for _, stop, _ in spans) - min(start for start, _, _ in spans) if spans else 0.0
+    return {
+        "computes": computing / 1e3,
+        "exchanges": covered([(start, stop) for start, stop, exchange in spans if exchange]) / 1e3,
+        "exchanges_alone": (either - computing) / 1e3,
+        "waits": (whole - either) / 1e3,
+        "count": sum(event["name"].startswith(("nccl:", "gloo:")) for event in events),
+    }
+
+
+ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
+"""What torch's profiler calls the kinds of a device's own events."""
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """The length of what at least one span covers."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
 
 
 def study(model: str, devices: int, rows: int, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -103,14 +150,15 @@ def study(model: str, devices: int, rows: int, options: argparse.Namespace, scra
     }  # fmt: skip
 
 
-def carried_out(config: dict[str, Any], scratch: Path, limit: float) -> None:
+def carried_out(config: dict[str, Any], scratch: Path, limit: float, environment: dict[str, str] | None = None) -> None:
     """A study, without its report, in processes of its own; raises RuntimeError when it fails or takes too long."""
     (scratch / "study.yaml").write_text(yaml.safe_dump(config))
     search = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     with (scratch / "output.txt").open("w+") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", RUN, str(scratch / "study.yaml")],
-            stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | {"PYTHONPATH": search},
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | {"PYTHONPATH": search} | (environment or {}),
         )  # fmt: skip
         try:
             code = process.wait(limit)
@@ -129,13 +177,19 @@ def carried_out(config: dict[str, Any], scratch: Path, limit: float) -> None:
 def speed(model: str, options: argparse.Namespace) -> None:
     """Rates and memory on one device and on several, each with as many rows a step."""
     rates: dict[int, float] = {}
+    if options.apart:
+        apart(model, options)
     for devices in (1, options.devices):
-        start = time.perf_counter()
+        start, parts = time.perf_counter(), None
         with tempfile.TemporaryDirectory() as folder:
             scratch = Path(folder)
             config = study(model, devices, devices * options.batch, options, scratch)
+            if options.profile and devices > 1:
+                config["strategies"]["clock"]["init_args"]["profile_from"] = options.steps - PROFILED
             carried_out(config | {"seeds": options.seeds[:1]}, scratch, left(options))
             found = [json.loads((scratch / f"{rank}.json").read_text()) for rank in range(devices)]
+            if options.profile and devices > 1:
+                parts = parts_of_time(json.loads((scratch / "trace-0.json").read_text()))
         steady = [one["seconds"][options.skip :] for one in found]
         slowest = max(statistics.median(each) for each in steady)
         rates[devices] = devices * options.batch * options.length / slowest
@@ -145,7 +199,30 @@ def speed(model: str, options: argparse.Namespace) -> None:
             f"{devices} × {options.batch} × {options.length}: {rates[devices]:11,.0f} tokens/s, step "
             f"{1e3 * slowest:.1f} ms (quartiles {1e3 * quarter[0]:.1f} to {1e3 * quarter[2]:.1f}, "
             f"n = {len(steady[0])}), peak {peak:.1f} GiB a device [{time.perf_counter() - start:.0f} s]")  # fmt: skip
+        if parts is not None:
+            a_step = {name: value / PROFILED for name, value in parts.items()}
+            say(f"  {model:11} a profiled step: computes {a_step['computes']:.1f} ms, exchanges "
+                f"{a_step['exchanges']:.1f} ms in {a_step['count']:.0f} calls, {a_step['exchanges_alone']:.1f} of them "
+                f"without computing, waits {a_step['waits']:.1f} ms")  # fmt: skip
     say(f"  {model:11} ratio {rates[options.devices] / rates[1]:.3f} on {options.devices} devices")
+
+
+def apart(model: str, options: argparse.Namespace) -> None:
+    """Steps of one device each, of as many runs at the same time as a group has devices."""
+    medians = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.devices) as pool:
+        runs = []
+        for device in range(options.devices):
+            scratch = Path(folder) / str(device)
+            scratch.mkdir()
+            config = study(model, 1, options.batch, options, scratch) | {"seeds": options.seeds[:1]}
+            runs.append(pool.submit(carried_out, config, scratch, left(options), {"CUDA_VISIBLE_DEVICES": str(device)}))
+        for device, run in enumerate(runs):
+            run.result()
+            found = json.loads((Path(folder) / str(device) / "0.json").read_text())
+            medians.append(statistics.median(found["seconds"][options.skip :]))
+    steps = ", ".join(f"{1e3 * median:.1f}" for median in medians)
+    say(f"  {model:11} {options.devices} runs apart, each {options.batch} × {options.length}: steps of {steps} ms")
 
 
 def losses(model: str, options: argparse.Namespace) -> None:
@@ -187,6 +264,8 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["speed", "losses"], default=["speed", "losses"])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--compile", action="store_true", help="torch.compile; takes a minute or two an arm")
+    parser.add_argument("--apart", action="store_true", help="time runs of one device each, at the same time, too")
+    parser.add_argument("--profile", action="store_true", help="say what the first device of a group does")
     parser.add_argument("--sharding", choices=["none", "fsdp"], default="none", help="of the larger arm's weights")
     parser.add_argument("--length", type=int, default=1024, help="tokens a row")
     parser.add_argument("--batch", type=int, default=32, help="rows a step: of each device (speed), of all (losses)")
@@ -200,6 +279,7 @@ def main() -> None:
     options.end = time.perf_counter() + options.total
     if options.device == "cpu":
         options.length, options.batch, options.steps, options.skip, options.held_out = 64, 4, 6, 2, 4
+        options.steps += PROFILED if options.profile else 0
     card = "CPU" if options.device == "cpu" else torch.cuda.get_device_name()
     say(f"{card}, torch {torch.__version__}, {'compiled' if options.compile else 'eager'}, {options.steps} steps")
     for part in options.parts:

@@ -32,9 +32,8 @@ def fit(run: Run, task: Task) -> None:
         # With sharded weights the processes meet inside the model, and each has a Trainer of its own.
         together = run.world.size if run.config.training.sharding == "none" else 1
         with _quiet(), sharded(run):
-            batches = loader if together > 1 else _AsOne(loader)
             idle = learner.architecture.may_idle
-            new_trainer(run.config.training, run.parts.device, together, idle).fit(learner, batches)
+            new_trainer(run.config.training, run.parts.device, together, idle).fit(learner, _AsOne(loader))
         learner.to(run.parts.device)  # several processes' Trainer leaves it on the CPU
         run.world.equalise(learner.architecture.buffers())
     else:

@@ -262,9 +262,6 @@ class Learner(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return configured_optimizer(self.training_config, self.architecture)
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch.to(device, non_blocking=True)
-
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of the task that is being trained."""
         return self._current_optimizer[0]

@@ -27,8 +27,8 @@ def new_trainer(training: TrainingConfig, device: Any, processes: int, idle: boo
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     backend = "nccl" if device.type == "cuda" else "gloo"
     # Gradients lie where they are averaged, and are not copied there.
-    together = _BatchByBatch(process_group_backend=backend, find_unused_parameters=idle, gradient_as_bucket_view=True)
-    strategy = together if processes > 1 else _AllBatches(device)
+    together = _Processes(process_group_backend=backend, find_unused_parameters=idle, gradient_as_bucket_view=True)
+    strategy = together if processes > 1 else _OneProcess(device)
     return Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=([device.index] if device.type == "cuda" and processes == 1 else processes),
@@ -42,28 +42,41 @@ def new_trainer(training: TrainingConfig, device: Any, processes: int, idle: boo
     )
 
 
-class _AllBatches(SingleDeviceStrategy):
-    """Takes all steps of a task inside one batch of Lightning's, and leaves model and optimizer where they are.
+class _AllBatches:
+    """Takes all steps of a task inside one batch of Lightning's.
 
     From one batch to the next Lightning calls what loggers, progress bars and schedulers would need, which costs half
-    as much as the arithmetic of a small model. When training ends it moves everything to the CPU and empties the GPU's
-    cache of free memory, to begin again with the next task.
+    as much as the arithmetic of a small model; and of several processes it asks the device whether one was told to
+    stop, for whose answer every step would wait.
     """
+
+    lightning_module: Any
+    root_device: torch.device
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         return batch
 
     def training_step(self, batches: Iterator[Batch], batch_idx: int) -> None:
-        learner: Any = self.lightning_module
+        learner = self.lightning_module
         for number, batch in enumerate(batches):
             learner.batch_start()
-            batch = batch.to(self.root_device, non_blocking=True)
-            # Entered anew at each step: mixed precision keeps 16-bit copies of the weights until it is left.
-            with self.precision_plugin.train_step_context():
-                learner.training_step(batch, number)
+            self.one_batch(batch.to(self.root_device, non_blocking=True), number)
             learner.batch_done()
             if learner.trainer.should_stop:
                 break
+
+    def one_batch(self, batch: Batch, number: int) -> None:
+        raise NotImplementedError
+
+
+class _OneProcess(_AllBatches, SingleDeviceStrategy):
+    """Leaves model and optimizer where they are: when training ends Lightning moves everything to the CPU and empties
+    the GPU's cache of free memory, to begin again with the next task."""
+
+    def one_batch(self, batch: Batch, number: int) -> None:
+        # Entered anew at each step: mixed precision keeps 16-bit copies of the weights until it is left.
+        with self.precision_plugin.train_step_context():
+            self.lightning_module.training_step(batch, number)
 
     def backward(self, closure_loss: Tensor, *_: Any, **__: Any) -> None:
         """Without the hooks around it, which nobody here has."""
@@ -75,25 +88,23 @@ class _AllBatches(SingleDeviceStrategy):
         self.checkpoint_io.teardown()
 
 
-class _BatchByBatch(DDPStrategy):
-    """Goes the long way: one forward call of several processes makes them ready for one backward pass alone."""
+class _Processes(_AllBatches, DDPStrategy):
+    """Several processes that average their gradients."""
 
     def _setup_model(self, model: torch.nn.Module) -> DistributedDataParallel:
         """In the stream of the steps: gradients that were made ready in another one, as Lightning does, are waited for
         in each backward pass."""
         return DistributedDataParallel(model, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
-        learner: Any = self.lightning_module
-        learner.batch_start()
+    def one_batch(self, batch: Batch, number: int) -> None:
+        """Through a forward call of its own, which makes the processes ready for one backward pass."""
         try:
-            super().training_step(batch, batch_idx)
+            DDPStrategy.training_step(self, batch, number)
         except RuntimeError as error:
             if "Expected to have finished reduction" not in str(error):
                 raise
-            name = type(learner.architecture).__name__
+            name = type(self.lightning_module.architecture).__name__
             raise ConfigError(
                 f"architecture: a step of {name} left parameters without a gradient, which several processes have to "
                 "be told of; set `may_idle = True` in its class, or training.devices: 1"
             ) from error
-        learner.batch_done()

@@ -116,6 +116,44 @@ def test_a_failure_is_said_in_words_and_once_by_whoever_started_the_processes(
     assert capsys.readouterr().err == said
 
 
+COUNTED = """
+from pathlib import Path
+import torch.distributed as dist
+from clplat.strategies.base import Strategy
+
+class Counted(Strategy):
+    asked = 0
+
+    def setup(self, context):
+        super().setup(context)
+        broadcast = dist.broadcast
+
+        def counted(*arguments, **options):
+            self.asked += 1
+            return broadcast(*arguments, **options)
+
+        dist.broadcast = counted
+
+    def step_end(self, outcome):
+        Path(f"{self.context.world.rank}-{outcome.step}").write_text(str(self.asked))
+"""
+
+
+def test_steps_between_two_records_ask_no_other_process_but_for_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning asks before each of its batches whether to stop, and has the device wait for the answer."""
+    Path("counting_strategy.py").write_text(COUNTED)
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    data = study(
+        strategies={"counted": {"class_path": "counting_strategy.Counted"}}, training__budget={"steps": 6}, tasks=1,
+        tracking__log_every=50,
+    )  # fmt: skip
+    assert execute(run_folder(tmp_path, data | two(data))).status == "FINISHED"
+    for rank in (0, 1):
+        assert Path(f"{rank}-2").read_text() == Path(f"{rank}-6").read_text(), f"process {rank}"
+
+
 def two(data: dict[str, Any]) -> dict[str, Any]:
     return {"training": data["training"] | {"devices": 2, "accelerator": "cpu"}}
 
