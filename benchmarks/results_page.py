@@ -1,7 +1,8 @@
 """The tables and figures of a results page, out of MLflow alone, as Markdown.
 
-    python benchmarks/results_page.py STUDY docs/results/NAME.md [--uri URI]
+    python benchmarks/results_page.py STUDY docs/results/NAME.md [--uri URI ...]
 
+Of several databases the runs of the studies of that name stand together, in the order given: parts of one study.
 Prints the page's generated part between two marker lines into the file, and puts its figures into a folder beside it;
 what stands outside the markers is written by hand and kept.
 """
@@ -13,6 +14,7 @@ import math
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from clplat.errors import ClplatError
@@ -101,9 +103,21 @@ def views(study: StudyResults) -> str:
     return markdown(heads, rows) if rows else ""
 
 
-def train_and_held_out(study: StudyResults) -> str:
-    """Training loss over the last logged steps of each task, beside the loss on its test set right after it."""
-    connection, rows = client(study.uri), []
+def together(studies: list[StudyResults]) -> StudyResults:
+    """Parts of one study as one, whose baseline is the first one's; a run that two of them have is an error."""
+    first, *others = studies
+    runs = [run for study in studies for run in study.runs]
+    pairs = [(run.variant, run.seed) for run in runs]
+    if double := next((pair for pair in pairs if pairs.count(pair) > 1), None):
+        sys.exit(f"{first.name}: two of the databases have variant {double[0]!r} with seed {double[1]}")
+    planned = [pair for study in studies for pair in study.planned]
+    return replace(first, planned=planned, runs=runs) if others else first
+
+
+def train_and_held_out(study: StudyResults, home: dict[str, str]) -> str:
+    """Training loss over the last logged steps of each task, beside the loss on its test set right after it; `home` is
+    the database of each run."""
+    rows = []
     for variant in study.variants():
         pairs: dict[str, list[tuple[float, float]]] = {}
         for run in study.of(variant):
@@ -111,7 +125,7 @@ def train_and_held_out(study: StudyResults) -> str:
             points = {
                 point.step: point.value
                 for name in ("train/loss", "train/loss_current")
-                for point in connection.get_metric_history(run.run_id, name)
+                for point in client(home[run.run_id]).get_metric_history(run.run_id, name)
             }
             history = sorted(points.items())
             assert run.table is not None
@@ -130,7 +144,7 @@ def train_and_held_out(study: StudyResults) -> str:
     return markdown(["variant", "after training", "train loss", "held-out loss", "gap"], rows)
 
 
-def page(study: StudyResults, figures: Path) -> str:
+def page(study: StudyResults, figures: Path, home: dict[str, str]) -> str:
     parts = [
         BEGIN, f"**{finding(study)}**", *(f"Note: {note}." for note in notes(study)),
         "### Scores", "Mean ± 95 % Student t interval over seeds; losses in nats with their sign turned, so higher is "
@@ -138,7 +152,7 @@ def page(study: StudyResults, figures: Path) -> str:
         *(["### What else was measured", found] if (found := measured(study)) else []),
         *(["### Through other views", found] if (found := views(study)) else []),
         "### Every metric at the end of the stream", last_row(study),
-        "### Train loss beside held-out loss", train_and_held_out(study),
+        "### Train loss beside held-out loss", train_and_held_out(study, home),
         "### Costs", costs(study), "### Figures",
         *(f"![{file.stem.replace('_', ' ')}]({figures.name}/{file.name})" for file in sorted(figures.glob("*.png"))),
         END,
@@ -150,22 +164,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study")
     parser.add_argument("page", type=Path)
-    parser.add_argument("--uri")
+    parser.add_argument("--uri", nargs="+", default=[None], help="databases of MLflow (default: as clplat finds it)")
     options = parser.parse_args()
     old = options.page.read_text() if options.page.is_file() else f"{BEGIN}\n{END}\n"
     if (BEGIN in old) != (END in old):
         sys.exit(f"{options.page}: has one of the two marker lines, {BEGIN} and {END}; put both around the tables")
     try:
-        study = load_study_results(options.study, options.uri)
+        parts = [load_study_results(options.study, uri) for uri in options.uri]
     except ClplatError as error:
         sys.exit(f"{parser.prog}: {error}")
+    study, home = together(parts), {run.run_id: part.uri for part in parts for run in part.runs}
     folder = options.page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for drawn in (write_report(study, scratch).parent / "figures").glob("*.png"):
             shutil.copyfile(drawn, folder / drawn.name)
     before, _, rest = old.partition(BEGIN)
-    options.page.write_text(before + page(study, folder).rstrip("\n") + rest.partition(END)[2])
+    options.page.write_text(before + page(study, folder, home).rstrip("\n") + rest.partition(END)[2])
 
 
 if __name__ == "__main__":

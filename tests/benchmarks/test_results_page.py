@@ -61,3 +61,15 @@ def test_what_strategies_measured_and_other_views_have_tables_of_their_own_where
     text = Path("page.md").read_text()
     assert "| reader/ppl | 7.500 | – |" in text.partition("### What else")[2].partition("###")[0]
     assert "| slow | kept | 0.600 | 0.800 | 0.400 | 0.100 |" in text.partition("### Through other views")[2]
+
+
+def test_parts_of_a_study_in_several_databases_stand_together_and_no_run_twice(tmp_path: Path) -> None:
+    stores = [f"sqlite:///{tmp_path / name}.db" for name in ("one", "two")]
+    rows = [[0.5, 0.5], [0.9, 0.5], [0.1, 0.9]]
+    for store, (variant, seed) in zip(stores, [("naive", 0), ("replay", 1)], strict=True):
+        Made(store, [variant], [seed]).run(variant, seed, rows, steps={"train/loss": {10: 0.5}})
+    assert written("digits", "page.md", "--uri", *stores).returncode == 0
+    text = Path("page.md").read_text()
+    assert "| naive | 1 |" in text and "| replay | 1 |" in text and "| replay | a | 0.500 |" in text
+    done = written("digits", "page.md", "--uri", stores[0], stores[0])
+    assert done.returncode == 1 and "two of the databases have variant 'naive' with seed 0" in done.stderr
