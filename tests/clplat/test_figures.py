@@ -28,6 +28,8 @@ def test_a_heat_map_shows_every_measured_score_once_on_one_scale_for_all_variant
     assert [text.get_text() for text in first.texts] == ["0.90", "0.30", "0.80"]
     assert [label.get_text() for label in second.get_xticklabels()] == ["y", "x"]
     assert first.images[0].get_clim() == second.images[0].get_clim() == pytest.approx((0.1, 0.9))
+    (large,) = heat_maps({"a": -16 * SCORES}, {"a": ["x", "y"]}).axes[:1]
+    assert [text.get_text() for text in large.texts] == ["-14.4", "-4.80", "-12.8"], "none is wider than its cell"
     assert limits_of([np.full((2, 2), np.nan)]) == (0.0, 1.0) and limits_of([np.ones((2, 1))]) == (0.5, 1.5)
 
 
