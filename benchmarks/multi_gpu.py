@@ -66,12 +66,12 @@ class StepClock(Strategy):
 
     def __init__(self, *, folder: str, profile_from: int | None = None) -> None:
         self.folder, self.stamps, self.profile_from = Path(folder), [], profile_from
-        self.profiler = torch.profiler.profile()
 
     def step_end(self, outcome: StepOutcome) -> None:
-        if self.profile_from is not None and outcome.step == self.profile_from:
-            self.profiler.start()
-        if self.profile_from is not None and outcome.step > self.profile_from:
+        if self.profile_from is not None and outcome.step >= self.profile_from:
+            if outcome.step == self.profile_from:
+                self.profiler = torch.profiler.profile()
+                self.profiler.start()
             return
         if torch.cuda.is_available() and self.context.device().type == "cuda":
             stamp = torch.cuda.Event(enable_timing=True)
