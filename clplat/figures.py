@@ -58,7 +58,7 @@ def heat_map(axis: Axes, scores: Scores, tasks: Sequence[str], title: str, limit
         for i, j in np.ndindex(rows, columns):
             if np.isfinite(scores[i, j]):
                 colour = "white" if scores[i, j] < middle else "black"
-                axis.text(j, i, _in_cell(scores[i, j]), ha="center", va="center", color=colour, fontsize=7)
+                axis.text(j, i, _in_cell(float(scores[i, j])), ha="center", va="center", color=colour, fontsize=7)
         axis.set_xticks(range(columns), [short(task) for task in tasks], rotation=40, ha="right", fontsize=7)
         axis.set_yticks(range(rows), ["before", *(f"after {n + 1}" for n in range(rows - 1))], fontsize=7)
         _frame_diagonal(axis, columns)

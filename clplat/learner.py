@@ -10,7 +10,6 @@ from functools import reduce
 from typing import Any, Protocol
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -19,6 +18,7 @@ from clplat.compilation import answerer, compiled, replayed
 from clplat.config import TrainingConfig
 from clplat.errors import ConfigError, NotFiniteError
 from clplat.hooks import Hooks
+from clplat.lightning_parts import LightningModule
 from clplat.loss_means import LossMeans
 from clplat.objective import Objective
 from clplat.optimization import configured_optimizer, warn_of_still_levels

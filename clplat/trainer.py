@@ -7,14 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning import Trainer
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from clplat.config import TrainingConfig
 from clplat.errors import ConfigError
+from clplat.lightning_parts import DDPStrategy, LightningEnvironment, SingleDeviceStrategy, Trainer
 from clplat.precision import of_trainer
 from clplat.streams.batch import Batch
 
