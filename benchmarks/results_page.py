@@ -25,6 +25,11 @@ from clplat.report import ABILITY, COSTS, MEASURED, VIEWED, difference, finding,
 from clplat.study_results import RunRecord, StudyResults, load_study_results
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
+TRAIN_LOSS = """Of batches mixed with replayed rows the part of the loss that the current rows have: with `mean: all`,
+as I-LoRA has it, their share of one mean, half of it where half of the rows are replayed, and no loss to compare with.
+An arm that trains all tasks at once has the train loss of all of them."""
+SECONDS = """Means over runs; seconds, and with them tokens a second (padding included), are those of runs in whatever
+company they had on a device."""
 SCORES = (
     "final_score", "learning_score", "final_forgetting", "cumulative_forgetting", "cumulative_forgetting_curve",
     "cumulative_forgetting_curve_first",
@@ -152,8 +157,9 @@ def page(study: StudyResults, figures: Path, home: dict[str, str]) -> str:
         *(["### What else was measured", found] if (found := measured(study)) else []),
         *(["### Through other views", found] if (found := views(study)) else []),
         "### Every metric at the end of the stream", last_row(study),
-        "### Train loss beside held-out loss", train_and_held_out(study, home),
-        "### Costs", costs(study), "### Figures",
+        "### Train loss beside held-out loss",
+        TRAIN_LOSS, train_and_held_out(study, home),
+        "### Costs", SECONDS, costs(study), "### Figures",
         *(f"![{file.stem.replace('_', ' ')}]({figures.name}/{file.name})" for file in sorted(figures.glob("*.png"))),
         END,
     ]  # fmt: skip

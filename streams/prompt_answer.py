@@ -94,6 +94,8 @@ class PromptAnswerStream(TextStream):
             raise ValueError(
                 f"prompt_template: {prompt_template!r} has no {{prompt}}, where a row's prompt is to stand"
             )
+        if max_answer_tokens < 1:
+            raise ValueError(f"max_answer_tokens: at least 1, got {max_answer_tokens}")
         for task in self.answer_tasks.values():
             _check(task, max_tokens, max_answer_tokens)
         super().__init__(

@@ -56,6 +56,8 @@ class TextStream(Stream):
         self._check()
 
     def _check(self) -> None:
+        if self.max_answer_tokens < 1:
+            raise ValueError(f"max_answer_tokens: at least 1, got {self.max_answer_tokens}")
         names, word = [domain.name for domain in self.domains], self.source_word
         probes: list[Domain | MultipleChoice] = [*self.probe_domains, *self.multiple_choice]
         every = names + [probe.name for probe in probes]

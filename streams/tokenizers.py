@@ -152,8 +152,10 @@ class PretrainedTokenizer(_LibraryTokenizer):
             raise ValueError(f"PretrainedTokenizer.name: there is no tokenizer in {path}; {REMEDY}")
         try:
             whole = AutoTokenizer.from_pretrained(path, gguf_file=self.gguf_file)
-        except (OSError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
+        except (OSError, ValueError, KeyError) as error:
+            # Of a GGUF file without a tokenizer the library says KeyError('tokens').
+            missing = f"there is no tokenizer in {self.gguf_file}" if isinstance(error, KeyError) else ""
+            reason = missing or str(error).partition("\n")[0]
             raise ValueError(
                 f"PretrainedTokenizer.name: {self.name!r} cannot be loaded ({reason}); {REMEDY}"
             ) from error

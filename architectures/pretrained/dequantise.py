@@ -23,14 +23,24 @@ def dequantise(file: Path, folder: Path) -> str:
     need("gguf", "accelerate")
     from transformers import AutoTokenizer
 
+    check_new(folder)
     source = Source(name=str(file.parent.resolve()), gguf_file=file.name, local_files_only=True)
     model = cast(Any, source.load())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.name, gguf_file=file.name)
+    except KeyError as error:
+        raise ValueError(f"{file} has no tokenizer in it; take one that llama.cpp's converter wrote") from error
     origin = as_plain(model, source)
     model.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(source.name, gguf_file=file.name)
     _end_as(model.config, tokenizer)
     tokenizer.save_pretrained(folder)
     return origin
+
+
+def check_new(folder: str | Path) -> None:
+    """ValueError where a model would be written over what is there: runs may have been trained beside it."""
+    if Path(folder).is_file() or (Path(folder).is_dir() and any(Path(folder).iterdir())):
+        raise ValueError(f"{folder} is there already and not empty; give a new folder")
 
 
 def _end_as(config: Any, tokenizer: Any) -> None:

@@ -69,6 +69,8 @@ class Source:
         if path.startswith(("/", ".", "~")) and not Path(path).is_dir():
             raise ValueError(f"name: there is no folder {path}")
         remote = not Path(path).is_dir()
+        if self.revision is not None and not remote:
+            raise ValueError(f"revision: the folder {path} has none; leave revision out, or give a hub id as name")
         away = remote and not self.local_files_only and hub_is_away()
         if remote and (self.local_files_only or away):
             why = f"{HUB} cannot be reached" if away else "local_files_only asks no server"
@@ -77,6 +79,7 @@ class Source:
             need("gguf", "accelerate")
         backbone, info = self._read(path, local=self.local_files_only or away)
         _check_complete(path, info)
+        _check_numbers(path, backbone)
         return backbone
 
     def _read(self, path: str, *, local: bool) -> tuple[nn.Module, Mapping[str, Any]]:
@@ -103,7 +106,9 @@ class Source:
         """What to do about a folder that cannot be loaded: what it lacks, or which file in it is damaged."""
         quantised = sorted(file.name for file in folder.glob("*.gguf"))
         if self.gguf_file is not None:
-            return f"gguf_file: the folder's GGUF files are {', '.join(quantised) or 'none'}"
+            if self.gguf_file in quantised:
+                return f"{self.gguf_file} is cut short, damaged or of a kind that transformers cannot read"
+            return f"gguf_file: the folder has no {self.gguf_file}; its GGUF files are {', '.join(quantised) or 'none'}"
         if not (folder / "config.json").is_file():
             hint = f", or set gguf_file to one of {', '.join(quantised)}" if quantised else ""
             return f"the folder has no config.json; give the one that save_pretrained wrote{hint}"
@@ -221,6 +226,16 @@ def _check_complete(path: str, info: Mapping[str, Any]) -> None:
         raise ValueError(
             f"name: the weights of {path!r} lack {', '.join(missing[:NAMES_SHOWN])}{more}, which would be random; "
             "give the complete files of a causal language model, and the config.json that belongs to them"
+        )
+
+
+def _check_numbers(path: str, backbone: nn.Module) -> None:
+    """ValueError where weights are infinite or no numbers."""
+    wrong = [name for name, weight in backbone.named_parameters() if not bool(torch.isfinite(weight).all())]
+    if wrong:
+        raise ValueError(
+            f"name: weights of {path!r} are NaN or infinite ({', '.join(wrong[:NAMES_SHOWN])}); copy or download the "
+            "files again, or save the model from a training that did not diverge"
         )
 
 

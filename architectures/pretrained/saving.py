@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from clplat.architectures.pretrained.dequantise import as_plain
+from clplat.architectures.pretrained.dequantise import as_plain, check_new
 from clplat.architectures.pretrained.loading import Source
 from clplat.architectures.pretrained.model import Pretrained
 
@@ -50,9 +50,11 @@ def export(model: Pretrained, folder: str | Path) -> Path:
 
 
 def write(library: nn.Module, source: Source, folder: str | Path) -> Path:
-    """Write a model of transformers that came from `source`, with the tokenizer files, where the source has any."""
+    """Write a model of transformers that came from `source`, with the tokenizer files, where the source has any.
+    ValueError for a folder that is not empty."""
     from transformers import AutoTokenizer
 
+    check_new(folder)
     if source.gguf_file is not None:
         as_plain(library, source)
     cast(Any, library).save_pretrained(folder)

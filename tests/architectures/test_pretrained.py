@@ -25,6 +25,7 @@ from clplat.architectures.probing import Contract
 from clplat.objective import Objective
 from clplat.streams.base import Spec
 from clplat.streams.batch import CURRENT, IGNORE, REPLAY, Batch
+from clplat.streams.tokenizers import PretrainedTokenizer
 
 SPEC = Spec(kind="language", input_shape=(12,), num_outputs=VOCABULARY, end_token=END)
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -299,6 +300,11 @@ def test_a_gguf_file_dequantised_once_is_the_same_model_and_still_says_what_its_
 ) -> None:
     written_gguf(tmp_path / "small.gguf", made(folders["llama"]).backbone, quantised=True)
     # The file has no tokenizer; one whose texts end in the token with which they begin is what a release made of some.
+    with pytest.raises(ValueError, match="small.gguf has no tokenizer in it; take one that"):
+        dequantise(tmp_path / "small.gguf", tmp_path / "other")
+    with pytest.raises(ValueError, match="cannot be loaded .there is no tokenizer in small.gguf.; give a hub id"):
+        PretrainedTokenizer(name=str(tmp_path), gguf_file="small.gguf").prepare([], tmp_path, "")
+    assert not (tmp_path / "other").exists()
     words = Tokenizer(WordLevel({"<unk>": 0, "<begin>": 1, "<end>": 2}, unk_token="<unk>"))
     read = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<begin>", eos_token="<begin>", eos_token_id=1)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: read)

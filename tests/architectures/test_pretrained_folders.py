@@ -64,6 +64,23 @@ def test_missing_weights_are_refused_by_name_and_tied_ones_are_not_missing(
     assert made(tied)(batch()).logits.isfinite().all()
 
 
+def test_weights_that_are_no_numbers_are_refused_by_their_names(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders["llama"], folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("down_proj.weight"))
+    for wrong in (float("nan"), float("inf")):
+        weights[name][0, 0] = wrong
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"name: weights of .* are NaN or infinite \({name}\); copy or download"):
+            made(folder)
+
+
+def test_a_folder_has_no_revisions(folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="revision: the folder .* has none; leave revision out, or give a hub id"):
+        made(folders["llama"], revision="main")
+
+
 def test_a_model_that_looks_at_later_tokens_is_refused_and_the_same_one_as_a_decoder_is_not(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, "bert")
     for options in ({}, {"attention": "eager"}, {"dtype": "bfloat16"}):
@@ -90,9 +107,9 @@ def test_a_folder_that_cannot_be_loaded_says_what_is_wrong_with_it(folders: dict
     (folder / "small.gguf").touch()
     with pytest.raises(ValueError, match="no config.json; .* or set gguf_file to one of small.gguf"):
         made(folder)
-    with pytest.raises(ValueError, match="cannot be loaded .*gguf_file: the folder's GGUF files are small.gguf"):
+    with pytest.raises(ValueError, match="cannot be loaded .*the folder has no other.gguf; its GGUF files are small.g"):
         made(folder, gguf_file="other.gguf")
-    with pytest.raises(ValueError, match="cannot be loaded .*gguf_file: the folder's GGUF files are small.gguf"):
+    with pytest.raises(ValueError, match="cannot be loaded .*; small.gguf is cut short, damaged or of a kind"):
         made(folder, gguf_file="small.gguf")
     shutil.copy(folders["llama"] / "model.safetensors", file)
     config = json.loads((folders["llama"] / "config.json").read_text()) | {"intermediate_size": 40}
@@ -127,13 +144,13 @@ def test_an_exported_model_answers_as_all_its_active_adapters_did(
         for name in model.adapter_names():
             for factor in model.adapter_parameters(name).values():
                 torch.nn.init.normal_(factor, std=0.1)
-        plain = AutoModelForCausalLM.from_pretrained(export(model, tmp_path))
+        plain = AutoModelForCausalLM.from_pretrained(export(model, tmp_path / "out"))
         expected = model.eval()(batch()).logits
         torch.testing.assert_close(plain(batch().inputs).logits, expected, rtol=0, atol=1e-5 * expected.abs().max())
         with model.answering("default", "second", "resting"):
             assert (model(batch()).logits - expected).abs().max() > 0.1
     assert torch.equal(model(batch()).logits, expected), "the model stays as it is"
-    assert type(plain) is type(model.backbone) and made(tmp_path).checksum != made(folders[kind]).checksum
+    assert type(plain) is type(model.backbone) and made(tmp_path / "out").checksum != made(folders[kind]).checksum
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # peft says it, and we refuse the export
@@ -144,3 +161,7 @@ def test_what_a_plain_folder_cannot_hold_is_not_exported(folders: dict[str, Path
     with pytest.raises(ValueError, match="export: takes Pretrained, not Prompted"):
         export(Prompted(spec=SPEC, name=str(folders["llama"])), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    before = (folders["llama"] / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is there already and not empty; give a new folder"):
+        export(made(folders["llama"], lora=LoRA(targets=["q_proj"])), folders["llama"])
+    assert (folders["llama"] / "model.safetensors").read_bytes() == before

@@ -92,6 +92,7 @@ def test_into_a_file_every_run_that_finished_is_a_line_on_the_error_output(
         (["compare", "quickstart", "--wrong"], 2, "unrecognized argument"),
         (["report", "unheard-of"], 1, "there is no mlflow.db in this folder"),
         (["ui", "--uri", "sqlite:///gone/x.db"], 1, "--uri: there is no file gone/x.db"),
+        (["compare", "x", "--uri", "sqlite:///gone/x.db"], 1, "there is no database gone/x.db"),
         (["run", "quickstart", "--variant", "nope"], 1, "--variant: no variant is called 'nope'"),
         (["run", "quickstart", "--seed", "17"], 1, "--seed: 17 is none of the study's seeds (0, 1, 2)"),
         (["run", "quickstart", "--tracking.uri", "foo://bar"], 1, "MLflow knows no 'foo'; known: databricks"),

@@ -176,6 +176,7 @@ def test_json_lists_are_read_parts_without_a_file_are_held_out_and_a_probe_needs
     [
         ({"tasks": [AnswerTask(name="none")]}, "task 'none': there is no folder"),
         ({"tasks": [AnswerTask(name="empty")]}, "task 'empty': there is no file train.jsonl or train.json"),
+        ({"max_answer_tokens": 0}, "max_answer_tokens: at least 1, got 0"),
         ({"max_answer_tokens": 23}, "task 'sums': answers of 23 tokens leave no room for a prompt in rows of 24"),
         ({"order": ["other"]}, "order: there is no task 'other'"),
         ({"tasks": [TASK, TASK]}, "tasks, probes: give at least one task, and each its own name"),
