@@ -213,7 +213,11 @@ def finding(study: StudyResults, baseline: str | None = None) -> str:
     The best final score leads, since it falls with everything that was forgotten and with everything never learned.
     """
     base = baseline_of(study, baseline)
-    arms = [v for v in study.variants() if not study.is_reference(v) and study.by_seed(v, "final_score")]
+    scored = [v for v in study.variants() if study.by_seed(v, "final_score")]
+    arms = [v for v in scored if not study.is_reference(v)]
+    if not arms and scored:
+        found = "; ".join(f"{v}, final score {study.interval(v, 'final_score')}" for v in scored)
+        return f"Reference arms alone have finished: {found}."
     if not arms:
         return "No variant has finished with a final score to compare."
     best = max(arms, key=lambda v: study.interval(v, "final_score").mean)
