@@ -56,6 +56,8 @@ TOYS: dict[str, dict[str, Any]] = {
 
 PROFILED = 5
 """Steps at the end of a run that are profiled, and not timed."""
+ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
+"""What torch's profiler calls the kinds of a device's own events."""
 
 
 class StepClock(Strategy):
@@ -113,10 +115,6 @@ def parts_of_time(trace: dict[str, Any]) -> dict[str, float]:
         "waits": (whole - either) / 1e3,
         "count": sum(event["name"].startswith(("nccl:", "gloo:")) for event in events),
     }
-
-
-ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
-"""What torch's profiler calls the kinds of a device's own events."""
 
 
 def covered(spans: list[tuple[float, float]]) -> float:
@@ -180,16 +178,15 @@ def speed(model: str, options: argparse.Namespace) -> None:
     if options.apart:
         apart(model, options)
     for devices in (1, options.devices):
-        start, parts = time.perf_counter(), None
+        start, profiled = time.perf_counter(), options.profile and devices > 1
         with tempfile.TemporaryDirectory() as folder:
             scratch = Path(folder)
             config = study(model, devices, devices * options.batch, options, scratch)
-            if options.profile and devices > 1:
+            if profiled:
                 config["strategies"]["clock"]["init_args"]["profile_from"] = options.steps - PROFILED
             carried_out(config | {"seeds": options.seeds[:1]}, scratch, left(options))
             found = [json.loads((scratch / f"{rank}.json").read_text()) for rank in range(devices)]
-            if options.profile and devices > 1:
-                parts = parts_of_time(json.loads((scratch / "trace-0.json").read_text()))
+            parts = parts_of_time(json.loads((scratch / "trace-0.json").read_text())) if profiled else {}
         steady = [one["seconds"][options.skip :] for one in found]
         slowest = max(statistics.median(each) for each in steady)
         rates[devices] = devices * options.batch * options.length / slowest
@@ -199,7 +196,7 @@ def speed(model: str, options: argparse.Namespace) -> None:
             f"{devices} × {options.batch} × {options.length}: {rates[devices]:11,.0f} tokens/s, step "
             f"{1e3 * slowest:.1f} ms (quartiles {1e3 * quarter[0]:.1f} to {1e3 * quarter[2]:.1f}, "
             f"n = {len(steady[0])}), peak {peak:.1f} GiB a device [{time.perf_counter() - start:.0f} s]")  # fmt: skip
-        if parts is not None:
+        if parts:
             a_step = {name: value / PROFILED for name, value in parts.items()}
             say(f"  {model:11} a profiled step: computes {a_step['computes']:.1f} ms, exchanges "
                 f"{a_step['exchanges']:.1f} ms in {a_step['count']:.0f} calls, {a_step['exchanges_alone']:.1f} of them "

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from clplat.errors import ClplatError
 from clplat.metrics import Interval, interval, paired
@@ -119,9 +120,9 @@ def together(studies: list[StudyResults]) -> StudyResults:
     return replace(first, planned=planned, runs=runs) if others else first
 
 
-def train_and_held_out(study: StudyResults, home: dict[str, str]) -> str:
-    """Training loss over the last logged steps of each task, beside the loss on its test set right after it; `home` is
-    the database of each run."""
+def train_and_held_out(study: StudyResults, homes: dict[str, Any]) -> str:
+    """Training loss over the last logged steps of each task, beside the loss on its test set right after it; `homes`
+    are the clients of MLflow that know each run."""
     rows = []
     for variant in study.variants():
         pairs: dict[str, list[tuple[float, float]]] = {}
@@ -130,7 +131,7 @@ def train_and_held_out(study: StudyResults, home: dict[str, str]) -> str:
             points = {
                 point.step: point.value
                 for name in ("train/loss", "train/loss_current")
-                for point in client(home[run.run_id]).get_metric_history(run.run_id, name)
+                for point in homes[run.run_id].get_metric_history(run.run_id, name)
             }
             history = sorted(points.items())
             assert run.table is not None
@@ -149,7 +150,7 @@ def train_and_held_out(study: StudyResults, home: dict[str, str]) -> str:
     return markdown(["variant", "after training", "train loss", "held-out loss", "gap"], rows)
 
 
-def page(study: StudyResults, figures: Path, home: dict[str, str]) -> str:
+def page(study: StudyResults, figures: Path, homes: dict[str, Any]) -> str:
     parts = [
         BEGIN, f"**{finding(study)}**", *(f"Note: {note}." for note in notes(study)),
         "### Scores", "Mean ± 95 % Student t interval over seeds; losses in nats with their sign turned, so higher is "
@@ -158,7 +159,7 @@ def page(study: StudyResults, figures: Path, home: dict[str, str]) -> str:
         *(["### Through other views", found] if (found := views(study)) else []),
         "### Every metric at the end of the stream", last_row(study),
         "### Train loss beside held-out loss",
-        TRAIN_LOSS, train_and_held_out(study, home),
+        TRAIN_LOSS, train_and_held_out(study, homes),
         "### Costs", SECONDS, costs(study), "### Figures",
         *(f"![{file.stem.replace('_', ' ')}]({figures.name}/{file.name})" for file in sorted(figures.glob("*.png"))),
         END,
@@ -179,14 +180,15 @@ def main() -> None:
         parts = [load_study_results(options.study, uri) for uri in options.uri]
     except ClplatError as error:
         sys.exit(f"{parser.prog}: {error}")
-    study, home = together(parts), {run.run_id: part.uri for part in parts for run in part.runs}
+    study = together(parts)
+    homes = {run.run_id: knows for part in parts for knows in [client(part.uri)] for run in part.runs}
     folder = options.page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for drawn in (write_report(study, scratch).parent / "figures").glob("*.png"):
             shutil.copyfile(drawn, folder / drawn.name)
     before, _, rest = old.partition(BEGIN)
-    options.page.write_text(before + page(study, folder, home).rstrip("\n") + rest.partition(END)[2])
+    options.page.write_text(before + page(study, folder, homes).rstrip("\n") + rest.partition(END)[2])
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec, module_from_spec
 from types import ModuleType
@@ -40,8 +39,7 @@ class Waiting(ModuleType):
         return getattr(self, name)
 
 
-@contextmanager
-def waiting_metrics() -> Iterator[None]:
+def let_metrics_wait() -> None:
     """The package waits from now on, unless it has been imported already."""
     spec = find_spec(PACKAGE) if PACKAGE not in sys.modules else None
     if spec is not None and spec.loader is not None:
@@ -51,12 +49,12 @@ def waiting_metrics() -> Iterator[None]:
         with suppress(ImportError):
             # `metric` and this import one another, which goes well in one order alone.
             import_module(f"{PACKAGE}.utilities")
-    yield
 
 
-with waiting_metrics():
-    from lightning import LightningModule, Trainer
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-    from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+let_metrics_wait()
+
+from lightning import LightningModule, Trainer  # noqa: E402
+from lightning.pytorch.plugins.environments import LightningEnvironment  # noqa: E402
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy  # noqa: E402
 
 __all__ = ["DDPStrategy", "LightningEnvironment", "LightningModule", "SingleDeviceStrategy", "Trainer"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ def new_trainer(training: TrainingConfig, device: Any, processes: int, idle: boo
     )
 
 
-class _AllBatches:
+class _AllBatches(ABC):
     """Takes all steps of a task inside one batch of Lightning's.
 
     From one batch to the next Lightning calls what loggers, progress bars and schedulers would need, which costs half
@@ -63,8 +64,9 @@ class _AllBatches:
             if learner.trainer.should_stop:
                 break
 
+    @abstractmethod
     def one_batch(self, batch: Batch, number: int) -> None:
-        raise NotImplementedError
+        """Train on one batch, which lies on the device."""
 
 
 class _OneProcess(_AllBatches, SingleDeviceStrategy):

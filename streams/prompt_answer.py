@@ -94,8 +94,6 @@ class PromptAnswerStream(TextStream):
             raise ValueError(
                 f"prompt_template: {prompt_template!r} has no {{prompt}}, where a row's prompt is to stand"
             )
-        if max_answer_tokens < 1:
-            raise ValueError(f"max_answer_tokens: at least 1, got {max_answer_tokens}")
         for task in self.answer_tasks.values():
             _check(task, max_tokens, max_answer_tokens)
         super().__init__(
@@ -243,7 +241,7 @@ class PromptAnswerStream(TextStream):
 
 def _check(task: AnswerTask, max_tokens: int, max_answer_tokens: int) -> None:
     longest = max(max_answer_tokens, task.max_new_tokens or 0)
-    if not 0 < longest < max_tokens - 1:
+    if longest >= max_tokens - 1:
         raise ValueError(f"task {task.name!r}: answers of {longest} tokens leave no room for a prompt in rows of "
                          f"{max_tokens}; raise max_tokens")  # fmt: skip
     if task.max_examples is not None and task.max_examples < 1:

@@ -142,11 +142,12 @@ class Likelihood(Scorer):
             raise ValueError("Likelihood(answers=True) needs batches with `answer` marks; this set has none")
         targets, flat = batch.targets.flatten(), logits.flatten(0, 1)
         answer = None if batch.answer is None else batch.answer.flatten()
-        at = (targets != IGNORE).nonzero().squeeze(1)
+        counted = targets != IGNORE
+        at = counted.nonzero().squeeze(1)
         if 2 * len(at) < len(flat):
             # Answers are a few places of long rows; the chances of all tokens at all others would fill the memory.
-            targets, flat, answer = targets[at], flat[at], None if answer is None else answer[at]
-        counted = targets != IGNORE
+            targets, flat, counted = targets[at], flat[at], counted[at]
+            answer = None if answer is None else answer[at]
         nats = F.cross_entropy(flat.float(), targets, reduction="none", ignore_index=IGNORE).double()
         lengths = self.token_bytes.to(targets.device)[targets.clamp(min=0)]
         sums = {

@@ -1,23 +1,32 @@
-"""Pretrained models as files: what is damaged, incomplete or not causal is refused, and adapters can be merged."""
+"""Pretrained models as files, GGUF too: what is damaged, incomplete, away or not causal is refused, and adapters can be
+merged."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import END, VOCABULARY, model_folder
+from small_models import END, VOCABULARY, model_folder, written_gguf
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from clplat.architectures.lora import LoRA
+from clplat.architectures.pretrained import loading
+from clplat.architectures.pretrained.dequantise import dequantise
+from clplat.architectures.pretrained.loading import Source
 from clplat.architectures.pretrained.model import Pretrained
 from clplat.architectures.pretrained.prompted import Prompted
 from clplat.architectures.pretrained.saving import export
 from clplat.streams.base import Spec
 from clplat.streams.batch import Batch
+from clplat.streams.tokenizers import PretrainedTokenizer
 
 SPEC = Spec(kind="language", input_shape=(12,), num_outputs=VOCABULARY, end_token=END)
 
@@ -165,3 +174,76 @@ def test_what_a_plain_folder_cannot_hold_is_not_exported(folders: dict[str, Path
     with pytest.raises(ValueError, match="is there already and not empty; give a new folder"):
         export(made(folders["llama"], lora=LoRA(targets=["q_proj"])), folders["llama"])
     assert (folders["llama"] / "model.safetensors").read_bytes() == before
+
+
+def test_a_missing_extra_says_what_to_install(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"peft is not installed; pip install 'clplat\[pretrained\]'"):
+        made(folders["llama"], lora=LoRA())
+    with pytest.raises(ValueError, match=r"gguf is not installed; pip install 'clplat\[pretrained\]'"):
+        made(folders["llama"], gguf_file="model.gguf")
+
+
+def test_a_gguf_file_gives_the_model_that_was_written_and_says_that_it_was_quantised(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    plain = made(folders["llama"]).eval()
+    written_gguf(tmp_path / "exact.gguf", plain.backbone, quantised=False)
+    written_gguf(tmp_path / "small.gguf", plain.backbone, quantised=True)
+    exact, small = (made(tmp_path, gguf_file=f"{name}.gguf").eval() for name in ("exact", "small"))
+    with torch.no_grad():
+        torch.testing.assert_close(exact(batch()).logits, plain(batch()).logits)
+    assert exact.facts()["weights"] == "float32" and small.facts()["weights"] == "dequantised Q4_0, float32"
+    assert small.checksum != exact.checksum
+
+
+def test_a_gguf_file_dequantised_once_is_the_same_model_and_still_says_what_its_weights_were(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written_gguf(tmp_path / "small.gguf", made(folders["llama"]).backbone, quantised=True)
+    with pytest.raises(ValueError, match="small.gguf has no tokenizer in it; take one that"):
+        dequantise(tmp_path / "small.gguf", tmp_path / "other")
+    with pytest.raises(ValueError, match="cannot be loaded .there is no tokenizer in small.gguf.; give a hub id"):
+        PretrainedTokenizer(name=str(tmp_path), gguf_file="small.gguf").prepare([], tmp_path, "")
+    assert not (tmp_path / "other").exists()
+    # A tokenizer whose texts end in the token with which they begin is what a release made of some.
+    words = Tokenizer(WordLevel({"<unk>": 0, "<begin>": 1, "<end>": 2}, unk_token="<unk>"))
+    read = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<begin>", eos_token="<begin>", eos_token_id=1)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: read)
+    assert dequantise(tmp_path / "small.gguf", tmp_path / "folder") == "dequantised Q4_0"
+    direct, once = made(tmp_path, gguf_file="small.gguf"), made(tmp_path / "folder")
+    assert once.checksum == direct.checksum
+    kept = PreTrainedTokenizerFast.from_pretrained(tmp_path / "folder")
+    assert (kept.bos_token_id, kept.eos_token_id) == (once.config.bos_token_id, once.config.eos_token_id) == (1, 2)
+    assert once.facts()["weights"] == direct.facts()["weights"] == "dequantised Q4_0, float32"
+    with pytest.raises(ValueError, match="there is no file"):
+        dequantise(tmp_path / "none.gguf", tmp_path / "other")
+
+
+def test_without_a_server_a_model_that_is_not_there_is_refused_at_once() -> None:
+    with pytest.raises(
+        ValueError, match="name: nobody/nothing is no folder and not in the hub's cache, and local_files"
+    ):
+        Source(name="nobody/nothing", local_files_only=True).load()
+
+
+def test_without_a_network_a_model_that_is_not_there_is_refused_without_retries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def nowhere(*address: Any) -> None:
+        asked.append(address)
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(
+        ValueError, match="nobody/nothing is no folder and not in the hub's cache, and huggingface.co can"
+    ):
+        Source(name="nobody/nothing").load()
+    assert len(asked) == 1
+    # Behind a proxy the name need not be known here: the proxy is asked.
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    assert not loading.hub_is_away()

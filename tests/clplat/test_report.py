@@ -202,9 +202,8 @@ def test_of_reference_arms_alone_the_scores_are_said(store: str) -> None:
     study = Made(store, ["joint", "zero_shot"], [0])
     study.run("joint", 0, [[0.1, 0.1], None, [0.9, 0.9]], tags={"reference": "true"})
     study.run("zero_shot", 0, [[0.1, 0.2]] * 3, row_steps=0, tags={"reference": "true"}, status="FAILED")
-    assert (
-        finding(load_study_results("digits", store)) == "Reference arms alone have finished: joint, final score 0.900."
-    )
+    said = finding(load_study_results("digits", store))
+    assert said == "Reference arms alone have finished: joint, final score 0.900."
 
 
 def test_the_page_opens_without_a_network_and_escapes_what_it_shows(store: str, tmp_path: Path) -> None:
