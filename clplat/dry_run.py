@@ -31,8 +31,12 @@ def estimate(study: StudyConfig, console: Console) -> Table:
     total, load = 0.0, os.getloadavg()[0]
     with console.status("checking"):
         preflight(runs)
-    for run in {run.variant: run for run in runs}.values():
-        with console.status(f"trying {run.variant}"), tempfile.TemporaryDirectory() as scratch:
+    variants = list({run.variant: run for run in runs}.values())
+    for number, run in enumerate(variants, start=1):
+        trying = f"trying {run.variant} ({number} of {len(variants)})"
+        if not console.is_terminal:
+            console.print(trying)
+        with console.status(trying), tempfile.TemporaryDirectory() as scratch:
             try:
                 row = _try(run, Path(scratch))
             except ConfigError as error:

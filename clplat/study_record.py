@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from clplat.config import RunConfig, load_run, parse
+from clplat.databases import SQLITE, refuse_missing
 from clplat.errors import ClplatError, ConfigError, RunBusyError
 from clplat.journal import ENDED, NAME, last_status
 from clplat.mlflow_store import absolute, client, experiment_id, short
@@ -168,9 +169,8 @@ def default_uri() -> str:
     """Where studies are looked for when nothing else is said; looking for one makes no database."""
     if "MLFLOW_TRACKING_URI" in os.environ:
         return os.environ["MLFLOW_TRACKING_URI"]
-    if not Path("mlflow.db").is_file():
-        raise ConfigError("there is no mlflow.db in this folder; go to the one of the study, or name it with --uri")
-    return "sqlite:///mlflow.db"
+    refuse_missing(here := f"{SQLITE}mlflow.db")
+    return here
 
 
 def fetch_run(run: str) -> Record:

@@ -16,7 +16,7 @@ import numpy as np
 
 from clplat import journal
 from clplat.config import load_run
-from clplat.databases import sqlite_file
+from clplat.databases import refuse_missing
 from clplat.errors import ClplatError, ConfigError, nearest
 from clplat.machine import no_collector
 from clplat.metrics import Interval, forgetting_over_time, interval, through_view, whole_curve
@@ -177,8 +177,7 @@ def load_study_results(study: str, uri: str | None = None) -> StudyResults:
         raise ConfigError(f"{study}: MLflow does not know this study yet; `clplat sync {study}` sends it")
     known = json.loads(state.read_text()) if state.is_file() else {}
     uri = uri or known.get("uri") or default_uri()
-    if (database := sqlite_file(uri)) and not database.is_file():
-        raise ConfigError(f"study {study!r}: there is no database {database}; name the one it was recorded in (--uri)")
+    refuse_missing(uri)
     try:
         with no_collector():
             connection = client(uri)

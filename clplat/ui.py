@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-from clplat.databases import sqlite_file
+from clplat.databases import refuse_missing
 from clplat.errors import ConfigError
 from clplat.mlflow_view import page_of_study
 
@@ -25,7 +25,7 @@ SHOWN = 5
 
 def serve(uri: str, port: int) -> int:
     """Start MLflow's server, say where the newest studies are once it answers, stay until it ends; its exit code."""
-    check_store(uri)
+    refuse_missing(uri)
     check_port(port, uri)
     command = [sys.executable, "-P", "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
     # One process serves one person, and starts in a third of the time of four. Nothing is told to anybody.
@@ -45,13 +45,6 @@ def serve(uri: str, port: int) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
         server.wait()
-
-
-def check_store(uri: str) -> None:
-    """Refuse a SQLite file that is not there: MLflow would make it, and show an empty place."""
-    path = sqlite_file(uri)
-    if path is not None and not path.is_file():
-        raise ConfigError(f"--uri: there is no file {path}; go to the folder of the study, or name its database")
 
 
 def check_port(port: int, uri: str) -> None:
