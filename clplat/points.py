@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from clplat.metrics import summary
@@ -82,6 +82,13 @@ def cell_name(cell: Cell) -> str:
     """`task/metric`, with the view in front where it is not the default, and `probe/` for probes."""
     view = "" if cell.view == "default" else f"{cell.view}/"
     return f"{view}{'probe/' if cell.index is None else ''}{cell.task}/{cell.metric}"
+
+
+def may_have_other_views(names: Iterable[str]) -> bool:
+    """Whether a run with metrics of these names may have scores of tasks through a view beside the default one: with
+    fewer tasks than `TASK_LIMIT` they are among the names, else the result table alone knows."""
+    scored = [name.split("/") for name in names if name.startswith("eval/")]
+    return not scored or any(len(parts) > 3 and parts[1] != "probe" for parts in scored)
 
 
 def safe_key(name: str) -> str:

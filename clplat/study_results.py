@@ -21,7 +21,7 @@ from clplat.errors import ClplatError, ConfigError, nearest
 from clplat.machine import no_collector
 from clplat.metrics import Interval, forgetting_over_time, interval, through_view, whole_curve
 from clplat.mlflow_store import client, short
-from clplat.points import Translator
+from clplat.points import Translator, may_have_other_views
 from clplat.result_table import Curve, ResultTable, Scores
 from clplat.study_file import load_study, run_folders
 from clplat.study_record import default_uri
@@ -107,7 +107,8 @@ class StudyResults:
 
     def views(self, variant: str) -> list[str]:
         """The views beside the default one that finished runs of a variant were scored through."""
-        return sorted({view for run in self.of(variant) if run.table for view in run.table.views()})
+        viewed = [run.table for run in self.of(variant) if may_have_other_views(run.metrics)]
+        return sorted({view for table in viewed if table for view in table.views()})
 
     def through_view(self, variant: str, view: str) -> dict[str, dict[int, float]]:
         """What `metrics.through_view` gives for the finished runs of a variant: by metric, then by seed."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from records import Made, cells
@@ -274,6 +276,18 @@ def test_other_views_of_the_same_runs_stand_beside_the_default_one(store: str) -
     study.run("naive", 0, NAIVE[0], higher=False, views={"slow": ER[0]})
     found = load_study_results(str(study.folder)).through_view("naive", "slow")["final_score"]
     assert found == {0: pytest.approx(-(0.8 + 0.7) / 2)}
+
+
+def test_the_terminal_table_reads_no_runs_table_which_of_a_thousand_runs_takes_long(store: str) -> None:
+    def never() -> NoReturn:
+        raise AssertionError("a run's table was read")
+
+    made(store)
+    results = load_study_results("digits", store)
+    whole = printed(results)
+    assert "other views" not in whole
+    unread = replace(results, runs=[replace(run, read_tables=never) for run in results.runs])
+    assert printed(unread) == whole
 
 
 def test_what_strategies_measured_stands_on_the_page(store: str) -> None:
