@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +24,9 @@ from clplat.result_table import Cell
 from clplat.strategies.world import World
 from clplat.streams.base import Data, EvalSet, Task, spread_rows
 from clplat.streams.batch import Batch
-from clplat.unchanged import Scores, Unchanged
+from clplat.unchanged import Asked, Scores, Unchanged
+
+T = TypeVar("T")
 
 
 class View:
@@ -33,11 +37,12 @@ class View:
     ) -> None:
         self.architecture, self.objective, self.predictor = architecture, objective, hooks.predictor
         self.seen, self.precision = list(seen), precision
-        # Whether an answer may have depended on the tasks seen.
-        self.asked = False
+        # What was asked of the tasks seen, and what that was answered: what scores may have depended on.
+        self.asked: Asked = {}
 
     def logits(self, batch: Batch) -> Tensor:
-        self.asked |= self.objective.spec.scenario == "class"
+        if self.objective.spec.scenario == "class":
+            self._ask(list)
         with self._autocast():
             if self.predictor is not None:
                 return self.predictor.predict(batch)
@@ -66,12 +71,17 @@ class View:
         return hidden
 
     def classes_seen(self) -> list[int]:
-        self.asked = True
-        return self.objective.classes_of(self.seen)
+        return self._ask(self.objective.classes_of)
 
     def tasks_seen(self) -> list[int]:
-        self.asked = True
-        return self.seen
+        return self._ask(list)
+
+    def waits_for(self, task: int) -> bool:
+        return self._ask(partial(_waiting, task))
+
+    def _ask(self, question: Callable[[list[int]], T]) -> T:
+        answer = self.asked[question] = question(self.seen)
+        return answer
 
     def device(self) -> torch.device:
         return device_of(self.architecture)
@@ -170,9 +180,9 @@ class Evaluator:
         scores = self._unchanged.scores(test, view.seen, lambda: self._scores_and_asked(test, view))
         return self._as_cells(test, scores, name, label or test.name, index, headline)
 
-    def _scores_and_asked(self, test: EvalSet, view: View) -> tuple[Scores, bool]:
-        """Scores, and whether they may depend on the tasks seen."""
-        view.asked = False
+    def _scores_and_asked(self, test: EvalSet, view: View) -> tuple[Scores, Asked]:
+        """Scores, and what they may depend on of the tasks seen."""
+        view.asked = {}
         scores = self._scores(test, view)
         return scores, view.asked
 
@@ -231,3 +241,7 @@ class Evaluator:
             finally:
                 for module, training in modes.items():
                     module.training = training
+
+
+def _waiting(task: int, seen: list[int]) -> bool:
+    return bool(seen) and task not in seen

@@ -6,7 +6,8 @@ after each task took twice as long as its reading; taken from the first row they
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -16,10 +17,12 @@ from clplat.streams.base import EvalSet, digest
 OTHERWISE = ("predict", "told", "views")
 """Hooks through which a strategy may answer otherwise than the model, and differently from task to task."""
 Scores = dict[str, tuple[float, float, float]]
+Asked = dict[Callable[[list[int]], Any], Any]
+"""Questions about the tasks seen, and their answers."""
 
 
 class Unchanged:
-    """Scores of sets by what they depend on: the set, and for scorers that ask, the tasks seen.
+    """Scores of sets by what they depend on: the set, and for scorers that ask about the tasks seen, the answers.
 
     Kept where a strategy says that nothing is trained, and no other has views or predictions of its own, which
     may change without a weight. Forgotten as soon as a tensor of the model differs. Not in checkpoints: a
@@ -32,7 +35,7 @@ class Unchanged:
         # Of several processes one might score a set while another, waiting for its sums, does not.
         self.possible = single_process and frozen and not answers
         self._fingerprint = ""
-        self._found: dict[tuple[int, tuple[int, ...] | None], Scores] = {}
+        self._found: dict[int, list[tuple[Scores, Asked]]] = {}
 
     def check(self, model: nn.Module) -> None:
         """Forget everything if the model is another than when it was last scored."""
@@ -44,13 +47,13 @@ class Unchanged:
             self._found.clear()
         self._fingerprint = fingerprint
 
-    def scores(self, test: EvalSet, seen: Sequence[int], measure: Callable[[], tuple[Scores, bool]]) -> Scores:
-        """Those of a set, measured if they are not known; `measure` also says whether they depend on the tasks seen."""
+    def scores(self, test: EvalSet, seen: list[int], measure: Callable[[], tuple[Scores, Asked]]) -> Scores:
+        """Those of a set, measured if they are not known; `measure` also says what was asked about the tasks seen."""
         if not self.possible or test.scorer.adaptive:
             return measure()[0]
-        for key in ((id(test), None), (id(test), tuple(seen))):
-            if key in self._found:
-                return self._found[key]
-        found, depends = measure()
-        self._found[id(test), tuple(seen) if depends else None] = found
-        return found
+        known = self._found.setdefault(id(test), [])
+        for scores, asked in known:
+            if all(question(seen) == answer for question, answer in asked.items()):
+                return scores
+        known.append(measure())
+        return known[-1][0]

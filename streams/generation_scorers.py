@@ -67,7 +67,7 @@ class WrittenAnswers(Scorer):
 
 def waits(model: Answerer, once_seen: int | None) -> bool:
     """Whether the answers of task `once_seen` are not to be written yet: other tasks have been trained, and it not."""
-    return once_seen is not None and bool(model.tasks_seen()) and once_seen not in model.tasks_seen()
+    return once_seen is not None and model.waits_for(once_seen)
 
 
 def write_answers(

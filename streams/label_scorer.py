@@ -56,13 +56,19 @@ class LabelLikelihood(Scorer):
         if not len(candidates):  # nothing can be answered yet: no score, rather than a wrong one
             return total
         for part in rows.split(batch_size):
-            batch = data.batch(part).to(model.device())
-            logits = model.logits(batch)
-            total["answer_loss"] += self._answer_loss(logits, batch)
-            chosen = candidates[self._likeliest(model, batch, logits, candidates, batch_size)]
-            right = (chosen == self.numbers(batch).cpu()).sum()
-            total["accuracy"] += torch.tensor([float(right), len(part)], dtype=torch.float64)
+            for name, pair in self._sums(model, data.batch(part).to(model.device()), candidates, batch_size).items():
+                total[name] += pair
         return total
+
+    def _sums(self, model: Answerer, batch: Batch, candidates: Tensor, at_once: int) -> Sums:
+        """Sum and count of both metrics over one batch, whose logits are gone when the next one's come."""
+        logits = model.logits(batch)
+        chosen = candidates[self._likeliest(model, batch, logits, candidates, at_once)]
+        right = (chosen == self.numbers(batch).cpu()).sum()
+        return {
+            "accuracy": torch.tensor([float(right), len(batch)], dtype=torch.float64),
+            "answer_loss": self._answer_loss(logits, batch),
+        }
 
     def likelihoods(self, model: Answerer, batch: Batch, rows: Tensor, labels: Tensor) -> Tensor:
         """The measure (N,) of one label each behind the prompts of some rows, on the CPU."""

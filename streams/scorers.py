@@ -38,6 +38,10 @@ class Answerer(Protocol):
         """Indices of the tasks that the learner has been trained on."""
         ...
 
+    def waits_for(self, task: int) -> bool:
+        """Whether the learner has been trained, and on the task of this index not yet."""
+        ...
+
     def device(self) -> torch.device: ...
 
     def reading(self, rows: int) -> AbstractContextManager[Reader]:

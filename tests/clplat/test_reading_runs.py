@@ -18,11 +18,12 @@ from clplat.architectures.adapters import backbone_checksum
 from clplat.assembly import assemble
 from clplat.config import load_run
 from clplat.errors import ConfigError
-from clplat.evaluation import Evaluator
+from clplat.evaluation import Evaluator, View
 from clplat.execution import execute
 from clplat.journal import read, table
 from clplat.strategies.world import World
 from clplat.streams.base import EvalSet
+from clplat.streams.scorers import Scorer, Sums
 from clplat.unchanged import Unchanged
 
 BYTES = 257
@@ -167,6 +168,17 @@ def test_a_frozen_arm_is_scored_again_when_its_weights_have_changed_or_a_set_ask
     })  # fmt: skip
     evaluator._unchanged._found.clear()
     assert [{cell.value for cell in evaluator.cells(seen)} for seen in ([], [0], [0, 1])] == [{1.0}, {2.0}, {3.0}]
+    written: list[bool] = []
+
+    def answers(self: Scorer, view: View, *_: Any) -> Sums:
+        written.append(not view.waits_for(1))
+        return {name: torch.tensor([float(written[-1]), 1.0]) for name in self.metrics}
+
+    monkeypatch.setattr(type(scorer), "score", answers)
+    evaluator._unchanged._found.clear()
+    turns = [[], [0], [0, 1], [0, 1, 2]]
+    assert [{cell.value for cell in evaluator.cells(seen)} for seen in turns] == [{1.0}, {0.0}, {1.0}, {1.0}]
+    assert written == 4 * [True] + 4 * [False], "before training and when its turn has come it is asked the same"
 
 
 @pytest.mark.parametrize(("after", "memories"), [("keep_one", 1), ("stack", 4), ("permanentize", 4), ("fresh", 1)])

@@ -115,8 +115,8 @@ class Reader(Parrot):
     def __init__(self, seen: list[int]) -> None:
         self.seen, self.together = seen, list[int]()
 
-    def tasks_seen(self) -> list[int]:
-        return self.seen
+    def waits_for(self, task: int) -> bool:
+        return bool(self.seen) and task not in self.seen
 
     def generate(self, prompts: list[list[int]], **options: Any) -> list[list[int]]:
         self.together.append(len(prompts))
