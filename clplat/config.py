@@ -78,6 +78,9 @@ class EvaluationConfig:
     """Rows of one evaluation pass."""
     max_rows: int | None = None
     """At most so many rows of each set are scored, spread evenly over it: what one score of a task may cost."""
+    probes: Literal["always", "ends"] = "always"
+    """`ends` scores the stream's probes before training and after the last task alone: large ones of which only the
+    change is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)

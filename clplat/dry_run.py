@@ -71,10 +71,8 @@ def _try(config: RunConfig, folder: Path) -> tuple[int, int, float, float, float
     """Tasks, steps, seconds a step, seconds an evaluation, seconds in all, peak bytes."""
     quiet = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every_seconds=1e9))
     run = _Trial(quiet, folder, journal=None, interruption=Interruption(), progress=Silent())
-    start = time.perf_counter()
-    # All tasks are seen, as at the end: classes that are not yet among the answers cost nothing.
-    run.parts.evaluator.cells([task.index for task in run.parts.stream.tasks])
-    evaluation = time.perf_counter() - start
+    evaluation = _evaluated(run, probes=True)
+    between = evaluation if config.evaluation.probes == "always" else _evaluated(run, probes=False)
     steps, seconds = 0, 0.0
     for position, task in enumerate(run.path):
         run.parts.context.task, run.parts.context.past = task, run.path[:position]
@@ -94,13 +92,20 @@ def _try(config: RunConfig, folder: Path) -> tuple[int, int, float, float, float
         start = time.perf_counter()
         run.parts.hooks.task_end(task)
         seconds += time.perf_counter() - start
-    evaluations = len(run.path) + 1 + (steps // config.evaluation.every if config.evaluation.every else 0)
+    inside = len(run.path) - 1 + (steps // config.evaluation.every if config.evaluation.every else 0)
     run.costs.measure_memory()
     return (
         len(run.path),
         steps,
         seconds / max(1, steps),
         evaluation,
-        seconds + evaluations * evaluation,
+        seconds + 2 * evaluation + inside * between,
         run.costs.peak_memory_bytes,
     )
+
+
+def _evaluated(run: Run, *, probes: bool) -> float:
+    """Seconds of an evaluation. All tasks are seen, as at the end: classes not yet among the answers cost nothing."""
+    start = time.perf_counter()
+    run.parts.evaluator.cells([task.index for task in run.parts.stream.tasks], probes=probes)
+    return time.perf_counter() - start

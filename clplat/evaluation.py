@@ -122,8 +122,10 @@ class Evaluator:
         self._sets: dict[int, Data] = {}
         self._unchanged = Unchanged(hooks, single_process=world.size == 1)
 
-    def cells(self, seen: Sequence[int], between: Callable[[], None] = lambda: None) -> list[Cell]:
-        """Scores of all tasks and probes for a learner that has been trained on the tasks `seen`.
+    def cells(
+        self, seen: Sequence[int], between: Callable[[], None] = lambda: None, *, probes: bool = True
+    ) -> list[Cell]:
+        """Scores of all tasks, and of the probes where not left out, for a learner trained on the tasks `seen`.
 
         `between` is called between sets, so that a request to stop need not wait for the whole evaluation.
         """
@@ -136,7 +138,7 @@ class Evaluator:
                     for task in self.tasks:
                         between()
                         found += self._task_cells(task, view, name)
-                    for probe in self.probes:
+                    for probe in self.probes if probes else ():
                         between()
                         found += self._set_cells(probe, view, name, index=None, headline=None)
         return found

@@ -153,7 +153,7 @@ class TaskSteps:
         self._count_time()
         seen = run.tasks_seen(self.task)
         with run.costs.timed("evaluation"), run.whole(run.parts.device):
-            cells = run.parts.evaluator.cells(seen)
+            cells = run.parts.evaluator.cells(seen, probes=run.config.evaluation.probes == "always")
         run.forgetting = run.table.forgetting_by_task(cells)
         if run.journal is not None:
             run.journal.curve(step, self.task.index, cells)

@@ -132,7 +132,8 @@ class Run:
         """Fill one row of the result table, and tell journal, controllers and whoever watches."""
         with self.costs.timed("evaluation"):
             try:
-                cells = self.parts.evaluator.cells(self.seen, self.leave_if_asked)
+                probes = self.config.evaluation.probes == "always" or row == 0 or self.position == len(self.path) - 1
+                cells = self.parts.evaluator.cells(self.seen, self.leave_if_asked, probes=probes)
             except Interrupted:
                 self.save(self.phase)
                 raise

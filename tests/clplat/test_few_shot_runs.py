@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from interruptions import assert_resumes_as_if_never_stopped
@@ -59,6 +60,21 @@ def test_novel_classes_are_scored_at_every_boundary_through_both_views_with_thei
     assert {f"eval/slow/probe/novel-3way-5shot/{metric}" for metric in ("accuracy", "half_width")} <= keys
     fast, slow = (probes(folder, 2, view)["novel-3way-5shot", "accuracy"].total for view in ("default", "slow"))
     assert fast != slow
+
+
+def test_probes_at_the_ends_alone_have_the_scores_that_they_have_where_they_are_scored_always(tmp_path: Path) -> None:
+    always, ends = (
+        run_folder(tmp_path, few_shot(evaluation={"every": 7, "probes": when}), when) for when in ("always", "ends")
+    )
+    for folder in (always, ends):
+        execute(folder)
+    tables = table(always), table(ends)
+    np.testing.assert_array_equal(tables[0].scores(), tables[1].scores())
+    for row, scored in enumerate([True, False, False, True]):
+        wanted = [cell for cell in tables[0].cells(row) if scored or cell.index is not None]
+        assert repr(tables[1].cells(row)) == repr(wanted) and len(wanted) > 4
+    inside = [entry["cells"] for entry in read(ends) if entry["kind"] == "curve"]
+    assert inside and all(cell["index"] is not None for cells in inside for cell in cells)
 
 
 def test_no_training_batch_holds_a_row_of_a_novel_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
