@@ -72,6 +72,8 @@ class StepClock(Strategy):
     def step_end(self, outcome: StepOutcome) -> None:
         if self.profile_from is not None and outcome.step >= self.profile_from:
             if outcome.step == self.profile_from:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()  # the host is several steps ahead, whose kernels are no profiled step's
                 self.profiler = torch.profiler.profile()
                 self.profiler.start()
             return
