@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
@@ -32,6 +33,7 @@ class Hooks:
         self.data_owner = self._at_most_one("train_data")
         self.budget_owner = self._at_most_one("budget_tasks")
         self._refuse_idle_hooks()
+        self._refuse_misspelled_hooks()
         self.controllers = {name: s for name, s in self.strategies.items() if isinstance(s, Controller)}
 
     def _having(self, hook: str) -> list[Strategy]:
@@ -55,6 +57,21 @@ class Hooks:
                     f"strategies.{name}: its {' and '.join(idle)} would never be called, because strategies.{owner} "
                     f"({type(self.step_owner).__name__}) owns the optimizer step; leave one of the two out"
                 )
+
+    def _refuse_misspelled_hooks(self) -> None:
+        """A method of nearly a hook's name is called by nobody: its strategy would have no effect, in silence."""
+        hooks = [name for name, value in vars(Strategy).items() if callable(value) and not name.startswith("_")]
+        for name, strategy in self.strategies.items():
+            # What ours have beside the hooks others may take over.
+            kinds = [kind for kind in type(strategy).__mro__ if issubclass(kind, Strategy)]
+            ours = {method for kind in kinds if kind.__module__.startswith("clplat.") for method in vars(kind)}
+            for method in {name for kind in kinds for name, value in vars(kind).items() if callable(value)} - ours:
+                near = difflib.get_close_matches(method, hooks, n=1, cutoff=0.9)
+                if near and not method.startswith("_"):
+                    raise ConfigError(
+                        f"strategies.{name}: {type(strategy).__name__}.{method} is no hook and would never be called; "
+                        f"call it {near[0]}, or _{method} if it is a method of your own"
+                    )
 
     def setup(self, context: Context) -> None:
         """Give every strategy its context; their objections become configuration errors that name them."""

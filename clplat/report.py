@@ -222,12 +222,15 @@ def finding(study: StudyResults, baseline: str | None = None) -> str:
         return "No variant has finished with a final score to compare."
     best = max(arms, key=lambda v: study.interval(v, "final_score").mean)
     score = study.interval(best, "final_score")
-    text = f"Best final score{' but for reference arms' if len(arms) < len(study.variants()) else ''}: {best}, {score}"
+    text = f"Best final score{' but for reference arms' if len(arms) < len(scored) else ''}: {best}, {score}"
     gap = paired(study.by_seed(best, "final_score"), study.by_seed(base, "final_score")) if base else None
     if gap is not None and gap.n and best != base:
         text += f" (n = {score.n}), {gap} above {base}, seed by seed: {MEANING[verdict(gap)]}."
     else:
         text += f" (n = {score.n})."
+    unscored = [] if study.is_search else [v for v in study.variants() if v not in scored]
+    if unscored:
+        text += f" Without a score so far: {', '.join(unscored)}."
     forgetful = [v for v in arms if study.by_seed(v, "final_forgetting")]
     if not forgetful:
         return text + _best_read(study)

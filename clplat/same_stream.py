@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from clplat.study_results import RunRecord, StudyResults
 
@@ -60,6 +60,12 @@ def settings_apart(studies: Mapping[str, StudyResults]) -> str:
             if len(set(values)) > 1:
                 found.setdefault(key, values)
     return "; ".join(f"{key}: {', '.join(values)}" for key, values in list(found.items())[:5])
+
+
+def seeds_apart(studies: Iterable[StudyResults]) -> str:
+    """The seeds of each study, where they are not the same."""
+    seeds = [sorted({run.seed for run in study.runs}) for study in studies]
+    return "" if all(each == seeds[0] for each in seeds) else f"seeds: {' and '.join(map(str, seeds))}"
 
 
 def _common(firsts: Mapping[str, RunRecord]) -> dict[str, str]:

@@ -13,7 +13,7 @@ from rich.console import Group
 from clplat.errors import ConfigError, nearest
 from clplat.metrics import Interval, differences, interval, verdict
 from clplat.report import MEANING, notes, number_table
-from clplat.same_stream import settings_apart, sharing
+from clplat.same_stream import seeds_apart, settings_apart, sharing
 from clplat.study_results import StudyResults
 
 FEWEST = 5
@@ -220,7 +220,9 @@ def side_notes(side: SideBySide) -> list[str]:
     """What to know before believing it: of the whole, and of each study what its own comparison says."""
     found = []
     for group in side.shared:
-        apart = settings_apart({column: side.studies[column] for column in group}) or "nothing that is recorded"
+        studies = {column: side.studies[column] for column in group}
+        apart = "; ".join(filter(None, [settings_apart(studies), seeds_apart(studies.values())]))
+        apart = apart or "nothing that is recorded"
         found.append(f"{', '.join(group)} have the same stream with the same options and data, so that there is no "
                      f"mean rank and no interval over streams; they differ in {apart}")  # fmt: skip
     if side.ranked and (gone := _gone(side)):

@@ -120,12 +120,14 @@ def sync(target: str | Path, uri: str | None = None) -> int:
     if uri is not None:
         _send_elsewhere(folder, runs, absolute(uri))
     if is_study:
+        _forget_lost(folder / STUDY_STATE, load_study(folder / "study.yaml").tracking.uri)
         _start(folder)
     sent = 0
     for run in runs:
         if (run / NAME).is_file():
             try:
                 with held(run):
+                    _forget_lost(run / RUN_STATE, load_run(run / "config.yaml").tracking.uri)
                     _send(run)
                 sent += 1
             except RunBusyError:
@@ -145,6 +147,23 @@ def _send(run: Path) -> None:
     feed, status = Feed(run, load_run(run / "config.yaml").tracking), last_status(run)
     if not feed.finish("KILLED" if status in ("RUNNING", "WAITING") else status):
         raise ClplatError(f"MLflow at {feed.tracking.uri} has not got the whole record ({feed.trouble})")
+
+
+def _forget_lost(state: Path, uri: str) -> None:
+    """Remove what is noted of a run that MLflow has no more, since its database was removed: it is told all anew."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+    run_id = (read_json(state) or {}).get("run_id")
+    if run_id is None:
+        return
+    try:
+        client(uri).get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            state.unlink()
+    except Exception as error:
+        raise ClplatError(f"MLflow at {uri} cannot be reached ({short(error)})") from error
 
 
 def _send_elsewhere(folder: Path, runs: list[Path], uri: str) -> None:

@@ -173,7 +173,8 @@ def load_study_results(study: str, uri: str | None = None) -> StudyResults:
     """A study out of MLflow: by its folder, its name (the newest of that name), or its run id."""
     state = Path(study) / STUDY_STATE
     if Path(study).is_dir() and not (Path(study) / "study.yaml").is_file():
-        raise ConfigError(f"{study}: is no study folder (study.yaml)")
+        its = f"; it is a run of {Path(study).parent}" if (Path(study) / "config.yaml").is_file() else ""
+        raise ConfigError(f"{study}: is no study folder (study.yaml){its}")
     if Path(study).is_dir() and not state.is_file():
         raise ConfigError(f"{study}: MLflow does not know this study yet; `clplat sync {study}` sends it")
     known = json.loads(state.read_text()) if state.is_file() else {}
@@ -187,7 +188,8 @@ def load_study_results(study: str, uri: str | None = None) -> StudyResults:
     except ClplatError:
         raise
     except Exception as error:
-        raise ConfigError(f"study {study!r}: MLflow at {uri} does not give it ({short(error)})") from error
+        again = f"; `clplat sync {study}` sends what is not there" if known else ""
+        raise ConfigError(f"study {study!r}: MLflow at {uri} does not give it ({short(error)}){again}") from error
     if not runs:
         raise ConfigError(f"study {study!r}: MLflow at {uri} has no runs of it yet")
     tags = parent.data.tags

@@ -52,8 +52,13 @@ def table(trials: Sequence[FrozenTrial], space: Space, objectives: Mapping[str, 
             is_default=bool(t.user_attrs.get("default")), on_front=t.number in front,
             reason=t.user_attrs.get("reason", ""),
         )
-        for t in trials
+        for t in trials if not _never_begun(t)
     ]  # fmt: skip
+
+
+def _never_begun(trial: FrozenTrial) -> bool:
+    """A number that Optuna gave out and whose tune was killed before it had settings; another trial stands for it."""
+    return trial.state.name == "FAIL" and not trial.params and "reason" not in trial.user_attrs
 
 
 def best(rows: Sequence[Row], objectives: Mapping[str, int]) -> Row | None:

@@ -13,7 +13,7 @@ from typing import Any
 from clplat.config import StudyConfig, plain, save
 from clplat.errors import ClplatError, ConfigError
 from clplat.execution import Outcome
-from clplat.journal import ENDED, NAME, Journal, last_status, read
+from clplat.journal import ENDED, NAME, Journal, last_status, read, record_lost
 from clplat.lease import is_busy
 from clplat.plan import NAME as PLAN
 from clplat.plan import read_plan
@@ -123,6 +123,9 @@ class Search:
             self._say_ended(trial, f"finished, {said}", self.trials.complete(trial, values))
 
     def _prune(self, trial: Trial, reason: str) -> None:
+        for folder in self._folders.get(trial.number, []):
+            if last_status(folder) == "WAITING":
+                record_lost(folder, "PRUNED", f"not begun: its trial was pruned, {reason}")
         self._say_ended(trial, f"pruned, {reason}", self.trials.prune(trial, reason))
 
     def _fail(self, trial: Trial, reason: str) -> None:

@@ -8,6 +8,9 @@ import pytest
 from studies import EWC, REPLAY, study
 
 from clplat.errors import ConfigError
+from clplat.hooks import Hooks
+from clplat.strategies.base import Strategy
+from clplat.strategies.replay import ExperienceReplay
 from clplat.study import preflight
 from clplat.study_file import expand, load_study
 
@@ -38,6 +41,24 @@ def test_a_strategy_whose_hook_the_owner_of_the_step_would_never_call_is_refused
         rf"strategies\.other: its {hook} would never be called, because strategies\.maml \(LaMAML\) owns",
         strategies={"maml": LA_MAML, "other": BESIDE_THE_STEP[hook]},
     )
+
+
+class Misspelled(Strategy):
+    def penaltyy(self) -> None: ...
+
+
+class OwnMethods(ExperienceReplay):
+    def penalty_weight(self) -> None: ...
+
+    def _penaltyy(self) -> None: ...
+
+
+def test_a_method_of_nearly_a_hooks_name_is_refused_and_a_strategys_own_methods_are_not() -> None:
+    with pytest.raises(
+        ConfigError, match=r"strategies\.mine: Misspelled\.penaltyy is no hook .* call it penalty, or _"
+    ):
+        Hooks({"mine": Misspelled()})
+    Hooks({"mine": OwnMethods(capacity=4)})
 
 
 def test_strategies_that_leave_the_step_alone_stand_beside_its_owner() -> None:

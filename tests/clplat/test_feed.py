@@ -256,6 +256,22 @@ def test_a_run_that_was_killed_outright_gets_its_files_with_sync(store: str) -> 
     assert {"config.yaml", "results.csv"} <= {file.path for file in client(store).list_artifacts(run.info.run_id)}
 
 
+def test_what_a_removed_database_had_is_sent_again_by_sync(store: str) -> None:
+    def said(command: str) -> str:
+        # In a process of its own: this one has the removed file open.
+        line = [sys.executable, "-P", "-m", "clplat", command, str(study.folder)]
+        done = subprocess.run(line, capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    study = Made(store, ["naive"], [0])
+    study.run("naive", 0, [[0.1, 0.1], [0.9, 0.1], [0.3, 0.8]])
+    assert "0.550" in said("compare")
+    Path(store.removeprefix("sqlite:///")).unlink()
+    assert "there is no database" in said("compare")
+    assert "MLflow has all of 1 run" in said("sync")
+    assert "0.550" in said("compare")
+
+
 def test_a_run_whose_process_died_is_not_left_running(store: str) -> None:
     study = Made(store, ["naive", "er"], [0])
     journal = journal_of(study)

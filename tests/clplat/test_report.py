@@ -150,6 +150,9 @@ def test_a_study_stopped_before_its_baseline_ran_is_compared_all_the_same(store:
     text = printed(results)
     assert "naive, seed 0: no record of it yet" in text
     assert finding(results, "naive").startswith("Best final score: er")
+    stopped = replace(results.runs[0], variant="cut", status="KILLED", metrics={})
+    said = finding(replace(results, runs=[*results.runs, stopped]), "naive")
+    assert said.startswith("Best final score: er") and "Without a score so far: cut." in said
     assert write_report(results, "out").is_file()
 
 

@@ -78,6 +78,9 @@ def test_studies_of_one_stream_are_no_streams_and_what_else_they_differ_in_is_sa
     assert side.shared == [["S0", "S1"]] and not side.mean_ranks() and side.over_streams("er") is None
     assert "they differ in training.batch_size: 32, 64" in side_notes(side)[0]
     assert score_rows(side)[0] == ["variant", "S0", "S1", "S2"]
+    # Parts of one study are apart in their seeds alone.
+    part = replace(first, folder="S0b", runs=[replace(run, seed=run.seed + 1) for run in first.runs])
+    assert "they differ in seeds: [0, 1] and [1, 2]" in side_notes(side_by_side([first, part]))[0]
     # Without a common variant: by what each study has in all of its own.
     renamed = replace(second, runs=[replace(run, variant=f"my-{run.variant}") for run in runs])
     alone = [replace(first, baseline=None), replace(renamed, baseline=None)]
