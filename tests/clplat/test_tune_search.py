@@ -150,7 +150,7 @@ def test_a_pruned_trial_is_no_failed_one() -> None:
         assert f"{row['trial']}-s8" not in runs.ran
         unbegun = tuned.folder / f"{row['trial']}-s8"
         assert last_status(unbegun) == "PRUNED", "killed would be a run that can go on"
-        assert read(unbegun)[-1]["reason"].startswith("not begun: its trial was pruned")
+        assert list(read(unbegun))[-1]["reason"].startswith("not begun: its trial was pruned")
     assert tuned.status == "FINISHED" and tuned.code == 0
     finished = [float(row["final_score"]) for row in csv_rows(tuned.folder) if row["status"] == "FINISHED"]
     assert tuned.best.objectives["final_score"] == max(finished)
