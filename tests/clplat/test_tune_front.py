@@ -7,8 +7,10 @@ import io
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from optuna.trial import TrialState, create_trial
 from rich.console import Console
 from searches import formulas, settings, tune
 
@@ -16,7 +18,7 @@ from clplat.dominance import pareto
 from clplat.metrics import interval
 from clplat.tuning import checks, words
 from clplat.tuning.figures import front_figure
-from clplat.tuning.front import Row, best, front_table, write_csv
+from clplat.tuning.front import Row, best, front_table, table, write_csv
 from clplat.tuning.gain import Gain, sentence
 from clplat.tuning.page import reasons
 from clplat.tuning.pruning import worse_than_most
@@ -38,6 +40,13 @@ def made() -> list[Row]:
     front = pareto(list(scores.values()), [1, -1])
     rows = [row(n, *scores[n], on_front=kept) for n, kept in zip(scores, front, strict=True)]
     return [*rows, row(4, None, state="PRUNED", reason="worse, after 2"), row(5, None, state="FAILED", reason="nan")]
+
+
+def test_a_number_that_was_given_out_before_a_kill_is_no_trial_and_a_trial_that_failed_is_one() -> None:
+    failed = {"state": TrialState.FAIL}
+    trials = [create_trial(**failed), create_trial(**failed, user_attrs={"reason": "nan"})]
+    rows = table(trials, SimpleNamespace(dimensions={"lr": None}), {"final_score": 1})  # type: ignore[arg-type]
+    assert [(row.state, row.reason) for row in rows] == [("FAILED", "nan")]
 
 
 def test_the_page_says_openly_why_trials_failed_and_folds_up_why_they_were_pruned() -> None:
