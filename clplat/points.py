@@ -86,7 +86,7 @@ def cell_name(cell: Cell) -> str:
 
 def may_have_other_views(names: Iterable[str]) -> bool:
     """Whether a run with metrics of these names may have scores of tasks through a view beside the default one: with
-    fewer tasks than `TASK_LIMIT` they are among the names, else the result table alone knows."""
+    at most `TASK_LIMIT` tasks they are among the names, else the result table alone knows."""
     scored = [name.split("/") for name in names if name.startswith("eval/")]
     return not scored or any(len(parts) > 3 and parts[1] != "probe" for parts in scored)
 

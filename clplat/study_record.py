@@ -152,7 +152,6 @@ def _send(run: Path) -> None:
 def _forget_lost(state: Path, uri: str) -> None:
     """Remove what is noted of a run that MLflow has no more, since its database was removed: it is told all anew."""
     from mlflow.exceptions import MlflowException
-    from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
     run_id = (read_json(state) or {}).get("run_id")
     if run_id is None:
@@ -160,7 +159,7 @@ def _forget_lost(state: Path, uri: str) -> None:
     try:
         client(uri).get_run(run_id)
     except MlflowException as error:
-        if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             state.unlink()
     except Exception as error:
         raise ClplatError(f"MLflow at {uri} cannot be reached ({short(error)})") from error
